@@ -1,0 +1,14 @@
+//! The words of the domain and the machinery that is the same for both engines: requests, outcomes,
+//! limits, admission, pools, deadlines, supervision of zygotes.
+
+mod config;
+mod engine;
+mod outcome;
+mod request;
+
+pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
+pub use engine::{Engine, EngineStats, ExecError, Execution, StartError, StdinWriter, TemplateStatus};
+pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
+pub use request::{
+    ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
+};

@@ -1,0 +1,251 @@
+//! What a caller asks for: plain data, checked once by [`ExecRequest::check`].
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+/// Most bytes of code in one exec (16 MiB).
+pub const MAX_CODE: usize = 16 * 1024 * 1024;
+/// Most bytes of all input files of one exec (64 MiB).
+pub const MAX_FILES_BYTES: usize = 64 * 1024 * 1024;
+/// Most input files, and most output files, of one exec.
+pub const MAX_FILES: usize = 256;
+/// Most environment variables, and most arguments, of one exec.
+pub const MAX_ENV: usize = 256;
+/// Most bytes of one environment variable or argument.
+pub const MAX_ENV_BYTES: usize = 60 * 1024;
+
+/// What a sandbox may use. Every field has a finite default; none can be switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Wall time of the run.
+    pub timeout: Duration,
+    /// CPU time of all the sandbox's processes. `None`: as the timeout.
+    pub cpu: Option<Duration>,
+    /// Memory of all the sandbox's processes, bytes.
+    pub memory: u64,
+    /// Processes and threads alive at once.
+    pub processes: u32,
+    /// Bytes of standard output and standard error together.
+    pub output: u64,
+    /// Bytes of the largest file that can be written.
+    pub file_size: u64,
+    /// Open descriptors of one process.
+    pub open_files: u32,
+    /// Bytes of all output files that are brought back.
+    pub output_files: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        const MIB: u64 = 1024 * 1024;
+        Limits {
+            timeout: Duration::from_secs(30),
+            cpu: None,
+            memory: 512 * MIB,
+            processes: 64,
+            output: 16 * MIB,
+            file_size: 64 * MIB,
+            open_files: 256,
+            output_files: 16 * MIB,
+        }
+    }
+}
+
+/// A file to put into the sandbox before the run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputFile {
+    /// Relative to the working directory.
+    pub path: String,
+    /// Its bytes.
+    pub data: Bytes,
+    /// Executable by its owner.
+    pub executable: bool,
+}
+
+/// Where standard input comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Stdin {
+    /// Nothing: at its end from the start.
+    #[default]
+    Empty,
+    /// These bytes, then the end.
+    Bytes(Bytes),
+    /// Sent while the code runs, by [`crate::Execution::stdin`].
+    Stream,
+}
+
+/// One piece of code to run in one fresh sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecRequest {
+    /// The name of a template that the engine was started with.
+    pub template: String,
+    /// The code.
+    pub code: Bytes,
+    /// What the code sees as its own path: `-c` or a script's name. `argv[0]`.
+    pub name: String,
+    /// The further arguments.
+    pub args: Vec<String>,
+    /// Environment variables, added to the template's.
+    pub env: Vec<(String, String)>,
+    /// Files to put in.
+    pub files: Vec<InputFile>,
+    /// Paths to bring back.
+    pub output_files: Vec<String>,
+    /// Standard input.
+    pub stdin: Stdin,
+    /// What it may use.
+    pub limits: Limits,
+}
+
+impl ExecRequest {
+    /// A request with default limits and nothing but code.
+    pub fn new(template: impl Into<String>, code: impl Into<Bytes>) -> ExecRequest {
+        ExecRequest {
+            template: template.into(),
+            code: code.into(),
+            name: "-c".into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            files: Vec::new(),
+            output_files: Vec::new(),
+            stdin: Stdin::Empty,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Whether this can be sent to a sandbox at all; the reason if not. (Templates are looked up later.)
+    pub fn check(&self) -> Result<(), InvalidRequest> {
+        use InvalidRequest as E;
+        if self.code.iter().all(u8::is_ascii_whitespace) {
+            return Err(E::EmptyCode);
+        }
+        if self.code.len() > MAX_CODE {
+            return Err(E::CodeTooLong(self.code.len()));
+        }
+        if let Some(at) = self.code.iter().position(|&b| b == 0) {
+            return Err(E::CodeHasNul(at));
+        }
+        if let Err(error) = std::str::from_utf8(&self.code) {
+            return Err(E::CodeNotUtf8(error.valid_up_to()));
+        }
+        if self.limits.timeout.is_zero() {
+            return Err(E::ZeroTimeout);
+        }
+        if self.env.len() > MAX_ENV || self.args.len() > MAX_ENV {
+            return Err(E::TooMany("environment variables or arguments", MAX_ENV));
+        }
+        for (key, value) in &self.env {
+            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+                return Err(E::BadEnv(key.clone()));
+            }
+            if key.len() + value.len() >= MAX_ENV_BYTES {
+                return Err(E::EnvTooLong(key.clone()));
+            }
+        }
+        for arg in self.args.iter().chain([&self.name]) {
+            if arg.contains('\0') || arg.len() >= MAX_ENV_BYTES {
+                return Err(E::BadArgument);
+            }
+        }
+        if self.files.len() > MAX_FILES || self.output_files.len() > MAX_FILES {
+            return Err(E::TooMany("files", MAX_FILES));
+        }
+        let total: usize = self.files.iter().map(|f| f.data.len()).sum();
+        if total > MAX_FILES_BYTES {
+            return Err(E::FilesTooLarge(total));
+        }
+        for path in self.files.iter().map(|f| &f.path).chain(&self.output_files) {
+            check_path(path)?;
+        }
+        Ok(())
+    }
+}
+
+/// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts.
+fn check_path(path: &str) -> Result<(), InvalidRequest> {
+    let bad = path.is_empty()
+        || path.len() > 1024
+        || path.starts_with('/')
+        || path.contains('\0')
+        || path.split('/').any(|part| part.is_empty() || part == "." || part == "..");
+    if bad { Err(InvalidRequest::BadPath(path.chars().take(80).collect())) } else { Ok(()) }
+}
+
+/// Why a request is refused before any sandbox is taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidRequest {
+    /// Nothing to run.
+    #[error("the code is empty")]
+    EmptyCode,
+    /// Above [`MAX_CODE`].
+    #[error("the code has {0} bytes; the limit is {MAX_CODE}")]
+    CodeTooLong(usize),
+    /// A NUL byte.
+    #[error("the code has a NUL byte at offset {0}; source text cannot hold NUL bytes")]
+    CodeHasNul(usize),
+    /// Not UTF-8.
+    #[error("the code is not valid UTF-8 from byte {0} on")]
+    CodeNotUtf8(usize),
+    /// A zero timeout.
+    #[error("the timeout is zero; give a time above zero")]
+    ZeroTimeout,
+    /// Too many of something.
+    #[error("too many {0}; the limit is {1}")]
+    TooMany(&'static str, usize),
+    /// A name or value that no environment can hold.
+    #[error("environment variable {0:?} has an empty name, a '=' in its name or a NUL byte")]
+    BadEnv(String),
+    /// Above [`MAX_ENV_BYTES`].
+    #[error("environment variable {0:?} is longer than {MAX_ENV_BYTES} bytes")]
+    EnvTooLong(String),
+    /// An argument that no command line can hold.
+    #[error("an argument has a NUL byte or is longer than {MAX_ENV_BYTES} bytes")]
+    BadArgument,
+    /// Above [`MAX_FILES_BYTES`].
+    #[error("the files have {0} bytes together; the limit is {MAX_FILES_BYTES}")]
+    FilesTooLarge(usize),
+    /// A path that leaves the working directory.
+    #[error("path {0:?} must be relative, without '.', '..' or empty parts, at most 1024 bytes")]
+    BadPath(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(bytes: &'static [u8]) -> Result<(), InvalidRequest> {
+        ExecRequest::new("python", bytes).check()
+    }
+
+    #[test]
+    fn code_that_no_runtime_can_read_is_refused() {
+        assert_eq!(code(b" \n\t"), Err(InvalidRequest::EmptyCode));
+        assert_eq!(code(b"a\0b"), Err(InvalidRequest::CodeHasNul(1)));
+        assert_eq!(code(b"ab\xff"), Err(InvalidRequest::CodeNotUtf8(2)));
+        assert_eq!(code(b"print(1)"), Ok(()));
+    }
+
+    #[test]
+    fn a_path_cannot_leave_the_working_directory() {
+        for path in ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a/", "a\0b"] {
+            let mut request = ExecRequest::new("python", "1");
+            request.output_files = vec![path.into()];
+            assert!(request.check().is_err(), "{path:?}");
+        }
+        let mut request = ExecRequest::new("python", "1");
+        request.output_files = vec!["a/b.c/..d".into()];
+        assert_eq!(request.check(), Ok(()));
+    }
+
+    #[test]
+    fn an_environment_variable_needs_a_name() {
+        for (key, value) in [("", "x"), ("A=B", "x"), ("A", "x\0y")] {
+            let mut request = ExecRequest::new("python", "1");
+            request.env = vec![(key.into(), value.into())];
+            assert!(request.check().is_err(), "{key:?}");
+        }
+    }
+}

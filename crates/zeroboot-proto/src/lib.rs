@@ -1,0 +1,33 @@
+//! Frames: what server, worker, guest agent and runner say to each other.
+//!
+//! One frame is an 8-byte header and a payload of at most [`MAX_PAYLOAD`] bytes:
+//!
+//! ```text
+//! offset 0  u32 LE  payload length in bytes
+//! offset 4  u8      kind
+//! offset 5  [u8;3]  zero
+//! offset 8  payload
+//! ```
+//!
+//! The same frames travel on the Unix socket between server and worker (both engines), through the
+//! mailbox pages between VM worker and guest agent, and on the control descriptor between agent and
+//! runner. A longer value (code, a file, a stream) is several frames of one kind, in order.
+//!
+//! The sender of a sandbox-side frame is hostile: decoding never panics, never allocates by a length
+//! that was not checked, and an unknown kind or a malformed payload is an error for the whole
+//! connection.
+#![no_std]
+
+extern crate alloc;
+
+mod frame;
+mod message;
+mod payload;
+
+pub use frame::{Decoder, FrameError, HEADER_LEN, Header, Kind, MAX_FRAME, MAX_PAYLOAD, encode, encode_header};
+pub use message::{Command, Message, Note};
+pub use payload::{Ending, ExitReport, FileChunk, Identity, Limits, PayloadError};
+
+/// The version of this protocol. Server, worker and agent of one build always agree; a template
+/// records it, because it holds a frozen agent.
+pub const VERSION: u16 = 1;

@@ -1,0 +1,131 @@
+//! Frames as typed values: [`Command`] towards the sandbox, [`Message`] from it.
+
+use crate::{ExitReport, FileChunk, Identity, Kind, Limits, PayloadError};
+
+/// What a runner tells its agent beside its output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Note {
+    /// The code ended by an uncaught out-of-memory error of its language.
+    OutOfMemory = 1,
+}
+
+/// One frame towards the sandbox.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command<'a> {
+    /// Bytes of the code.
+    Code(&'a [u8]),
+    /// One argument.
+    Arg(&'a [u8]),
+    /// One environment variable.
+    Env(&'a [u8], &'a [u8]),
+    /// A chunk of a file to write.
+    Put(FileChunk<'a>),
+    /// A path to bring back.
+    Get(&'a [u8]),
+    /// Bytes for standard input.
+    Stdin(&'a [u8]),
+    /// Standard input is at its end.
+    StdinEnd,
+    /// What to enforce.
+    Limits(Limits),
+    /// What must differ per fork.
+    Identity(Identity),
+    /// Start.
+    Run,
+}
+
+impl<'a> Command<'a> {
+    /// Reads a frame of a kind below 0x80.
+    pub fn decode(kind: Kind, payload: &'a [u8]) -> Result<Command<'a>, PayloadError> {
+        Ok(match kind {
+            Kind::Code => Command::Code(payload),
+            Kind::Arg if !payload.contains(&0) => Command::Arg(payload),
+            Kind::Env => {
+                let at = payload.iter().position(|&b| b == 0).ok_or(PayloadError("env"))?;
+                let (key, rest) = payload.split_at_checked(at).ok_or(PayloadError("env"))?;
+                let value = rest.get(1..).unwrap_or_default();
+                if key.is_empty() || key.contains(&b'=') || value.contains(&0) {
+                    return Err(PayloadError("env"));
+                }
+                Command::Env(key, value)
+            }
+            Kind::Put => Command::Put(FileChunk::decode(payload)?),
+            Kind::Get if !payload.is_empty() && payload.len() <= FileChunk::MAX_PATH && !payload.contains(&0) => {
+                Command::Get(payload)
+            }
+            Kind::Stdin => Command::Stdin(payload),
+            Kind::StdinEnd => Command::StdinEnd,
+            Kind::Limits => Command::Limits(Limits::decode(payload)?),
+            Kind::Identity => Command::Identity(Identity::decode(payload)?),
+            Kind::Run => Command::Run,
+            _ => return Err(PayloadError("command")),
+        })
+    }
+}
+
+/// One frame from the sandbox. Hostile.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// Warm and waiting.
+    Ready,
+    /// The run has begun.
+    Started,
+    /// Bytes of standard output.
+    Stdout(&'a [u8]),
+    /// Bytes of standard error.
+    Stderr(&'a [u8]),
+    /// A chunk of an output file.
+    File(FileChunk<'a>),
+    /// How it ended.
+    Exit(ExitReport),
+    /// The sandbox could not do what was asked.
+    Failure(&'a str),
+    /// A runner's note to its agent.
+    Note(Note),
+}
+
+impl<'a> Message<'a> {
+    /// Reads a frame of a kind from 0x80.
+    pub fn decode(kind: Kind, payload: &'a [u8]) -> Result<Message<'a>, PayloadError> {
+        Ok(match kind {
+            Kind::Ready => Message::Ready,
+            Kind::Started => Message::Started,
+            Kind::Stdout => Message::Stdout(payload),
+            Kind::Stderr => Message::Stderr(payload),
+            Kind::File => Message::File(FileChunk::decode(payload)?),
+            Kind::Exit => Message::Exit(ExitReport::decode(payload)?),
+            Kind::Failure => Message::Failure(core::str::from_utf8(payload).map_err(|_| PayloadError("failure"))?),
+            Kind::Note if payload == [Note::OutOfMemory as u8] => Message::Note(Note::OutOfMemory),
+            _ => return Err(PayloadError("message")),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_environment_variable_is_split_at_its_first_nul() {
+        assert_eq!(Command::decode(Kind::Env, b"A\0b=c"), Ok(Command::Env(b"A", b"b=c")));
+        assert!(Command::decode(Kind::Env, b"A=B\0c").is_err());
+        assert!(Command::decode(Kind::Env, b"\0c").is_err());
+        assert!(Command::decode(Kind::Env, b"A").is_err());
+    }
+
+    #[test]
+    fn a_command_is_not_a_message() {
+        assert!(Command::decode(Kind::Stdout, b"x").is_err());
+        assert!(Message::decode(Kind::Code, b"x").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_frame_makes_them_panic(kind in 0..Kind::ALL.len(), bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Command::decode(Kind::ALL[kind], &bytes);
+            let _ = Message::decode(Kind::ALL[kind], &bytes);
+        }
+    }
+}

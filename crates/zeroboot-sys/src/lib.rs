@@ -1,0 +1,1 @@
+//! The only host crate with `unsafe`.
