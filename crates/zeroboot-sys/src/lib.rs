@@ -1,1 +1,5 @@
 //! The only host crate with `unsafe`.
+
+pub mod kick;
+pub mod kvm;
+pub mod memory;
