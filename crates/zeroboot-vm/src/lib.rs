@@ -4,6 +4,7 @@
 //! [`Machine::new`], then [`VmState`]'s restore, then the clocks, then the mailbox.
 
 mod boot;
+mod build;
 mod cpuid;
 mod doorbell;
 mod exits;
@@ -14,6 +15,7 @@ mod snapshot;
 mod state;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
+pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
 pub use doorbell::{Mailbox, MailboxError};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
@@ -23,4 +25,4 @@ pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
     Snapshot, SnapshotFacts, WorkingSet,
 };
-pub use state::{MsrCount, StateTables, VmState};
+pub use state::{MsrCount, StateTables, TR9, VmState};

@@ -12,6 +12,11 @@ pub(crate) const MSR_TSC: u32 = 0x10;
 /// MSR_IA32_TSC_DEADLINE: when the local APIC's timer fires, in units of the TSC.
 pub(crate) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
+/// For the nested lane only: QEMU's TCG looks at the I/O permission bitmap only of a task segment of type 9
+/// (available), while KVM reports 11 (busy), as real CPUs want it. With 11 every port access of the agent
+/// in a restored guest is a fault there; with 9 hardware refuses to enter the guest.
+pub const TR9: &str = "ZEROBOOT_TCG_TR9";
+
 /// Everything that KVM holds about a paused machine, except memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmState {
@@ -50,7 +55,10 @@ impl VmState {
         // First: reading it folds a pending INIT or SIPI into the rest of the state.
         let mp_state = vcpu.mp_state()?;
         let regs = vcpu.regs()?;
-        let sregs = vcpu.sregs()?;
+        let mut sregs = vcpu.sregs()?;
+        if std::env::var_os(TR9).is_some_and(|v| v == "1") {
+            sregs.base.tr.type_ = 9;
+        }
         let xsave = vcpu.xsave()?;
         let xcrs = vcpu.xcrs()?;
         let lapic = vcpu.lapic()?;
