@@ -15,7 +15,8 @@ use std::{
 use zeroboot_proto::{
     Identity,
     mailbox::{
-        AREA, AREA_PAGES, CONSOLE_PORT, DOORBELL_PORT, LENGTH_AT, MAGIC, MORE_AT, PAGE, PAGES, Ring, TABLE_AT, VERSION,
+        ABOUT_AT, AREA, AREA_PAGES, CONSOLE_PORT, DOORBELL_PORT, LENGTH_AT, MAGIC, MAX_ABOUT, MORE_AT, PAGE, PAGES,
+        Ring, TABLE_AT, VERSION,
     },
 };
 
@@ -154,8 +155,12 @@ impl Vm {
         Ok(Vm { mailbox: Mailbox::new()? })
     }
 
-    /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork.
-    pub fn ready(&mut self) -> io::Result<()> {
+    /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork. `about` is
+    /// the payload of the runner's `Ready` frame, at most [`MAX_ABOUT`] bytes of which are told to the host.
+    pub fn ready(&mut self, about: &[u8]) -> io::Result<()> {
+        let about = about.get(..about.len().min(MAX_ABOUT)).unwrap_or_default();
+        self.mailbox.put(about);
+        self.mailbox.write(ABOUT_AT, &(about.len() as u32).to_le_bytes());
         let frame = u32::try_from(self.mailbox.header / PAGE as u64).map_err(io::Error::other)?;
         ring(Ring::Ready.encode(frame));
         Ok(())
