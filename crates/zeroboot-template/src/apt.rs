@@ -235,25 +235,52 @@ impl Apt {
         }
         command.args(args).current_dir(self.dir.join("archives")).stdin(Stdio::null());
         command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
-        command.output().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => AptError::NoProgram(program),
-            _ => AptError::Run(program, error),
-        })
+        command.output().map_err(failed_to_run(program))
     }
 }
 
-/// Unpacks a package's files into a directory.
-pub fn unpack(package: &Path, into: &Path) -> Result<(), AptError> {
-    let output = Command::new("dpkg-deb").arg("-x").arg(package).arg(into).stdin(Stdio::null()).output();
-    let output = output.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => AptError::NoProgram("dpkg-deb"),
-        _ => AptError::Run("dpkg-deb", error),
-    })?;
-    if output.status.success() {
-        return Ok(());
+/// Unpacks a package's files into a directory, but for those that match a pattern of `tar --exclude`. Symbolic links to
+/// directories that are there already stay (a merged `/usr`).
+pub fn unpack(package: &Path, into: &Path, exclude: &[&str]) -> Result<(), AptError> {
+    let mut tar = Command::new("tar");
+    tar.args(["-x", "-p", "--no-same-owner", "--keep-directory-symlink", "--anchored", "--wildcards"]);
+    tar.args(exclude.iter().map(|pattern| format!("--exclude=./{pattern}"))).arg("-C").arg(into);
+    through_tar(package, tar).map(|_| ())
+}
+
+/// The bytes of a package's files whose path matches the pattern.
+pub fn read_file(package: &Path, pattern: &str) -> Result<Vec<u8>, AptError> {
+    let mut tar = Command::new("tar");
+    tar.args(["-x", "-O", "--wildcards"]).arg(format!("./{pattern}"));
+    through_tar(package, tar)
+}
+
+/// `dpkg-deb -x` would replace symbolic links by directories, and writes files only.
+fn through_tar(package: &Path, mut tar: Command) -> Result<Vec<u8>, AptError> {
+    let name = || package.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut deb = Command::new("dpkg-deb");
+    deb.arg("--fsys-tarfile").arg(package).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut deb = deb.spawn().map_err(failed_to_run("dpkg-deb"))?;
+    let archive = deb.stdout.take().map_or(Stdio::null(), Stdio::from);
+    let tar = tar.stdin(archive).output().map_err(failed_to_run("tar"));
+    // First the end of dpkg-deb, whatever became of tar.
+    let deb = deb.wait_with_output().map_err(failed_to_run("dpkg-deb"))?;
+    let tar = tar?;
+    // When tar cannot write, dpkg-deb only learns that nobody reads.
+    let order = if complaint(&deb).contains("Broken pipe") { [&tar, &deb] } else { [&deb, &tar] };
+    for output in order {
+        if !output.status.success() {
+            return Err(AptError::Unpack { package: name(), reason: complaint(output) });
+        }
     }
-    let package = package.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    Err(AptError::Unpack { package, reason: complaint(&output) })
+    Ok(tar.stdout)
+}
+
+fn failed_to_run(program: &'static str) -> impl Fn(io::Error) -> AptError {
+    move |error| match error.kind() {
+        io::ErrorKind::NotFound => AptError::NoProgram(program),
+        _ => AptError::Run(program, error),
+    }
 }
 
 /// `Inst libc6 (2.36-9+deb12u14 Debian:12.12/oldstable [amd64]) []`

@@ -67,6 +67,11 @@ impl<'a> Entry<'a> {
     }
 }
 
+/// How every archive ends.
+pub const END: &[u8; 124] = b"07070100000000000000000000000000000000000000010000000000000000\
+00000000000000000000000000000000\
+0000000b00000000TRAILER!!!\0\0\0\0";
+
 /// Writes an archive.
 #[derive(Debug)]
 pub struct Writer<W> {
@@ -78,7 +83,12 @@ pub struct Writer<W> {
 impl<W: Write> Writer<W> {
     /// An empty archive.
     pub fn new(out: W) -> Writer<W> {
-        Writer { out, inode: 0, written: 0 }
+        Writer::continuing(out, 0)
+    }
+
+    /// What will lie behind an archive without its [`END`]: inode numbers go on after `inode`.
+    pub fn continuing(out: W, inode: u32) -> Writer<W> {
+        Writer { out, inode, written: 0 }
     }
 
     /// Adds an entry. Paths and link targets with a NUL byte, and files of 4 GiB and more, do not fit the format.
@@ -103,8 +113,7 @@ impl<W: Write> Writer<W> {
 
     /// Ends the archive and gives back what it was written to.
     pub fn finish(mut self) -> io::Result<W> {
-        let end = Entry { path: b"TRAILER!!!", mode: 0, uid: 0, gid: 0, mtime: 0, kind: Kind::File(&[]) };
-        self.header(&end, 0, 0, 1, &[], (0, 0))?;
+        self.put(END)?;
         Ok(self.out)
     }
 
@@ -203,6 +212,14 @@ mod tests {
         assert!(writer.append(&Entry::directory("/etc", 0o755)).is_err());
         assert!(writer.append(&Entry::directory("", 0o755)).is_err());
         assert!(writer.append(&Entry::file("a\0b", 0o644, b"")).is_err());
+    }
+
+    #[test]
+    fn the_end_is_an_entry_like_any_other() {
+        let mut writer = Writer::new(Vec::new());
+        let end = Entry { path: b"TRAILER!!!", mode: 0, uid: 0, gid: 0, mtime: 0, kind: Kind::File(&[]) };
+        writer.header(&end, 0, 0, 1, &[], (0, 0)).unwrap();
+        assert_eq!(writer.out.as_slice(), END);
     }
 
     #[test]

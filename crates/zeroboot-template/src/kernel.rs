@@ -10,8 +10,11 @@ pub enum KernelError {
     #[error("not a kernel: neither an ELF file nor a bzImage")]
     NotAKernel,
     /// A bzImage, but no payload in it could be unpacked to an ELF file.
-    #[error("the bzImage holds no ELF payload that is compressed with xz or zstd, or not at all")]
+    #[error("the bzImage holds no ELF payload that is compressed with lz4, xz or zstd, or not at all")]
     NoPayload,
+    /// The payload does not unpack.
+    #[error("the bzImage's payload is damaged")]
+    Unpack(#[source] io::Error),
 }
 
 /// A `vmlinux` is not larger than this (a hostile file must not fill the memory).
@@ -19,29 +22,39 @@ const MOST: u64 = 512 << 20;
 const ELF: &[u8] = b"\x7fELF";
 const XZ: &[u8] = b"\xfd7zXZ\x00";
 const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
+/// The "legacy" frame, which the kernel's build uses.
+const LZ4: &[u8] = b"\x02\x21\x4c\x18";
 
-/// The ELF kernel in `file`, which is one already or a bzImage.
+/// The ELF kernel in `file`, which is one already or a bzImage (kernel documentation: `arch/x86/boot`).
 pub fn vmlinux(file: &[u8]) -> Result<Vec<u8>, KernelError> {
     if file.starts_with(ELF) {
         return Ok(file.to_vec());
     }
-    // The setup header's magic, at 0x202 (kernel documentation: `arch/x86/boot`).
     if file.get(0x202..0x206) != Some(b"HdrS") {
         return Err(KernelError::NotAKernel);
     }
-    // The payload's place is in the header too, but it is relative to the protected-mode code and its length includes
-    // a trailer; looking for the magic is what the kernel's own `extract-vmlinux` does and needs neither.
-    for (magic, unpack) in [(XZ, unxz as fn(&[u8]) -> io::Result<Vec<u8>>), (ZSTD, unzstd), (ELF, as_is)] {
-        for at in positions(file, magic) {
-            if let Some(payload) = file.get(at..)
-                && let Ok(elf) = unpack(payload)
-                && elf.starts_with(ELF)
-            {
-                return Ok(elf);
-            }
-        }
-    }
-    Err(KernelError::NoPayload)
+    let payload = payload(file).ok_or(KernelError::NoPayload)?;
+    let unpack = match payload {
+        _ if payload.starts_with(XZ) => unxz,
+        _ if payload.starts_with(ZSTD) => unzstd,
+        _ if payload.starts_with(LZ4) => unlz4,
+        _ if payload.starts_with(ELF) => as_is,
+        _ => return Err(KernelError::NoPayload),
+    };
+    let elf = unpack(payload).map_err(KernelError::Unpack)?;
+    if elf.starts_with(ELF) { Ok(elf) } else { Err(KernelError::NoPayload) }
+}
+
+/// The compressed kernel, by the setup header's `setup_sects`, `payload_offset` and `payload_length`.
+fn payload(file: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| Some(u32::from_le_bytes(file.get(at..at + 4)?.try_into().ok()?) as usize);
+    // Zero stands for four, for historical reasons.
+    let sectors = match *file.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = ((sectors + 1) * 512).checked_add(word(0x248)?)?;
+    file.get(start..start.checked_add(word(0x24c)?)?)
 }
 
 /// The release (`6.1.0-42-cloud-amd64`) that a `vmlinux` says it is.
@@ -70,6 +83,28 @@ fn unzstd(bytes: &[u8]) -> io::Result<Vec<u8>> {
     Ok(out)
 }
 
+/// Blocks, each with its compressed length before it, of 8 MiB each but for the last. What follows the last (the kernel
+/// appends the unpacked size) is no whole block.
+fn unlz4(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    const BLOCK: usize = 8 << 20;
+    let mut rest = bytes.get(LZ4.len()..).unwrap_or_default();
+    let mut out = Vec::new();
+    while let Some((length, tail)) = rest.split_first_chunk::<4>() {
+        let Some((block, tail)) = tail.split_at_checked(u32::from_le_bytes(*length) as usize) else { break };
+        let block = lz4_flex::block::decompress(block, BLOCK).map_err(io::Error::other)?;
+        let last = block.len() < BLOCK;
+        out.extend_from_slice(&block);
+        if out.len() as u64 > MOST {
+            return Err(io::Error::other("too large"));
+        }
+        if last {
+            break;
+        }
+        rest = tail;
+    }
+    Ok(out)
+}
+
 fn as_is(bytes: &[u8]) -> io::Result<Vec<u8>> {
     Ok(bytes.to_vec())
 }
@@ -95,8 +130,13 @@ mod tests {
         image[0x202..0x206].copy_from_slice(b"HdrS");
         assert!(matches!(vmlinux(&image), Err(KernelError::NoPayload)));
         // A payload that is cut short.
-        image[1024..1030].copy_from_slice(XZ);
-        image[2048..2052].copy_from_slice(ZSTD);
+        image[0x24c..0x250].copy_from_slice(&64u32.to_le_bytes());
+        for magic in [XZ, ZSTD, LZ4] {
+            image[2560..2560 + magic.len()].copy_from_slice(magic);
+            assert!(vmlinux(&image).is_err());
+        }
+        // One that lies about its length.
+        image[0x24c..0x250].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(matches!(vmlinux(&image), Err(KernelError::NoPayload)));
     }
 

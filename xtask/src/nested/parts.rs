@@ -217,7 +217,7 @@ fn apt(cache: &Path, suites: &[&str]) -> Result<Apt> {
 fn unpack(apt: &Apt, packages: &[Package], into: &Path) -> Result<()> {
     eprintln!("nested lane: fetching {} (once)", packages.last().map_or("nothing", |package| &package.name));
     for file in explain(apt.fetch(packages))? {
-        explain(apt::unpack(&file, into))?;
+        explain(apt::unpack(&file, into, &[]))?;
         // The archive is of no more use: the unpacked files are the cache.
         fs::remove_file(&file)?;
     }
