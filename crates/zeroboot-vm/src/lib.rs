@@ -9,10 +9,13 @@ mod cpuid;
 mod doorbell;
 mod exits;
 mod facts;
+mod jail;
 mod machine;
 mod session;
 mod snapshot;
 mod state;
+mod worker;
+mod zygote;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
@@ -26,3 +29,6 @@ pub use snapshot::{
     Snapshot, SnapshotFacts, WorkingSet,
 };
 pub use state::{MsrCount, StateTables, TR9, VmState};
+pub use jail::{POLICY, VmJailError};
+pub use worker::{SocketFront, WorkerError, worker};
+pub use zygote::{ZygoteError, zygote};
