@@ -6,7 +6,7 @@ use std::io;
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
     process::{Resource, Rlimit, setrlimit},
-    thread::{CapabilitySet, UnshareFlags},
+    thread::{CapabilitySet, CapabilitySets, UnshareFlags},
 };
 use zeroboot_sys::{
     jail::{self, Filter, JailError},
@@ -54,7 +54,12 @@ pub(crate) fn strip_zygote() -> Result<bool, VmJailError> {
         // Groups first: without the user id there is no right to do it. A process in no user namespace of
         // its own keeps host ids, so they become nobody's.
         process::clear_groups().map_err(step("leave the supplementary groups"))?;
+        // A change from root's id would take the capability that dropping the bounding set needs.
+        rustix::thread::set_keep_capabilities(true).map_err(|e| step("keep capabilities")(e.into()))?;
         process::become_user(NOBODY).map_err(step("become nobody"))?;
+        let last = CapabilitySet::SETPCAP;
+        let sets = CapabilitySets { effective: last, permitted: last, inheritable: CapabilitySet::empty() };
+        rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))?;
     }
     jail::drop_capabilities().map_err(step("drop capabilities"))?;
     jail::deny_tracing().map_err(step("forbid tracing"))?;
@@ -83,11 +88,12 @@ fn enter_nothing(root: bool) -> io::Result<()> {
 /// In the worker, with its VM made and its socket at hand: from here on it can run the guest, speak on its
 /// socket and end.
 pub(crate) fn close(filter: &Filter) -> Result<(), VmJailError> {
+    // No limit on processes: since Linux 6.14 the first KVM_RUN makes a kernel thread of this process (huge
+    // page recovery) and fails for ever if it may not. The filter has no system call that makes one.
     for (resource, limit, what) in [
         (Resource::Core, 0, "forbid core files"),
         (Resource::Fsize, 0, "forbid writing files"),
         (Resource::Nofile, 16, "limit descriptors"),
-        (Resource::Nproc, 0, "forbid processes"),
     ] {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(|e| step(what)(e.into()))?;
     }

@@ -22,6 +22,7 @@ pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
 pub use doorbell::{Mailbox, MailboxError};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
+pub use jail::{POLICY, VmJailError};
 pub use machine::{Host, Machine};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
@@ -29,6 +30,5 @@ pub use snapshot::{
     Snapshot, SnapshotFacts, WorkingSet,
 };
 pub use state::{MsrCount, StateTables, TR9, VmState};
-pub use jail::{POLICY, VmJailError};
 pub use worker::{SocketFront, WorkerError, worker};
 pub use zygote::{ZygoteError, zygote};

@@ -63,6 +63,7 @@ pub fn worker(
     // The VM is made: the worker needs the device no more.
     drop(host);
     snapshot.prefault(&mut fork, prefault)?;
+    fork.machine.vcpu.prime().map_err(ForkError::from)?;
     kick::on_activity(socket.as_fd()).map_err(WorkerError::Kick)?;
     if let Some(filter) = filter {
         jail::close(filter)?;

@@ -66,7 +66,12 @@ fn chain(error: &dyn Error) -> String {
 }
 
 /// Loads the template, tells `report`, and serves `control` until the front is gone.
+///
+/// The two are the descriptors that `zeroboot_sys::process::as_zygote` placed; every higher one is closed.
 pub fn zygote(template: &Path, prefault: Prefault, report: OwnedFd, control: OwnedFd) -> Result<(), ZygoteError> {
+    // Whatever the front or its parent left open would reach every worker.
+    let first = control::CONTROL_FD.max(control::REPORT_FD).unsigned_abs() + 1;
+    process::close_from(first).map_err(|e| ZygoteError::Channel("close inherited descriptors", e))?;
     let zygote = match Zygote::start(template, prefault) {
         Ok(zygote) => zygote,
         Err(error) => {
