@@ -16,7 +16,7 @@ pub(crate) const MOST_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// The version of this manifest; another one is refused.
     pub format: u32,
     /// The template's name, which is its directory's.
     pub name: String,
