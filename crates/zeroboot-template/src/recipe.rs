@@ -141,7 +141,8 @@ impl Recipe {
         let options: &[&str] = match self.runtime {
             // No PYTHON* variables, no user site directory; UTF-8 whatever the locale.
             Runtime::Python => &["-E", "-s", "-X", "utf8"],
-            Runtime::Node => &["--no-deprecation"],
+            // Node 18 lets code that the runner compiles call import() only with the second; later ones need it no more.
+            Runtime::Node => &["--no-deprecation", "--experimental-vm-modules"],
         };
         argv.extend(options.iter().map(|option| (*option).to_owned()));
         argv.push(format!("/{}", self.runtime.runner()));
@@ -242,7 +243,13 @@ mod tests {
         let node = Recipe::embedded("node").unwrap();
         assert_eq!(
             node.runner_argv(),
-            ["/usr/bin/node", "--no-deprecation", "/usr/lib/zeroboot/runner.cjs", "--frozen"]
+            [
+                "/usr/bin/node",
+                "--no-deprecation",
+                "--experimental-vm-modules",
+                "/usr/lib/zeroboot/runner.cjs",
+                "--frozen"
+            ]
         );
     }
 
