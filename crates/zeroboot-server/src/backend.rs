@@ -68,6 +68,24 @@ impl Run {
         }
     }
 
+    /// The sandbox was waiting in the pool.
+    pub(crate) fn pooled(&self) -> bool {
+        match self {
+            Run::Engine(_) => false,
+            #[cfg(test)]
+            Run::Fake(_) => true,
+        }
+    }
+
+    /// Until the sandbox was ready.
+    pub(crate) fn fork_time(&self) -> std::time::Duration {
+        match self {
+            Run::Engine(_) => std::time::Duration::ZERO,
+            #[cfg(test)]
+            Run::Fake(_) => std::time::Duration::from_micros(300),
+        }
+    }
+
     /// The next event; `None` after the last. Cancel safe.
     pub(crate) async fn next(&mut self) -> Result<Option<Event>, ExecError> {
         match self {

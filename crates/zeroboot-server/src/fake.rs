@@ -68,7 +68,7 @@ impl Fake {
         }
         let mut words: VecDeque<String> = code.split(' ').map(str::to_owned).collect();
         if code.contains("zeroboot-canary") {
-            words = ["zeroboot-canary".to_owned()].into();
+            words = ["zeroboot-canary 42\n".to_owned()].into();
         }
         if let Stdin::Bytes(bytes) = &request.stdin {
             words.push_front(String::from_utf8_lossy(bytes).into_owned());

@@ -1,0 +1,7 @@
+//! The routes.
+
+pub(crate) mod batch;
+pub(crate) mod docs;
+pub(crate) mod exec;
+pub(crate) mod status;
+mod stream;
