@@ -309,7 +309,8 @@ mod tests {
         let stream: Vec<u8> = "aé€😀\u{0}".bytes().chain([0xff, 0xc3]).chain("ü".bytes()).collect();
         for size in 1..stream.len() {
             let mut pieces = Pieces::default();
-            let mut all: Vec<Piece> = stream.chunks(size).filter_map(|c| pieces.push(&Bytes::copy_from_slice(c))).collect();
+            let mut all: Vec<Piece> =
+                stream.chunks(size).filter_map(|c| pieces.push(&Bytes::copy_from_slice(c))).collect();
             all.extend(pieces.finish());
             let whole: Vec<u8> = all
                 .into_iter()

@@ -65,7 +65,11 @@ impl App {
 
     /// Refuses new execs once the shutdown signal came.
     pub(crate) fn check_open(&self) -> Result<(), ApiError> {
-        if self.draining.load(Ordering::Relaxed) { Err(zeroboot_engine::ExecError::ShuttingDown.into()) } else { Ok(()) }
+        if self.draining.load(Ordering::Relaxed) {
+            Err(zeroboot_engine::ExecError::ShuttingDown.into())
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -71,7 +71,7 @@ impl Run {
     /// The sandbox was waiting in the pool.
     pub(crate) fn pooled(&self) -> bool {
         match self {
-            Run::Engine(_) => false,
+            Run::Engine(execution) => execution.pooled(),
             #[cfg(test)]
             Run::Fake(_) => true,
         }
@@ -80,7 +80,7 @@ impl Run {
     /// Until the sandbox was ready.
     pub(crate) fn fork_time(&self) -> std::time::Duration {
         match self {
-            Run::Engine(_) => std::time::Duration::ZERO,
+            Run::Engine(execution) => execution.fork_time(),
             #[cfg(test)]
             Run::Fake(_) => std::time::Duration::from_micros(300),
         }

@@ -334,7 +334,8 @@ impl ServerConfig {
         {
             return Err(Range("each default limit", "at most its maximum"));
         }
-        if limits.max_body < 1024 || limits.max_batch == 0 || limits.batch_parallel == 0 || limits.max_connections == 0 {
+        if limits.max_body < 1024 || limits.max_batch == 0 || limits.batch_parallel == 0 || limits.max_connections == 0
+        {
             return Err(Range("max_body_bytes, max_batch, batch_parallel and max_connections", "above zero"));
         }
         let rates = [Some(limits.key_rate), limits.anonymous_rate, Some(limits.demo_per_minute)];

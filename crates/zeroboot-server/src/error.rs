@@ -122,9 +122,12 @@ impl From<ExecError> for ApiError {
         match error {
             ExecError::Invalid(invalid) => ApiError::new(invalid_code(&invalid), invalid.to_string()),
             ExecError::UnknownTemplate(_) => ApiError::new("unknown_template", error.to_string()),
-            ExecError::Busy { retry_after, .. } => ApiError::new("busy", "All sandboxes are in use").retry_after(retry_after),
+            ExecError::Busy { retry_after, .. } => {
+                ApiError::new("busy", "All sandboxes are in use").retry_after(retry_after)
+            }
             ExecError::NotReady { ref template, .. } => {
-                ApiError::new("not_ready", format!("Template {template} is not ready")).retry_after(Duration::from_secs(1))
+                ApiError::new("not_ready", format!("Template {template} is not ready"))
+                    .retry_after(Duration::from_secs(1))
             }
             ExecError::ShuttingDown => {
                 ApiError::new("shutting_down", "The server is shutting down").retry_after(Duration::from_secs(1))
@@ -144,6 +147,7 @@ fn invalid_code(error: &InvalidRequest) -> &'static str {
         E::EmptyCode => "empty_code",
         E::CodeTooLong(_) | E::CodeHasNul(_) | E::CodeNotUtf8(_) => "invalid_code",
         E::ZeroTimeout => "invalid_timeout",
+        E::TooMuchMemory { .. } => "invalid_limits",
         E::BadEnv(_) | E::EnvTooLong(_) | E::BadArgument => "invalid_env",
         E::FilesTooLarge(_) | E::BadPath(_) => "invalid_files",
         _ => "invalid_request",

@@ -205,7 +205,9 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_refused() {
-        for text in ["lisen = []", "[limits]\nmax_bdy = 1", "[[template]]\nname = \"a\"\npol = 1", "[tls]\ncert = \"a\""] {
+        for text in
+            ["lisen = []", "[limits]\nmax_bdy = 1", "[[template]]\nname = \"a\"\npol = 1", "[tls]\ncert = \"a\""]
+        {
             assert!(toml::from_str::<FileConfig>(text).is_err(), "{text}");
         }
     }

@@ -185,7 +185,8 @@ mod tests {
         for good in ["http://localhost:3000", "http://127.0.0.1", "https://[::1]:8080"] {
             assert!(is_local_origin(good.as_bytes()), "{good}");
         }
-        for bad in ["null", "http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", ""] {
+        for bad in ["null", "http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", ""]
+        {
             assert!(!is_local_origin(bad.as_bytes()), "{bad}");
         }
     }

@@ -213,8 +213,9 @@ fn parse(text: &str) -> Result<KeyRing, String> {
     let start = text.trim_start();
     let at = |error: &serde_json::Error| format!("JSON, line {} column {}", error.line(), error.column());
     if start.starts_with('[') && !start.starts_with("[[") {
-        let tokens: Vec<String> = serde_json::from_str(text)
-            .map_err(|error| format!("neither TOML with [[key]] tables nor a JSON array of strings ({})", at(&error)))?;
+        let tokens: Vec<String> = serde_json::from_str(text).map_err(|error| {
+            format!("neither TOML with [[key]] tables nor a JSON array of strings ({})", at(&error))
+        })?;
         let keys = tokens.iter().enumerate().map(|(at, token)| plain_key(at, token)).collect::<Result<_, _>>()?;
         return Ok(KeyRing { keys, plain: true });
     }

@@ -5,3 +5,5 @@ pub(crate) mod docs;
 pub(crate) mod exec;
 pub(crate) mod status;
 mod stream;
+
+pub(crate) use stream::StartBody;

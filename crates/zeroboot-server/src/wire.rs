@@ -203,7 +203,10 @@ impl Catalog {
         match (language, template) {
             (Some(_), Some(_)) => Err(ApiError::new("invalid_request", "give either language or template, not both")),
             (None, Some(name)) => self.templates.iter().position(|(known, _)| known == name).ok_or_else(|| {
-                ApiError::new("unknown_template", format!("Unknown template {}; there are: {}", quoted(name), names(|entry| &entry.0)))
+                ApiError::new(
+                    "unknown_template",
+                    format!("Unknown template {}; there are: {}", quoted(name), names(|entry| &entry.0)),
+                )
             }),
             (language, None) => {
                 let asked = language.unwrap_or("python");
@@ -211,7 +214,10 @@ impl Catalog {
                 // A template that is called as the language is its default one.
                 let named = self.templates.iter().position(|(name, known)| known == wanted && name == wanted);
                 named.or_else(|| self.templates.iter().position(|(_, known)| known == wanted)).ok_or_else(|| {
-                    ApiError::new("unknown_language", format!("Unknown language {}; there are: {}", quoted(asked), names(|entry| &entry.1)))
+                    ApiError::new(
+                        "unknown_language",
+                        format!("Unknown language {}; there are: {}", quoted(asked), names(|entry| &entry.1)),
+                    )
                 })
             }
         }
@@ -228,13 +234,19 @@ fn quoted(word: &str) -> String {
 
 impl ExecBody {
     /// Step 1 of an exec: what the engine is asked, and the template's place in the catalog.
-    pub(crate) fn into_request(self, catalog: &Catalog, bounds: &RequestLimits) -> Result<(ExecRequest, usize), ApiError> {
+    pub(crate) fn into_request(
+        self,
+        catalog: &Catalog,
+        bounds: &RequestLimits,
+    ) -> Result<(ExecRequest, usize), ApiError> {
         let at = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
         let mut request = ExecRequest::new(catalog.get(at).0, self.code);
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {
-                let time = Duration::try_from_secs_f64(given).ok().filter(|time| !time.is_zero() && *time <= bounds.max_timeout);
+                let time = Duration::try_from_secs_f64(given)
+                    .ok()
+                    .filter(|time| !time.is_zero() && *time <= bounds.max_timeout);
                 time.ok_or_else(|| {
                     let most = bounds.max_timeout.as_secs_f64();
                     ApiError::new("invalid_timeout", format!("timeout_seconds must be above 0 and at most {most}"))
@@ -248,7 +260,8 @@ impl ExecBody {
         let (processes, most) = (limits.processes.map(u64::from), bounds.max_processes.into());
         let processes = within("limits.processes", processes, bounds.default_processes.into(), most, 1)?;
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
-        request.limits.output = within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
+        request.limits.output =
+            within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {
@@ -263,7 +276,8 @@ impl ExecBody {
             request.stdin = Stdin::Bytes(data.bytes);
         }
         let files = self.files.unwrap_or_default().into_iter();
-        request.files = files.map(|(path, Data { bytes: data, executable })| InputFile { path, data, executable }).collect();
+        request.files =
+            files.map(|(path, Data { bytes: data, executable })| InputFile { path, data, executable }).collect();
         request.check().map_err(zeroboot_engine::ExecError::from)?;
         Ok((request, at))
     }

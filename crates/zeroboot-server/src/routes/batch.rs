@@ -3,12 +3,13 @@
 use std::{
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use serde::Serialize;
+use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
@@ -59,11 +60,7 @@ pub(crate) async fn batch(
             app.gate.charge(&caller, executions.len() - 1)?;
         }
         let budget = AtomicU64::new(limits.max_batch_output);
-        let items = executions.into_iter().map(|Object(body)| {
-            let item = item(&app, &caller, request_id, body, &budget);
-            // A fault in one item is that item's error.
-            AssertUnwindSafe(item).catch_unwind().map(|caught| caught.unwrap_or_else(|_| Err(ApiError::internal())))
-        });
+        let items = executions.into_iter().map(|Object(body)| guarded(item(&app, &caller, request_id, body, &budget)));
         let done: Vec<Result<Finished, ApiError>> = stream::iter(items).buffered(limits.batch_parallel).collect().await;
         let results = done.iter().map(|result| match result {
             Ok(finished) => Item::Answer(finished),
@@ -73,6 +70,11 @@ pub(crate) async fn batch(
     }
     .instrument(span)
     .await
+}
+
+/// A fault in one item is that item's error.
+async fn guarded(item: impl Future<Output = Result<Finished, ApiError>>) -> Result<Finished, ApiError> {
+    AssertUnwindSafe(item).catch_unwind().await.unwrap_or_else(|_| Err(ApiError::internal()))
 }
 
 async fn item(
@@ -92,7 +94,10 @@ async fn item(
         let result = under_way.collect(request.clone(), Some(budget)).await;
         match result {
             Err(error) if error.code == "busy" && Instant::now() < until => {
-                tokio::time::sleep(error.retry_after.unwrap_or_default().clamp(Duration::from_millis(5), Duration::from_millis(50))).await;
+                tokio::time::sleep(
+                    error.retry_after.unwrap_or_default().clamp(Duration::from_millis(5), Duration::from_millis(50)),
+                )
+                .await;
             }
             other => return other,
         }

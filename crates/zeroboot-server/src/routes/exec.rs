@@ -87,7 +87,10 @@ pub(crate) async fn read_json<T: DeserializeOwned>(
     let late = || ApiError::new("body_timeout", "The body took too long to arrive");
     let bytes = match read.map_err(|_| late())? {
         Ok(whole) => whole.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() || error.source().is_some_and(|source| source.is::<LengthLimitError>()) => {
+        Err(error)
+            if error.is::<LengthLimitError>()
+                || error.source().is_some_and(|source| source.is::<LengthLimitError>()) =>
+        {
             let text = format!("The body is larger than {} bytes", limits.max_body);
             return Err(ApiError::new("body_too_large", text));
         }
@@ -169,7 +172,8 @@ impl UnderWay {
                 _ => 0,
             };
             if let Some(budget) = budget {
-                let left = budget.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
+                let left =
+                    budget.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
                 left.map_err(|_| ApiError::new("batch_output_limit", "The batch brings back too much output"))?;
             }
             match event {

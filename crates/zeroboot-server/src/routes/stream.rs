@@ -73,7 +73,9 @@ pub(crate) async fn start(under_way: UnderWay, request: ExecRequest, peer: Peer)
         }
     };
     tokio::spawn(pump.in_current_span());
-    let stream = futures_util::stream::poll_fn(move |context| receiver.poll_recv(context).map(|bytes| bytes.map(Ok::<_, Infallible>)));
+    let stream = futures_util::stream::poll_fn(move |context| {
+        receiver.poll_recv(context).map(|bytes| bytes.map(Ok::<_, Infallible>))
+    });
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
