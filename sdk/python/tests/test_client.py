@@ -27,6 +27,7 @@ from zeroboot import (
     Exec,
     ExecutionError,
     File,
+    InputFile,
     RateLimitError,
     Sandbox,
     ServerError,
@@ -133,7 +134,12 @@ def test_every_option_has_its_place(client: Any, stub: Make, tmp_path: Path) -> 
         stdin=b"\xff",
         env={"A": "b"},
         args=["--x", "1"],
-        files={"a.txt": "text", "b.bin": b"bytes", "c.bin": local},
+        files={
+            "a.txt": "text",
+            "b.bin": b"bytes",
+            "c.bin": local,
+            "d.sh": InputFile("#!", executable=True),
+        },
         output_files=["out.png"],
         limits={"memory_mb": 64, "cpu_seconds": 1.5},
     )
@@ -148,7 +154,12 @@ def test_every_option_has_its_place(client: Any, stub: Make, tmp_path: Path) -> 
         "stdin": b64(b"\xff"),
         "env": {"A": "b"},
         "args": ["--x", "1"],
-        "files": {"a.txt": "text", "b.bin": b64(b"bytes"), "c.bin": b64(b"\x00\xff")},
+        "files": {
+            "a.txt": "text",
+            "b.bin": b64(b"bytes"),
+            "c.bin": b64(b"\x00\xff"),
+            "d.sh": {"text": "#!", "executable": True},
+        },
         "output_files": ["out.png"],
         "limits": {"memory_mb": 64, "cpu_seconds": 1.5},
     }
@@ -325,7 +336,15 @@ EURO = "€uro 😀\n"
 def stream_bytes() -> bytes:
     return (
         b": hello\n\n"
-        + event("start", id="7", template="python", isolation="vm", pooled=True, fork_time_ms=0.4)
+        + event(
+            "start",
+            id="7",
+            template="p",
+            language="python",
+            isolation="vm",
+            pooled=True,
+            fork_time_ms=0.4,
+        )
         + event("stdout", text=EURO)
         + b"event: brand-new\ndata: {}\n\n"
         + b'event: stderr\r\ndata: {"text":\r\ndata: "warn"}\r\n\r\n'
@@ -342,7 +361,7 @@ def test_events_come_whole_wherever_the_bytes_are_cut(client: Any, stub: Make, s
     events = list(client(server.url).stream("x"))
     assert server.seen[0].headers["accept"] == "text/event-stream"
     assert [type(e) for e in events] == [Start, Stdout, Stderr, Stdout, File, End]
-    assert events[0] == Start("7", "python", "vm", True, 0.4)
+    assert events[0] == Start("7", "p", "python", "vm", True, 0.4)
     assert events[1].text == EURO and events[2].text == "warn"
     assert events[3].data == b"\xff\x00" and events[3].text == "\ufffd\x00"
     assert events[4].path == "out.txt" and events[4].file.read_text() == "made"

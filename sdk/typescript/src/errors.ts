@@ -103,21 +103,22 @@ export class BatchError extends ZerobootError {
 
 // Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
 // batch, an `error` event in a stream.
-const SERVER_CODES = new Set([
+export const SERVER_CODES = new Set([
+  "batch_output_limit",
   "busy",
-  "not_ready",
-  "shutting_down",
   "internal",
+  "not_ready",
   "sandbox_failed",
-  "template_failed",
+  "shutting_down",
 ]);
+const RATE_CODES = new Set(["concurrency_limited", "rate_limited"]);
 
 export function errorFor(message: string, facts: ErrorFacts): ZerobootError {
   const { status, code } = facts;
   if (status === 401 || status === 403 || (status === undefined && code === "unauthorized")) {
     return new AuthenticationError(message, facts);
   }
-  if (status === 429 || (status === undefined && code === "rate_limited")) {
+  if (status === 429 || (status === undefined && code !== undefined && RATE_CODES.has(code))) {
     return new RateLimitError(message, facts);
   }
   const ours =

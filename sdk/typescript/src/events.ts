@@ -9,6 +9,7 @@ export interface StartEvent {
   type: "start";
   id: string;
   template: string;
+  language: string;
   isolation: Isolation;
   pooled: boolean;
   fork_time_ms: number;

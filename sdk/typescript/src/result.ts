@@ -55,8 +55,9 @@ export interface ResultFields {
   readonly output: string;
   readonly duration_ms: number;
   readonly encoding: Readonly<{ stdout: string; stderr: string }>;
-  readonly cpu_time_ms: number | null;
-  readonly peak_memory_bytes: number | null;
+  /** 0 where the host cannot tell. */
+  readonly cpu_time_ms: number;
+  readonly peak_memory_bytes: number;
   /** The streams as bytes, exact even where they are not UTF-8 (then the text has U+FFFD). */
   readonly stdoutBytes: Uint8Array;
   readonly stderrBytes: Uint8Array;
@@ -99,8 +100,8 @@ class ResultObject extends String implements ResultFields {
   declare readonly output: string;
   declare readonly duration_ms: number;
   declare readonly encoding: Readonly<{ stdout: string; stderr: string }>;
-  declare readonly cpu_time_ms: number | null;
-  declare readonly peak_memory_bytes: number | null;
+  declare readonly cpu_time_ms: number;
+  declare readonly peak_memory_bytes: number;
   declare readonly files: Readonly<Record<string, OutputFile>>;
   readonly stdoutBytes: Uint8Array;
   readonly stderrBytes: Uint8Array;
@@ -187,8 +188,8 @@ const DEFAULTS = {
   truncated: false,
   template: "",
   language: "",
-  cpu_time_ms: null,
-  peak_memory_bytes: null,
+  cpu_time_ms: 0,
+  peak_memory_bytes: 0,
 };
 
 export function makeResult(answer: unknown, requestId: string | undefined): Result {

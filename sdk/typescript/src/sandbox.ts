@@ -7,7 +7,7 @@ import type { Result } from "./result.js";
 import { Answer, ask, open, parse } from "./transport.js";
 import type { Transport } from "./transport.js";
 import { VERSION } from "./version.js";
-import type { Data, ExecRequest, Language, Limits } from "./wire.js";
+import type { Data, ExecRequest, FileData, Language, Limits, WireData } from "./wire.js";
 
 const DEFAULT_BASE_URL = "http://127.0.0.1:8080";
 
@@ -40,7 +40,7 @@ export interface StreamOptions {
   env?: Record<string, string> | undefined;
   args?: readonly string[] | undefined;
   /** Path in the sandbox to content. */
-  files?: Record<string, Data> | undefined;
+  files?: Record<string, FileData> | undefined;
   /** Paths in the sandbox to bring back. */
   outputFiles?: readonly string[] | undefined;
   limits?: Limits | undefined;
@@ -286,7 +286,7 @@ export class Sandbox {
     if (exec.args !== undefined) request.args = exec.args;
     if (exec.files !== undefined) {
       request.files = Object.fromEntries(
-        Object.entries(exec.files).map(([path, content]) => [path, wire(content)]),
+        Object.entries(exec.files).map(([path, content]) => [path, wireFile(content)]),
       );
     }
     if (exec.outputFiles !== undefined) request.output_files = exec.outputFiles;
@@ -399,6 +399,15 @@ function itemOf(item: unknown, requestId: string | undefined): Result | Zeroboot
 
 function wire(data: Data): string | { base64: string } {
   return typeof data === "string" ? data : { base64: toBase64(data) };
+}
+
+function wireFile(file: FileData): WireData {
+  if (typeof file === "string" || file instanceof Uint8Array) return wire(file);
+  const content = wire(file.data);
+  return {
+    ...(typeof content === "string" ? { text: content } : content),
+    executable: file.executable ?? false,
+  };
 }
 
 interface Globals {

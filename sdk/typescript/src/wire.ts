@@ -15,6 +15,15 @@ export type Outcome =
 /** Text, or exact bytes. */
 export type Data = string | Uint8Array;
 
+/** A file for a sandbox: its content, alone or with more. */
+export type FileData = Data | { data: Data; executable?: boolean };
+
+/** How content travels. */
+export type WireData =
+  | string
+  | { base64: string; executable?: boolean }
+  | { text: string; executable?: boolean };
+
 /** Limits of one exec, spelled as the API spells them; each may only lower what the server allows. */
 export interface Limits {
   memory_mb?: number;
@@ -29,10 +38,10 @@ export interface ExecRequest {
   language?: Language;
   template?: string;
   timeout_seconds: number;
-  stdin?: string | { base64: string };
+  stdin?: WireData;
   env?: Record<string, string>;
   args?: readonly string[];
-  files?: Record<string, string | { base64: string }>;
+  files?: Record<string, WireData>;
   output_files?: readonly string[];
   limits?: Limits;
 }
@@ -59,8 +68,8 @@ export interface ExecAnswer {
   output: string;
   duration_ms: number;
   encoding: { stdout: string; stderr: string };
-  cpu_time_ms: number | null;
-  peak_memory_bytes: number | null;
+  cpu_time_ms: number;
+  peak_memory_bytes: number;
 }
 
 // A Record must name every key of the type and no other, so a list made from its keys is complete.

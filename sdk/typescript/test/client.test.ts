@@ -63,7 +63,11 @@ test("every option has its place", async (t) => {
     stdin: Uint8Array.of(255),
     env: { A: "b" },
     args: ["--x", "1"],
-    files: { "a.txt": "text", "b.bin": Uint8Array.of(0, 255) },
+    files: {
+      "a.txt": "text",
+      "b.bin": Uint8Array.of(0, 255),
+      "c.sh": { data: "#!", executable: true },
+    },
     outputFiles: ["out.png"],
     limits: { memory_mb: 64, cpu_seconds: 1.5 },
   });
@@ -74,7 +78,11 @@ test("every option has its place", async (t) => {
     stdin: { base64: "/w==" },
     env: { A: "b" },
     args: ["--x", "1"],
-    files: { "a.txt": "text", "b.bin": { base64: "AP8=" } },
+    files: {
+      "a.txt": "text",
+      "b.bin": { base64: "AP8=" },
+      "c.sh": { text: "#!", executable: true },
+    },
     output_files: ["out.png"],
     limits: { memory_mb: 64, cpu_seconds: 1.5 },
   });

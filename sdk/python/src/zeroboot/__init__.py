@@ -20,7 +20,7 @@ from ._errors import (
 from ._events import End, Event, File, Start, Stderr, Stdout
 from ._result import OutputFile, Result
 from ._sync import ExecStream, Sandbox
-from ._types import Data, Exec, FileData, Health, Isolation, Language, Limits, Outcome
+from ._types import Data, Exec, FileData, Health, InputFile, Isolation, Language, Limits, Outcome
 from ._version import __version__
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "File",
     "FileData",
     "Health",
+    "InputFile",
     "Isolation",
     "Language",
     "Limits",

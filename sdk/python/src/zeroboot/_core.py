@@ -32,7 +32,7 @@ from ._errors import (
     error_class,
 )
 from ._result import Result
-from ._types import Data, Exec, FileData, Health
+from ._types import Data, Exec, FileData, Health, InputFile
 from ._version import __version__
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8080"
@@ -183,6 +183,10 @@ def _data(data: Data) -> Any:
 
 
 def _file_data(data: FileData) -> Any:
+    if isinstance(data, InputFile):
+        content = _data(data.data)
+        fields = {"text": content} if isinstance(content, str) else content
+        return {**fields, "executable": data.executable}
     if isinstance(data, os.PathLike):
         return _data(Path(data).read_bytes())
     return _data(data)

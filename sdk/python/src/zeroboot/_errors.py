@@ -114,14 +114,15 @@ class BatchError(ZerobootError):
 # Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
 # batch, an `error` event in a stream.
 SERVER_CODES = frozenset(
-    {"busy", "not_ready", "shutting_down", "internal", "sandbox_failed", "template_failed"}
+    {"batch_output_limit", "busy", "internal", "not_ready", "sandbox_failed", "shutting_down"}
 )
+RATE_CODES = frozenset({"concurrency_limited", "rate_limited"})
 
 
 def error_class(status: Optional[int], code: Optional[str]) -> type[ZerobootError]:
     if status in (401, 403) or (status is None and code == "unauthorized"):
         return AuthenticationError
-    if status == 429 or (status is None and code == "rate_limited"):
+    if status == 429 or (status is None and code in RATE_CODES):
         return RateLimitError
     if status is None:
         return ServerError if code is None or code in SERVER_CODES else BadRequestError

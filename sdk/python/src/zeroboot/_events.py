@@ -19,6 +19,7 @@ class Start:
 
     id: str
     template: str
+    language: str
     isolation: Isolation
     pooled: bool
     fork_time_ms: float
@@ -147,6 +148,7 @@ class ExecReader:
             return Start(
                 id=fields.get("id", ""),
                 template=fields.get("template", ""),
+                language=fields.get("language", ""),
                 isolation=fields.get("isolation", "process"),
                 pooled=fields.get("pooled", False),
                 fork_time_ms=fields.get("fork_time_ms", 0.0),

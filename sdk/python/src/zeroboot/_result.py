@@ -60,8 +60,9 @@ class Result(str):
     output: str
     duration_ms: float
     encoding: dict[str, str]
-    cpu_time_ms: Optional[float]
-    peak_memory_bytes: Optional[int]
+    #: 0 where the host cannot tell.
+    cpu_time_ms: float
+    peak_memory_bytes: int
     #: The streams as bytes, exact even where they are not UTF-8 (then the text has U+FFFD).
     stdout_bytes: bytes
     stderr_bytes: bytes
@@ -98,8 +99,8 @@ class Result(str):
         self.truncated = raw.get("truncated", False)
         self.template = raw.get("template", "")
         self.language = raw.get("language", "")
-        self.cpu_time_ms = raw.get("cpu_time_ms")
-        self.peak_memory_bytes = raw.get("peak_memory_bytes")
+        self.cpu_time_ms = raw.get("cpu_time_ms", 0.0)
+        self.peak_memory_bytes = raw.get("peak_memory_bytes", 0)
         self.files = {
             path: output_file(path, content) for path, content in (raw.get("files") or {}).items()
         }

@@ -19,9 +19,20 @@ Outcome = Literal[
     "crashed",
 ]
 
-#: What goes into a sandbox: text, exact bytes, or (for files) the path of a local file to send.
+#: What goes into a sandbox: text or exact bytes.
 Data = Union[str, bytes]
-FileData = Union[str, bytes, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file with more than its content."""
+
+    data: Data
+    executable: bool = False
+
+
+#: A file for a sandbox: its content, or the path of a local file to send.
+FileData = Union[str, bytes, "os.PathLike[str]", InputFile]
 
 
 class Limits(TypedDict, total=False):
