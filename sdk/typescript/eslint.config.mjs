@@ -12,7 +12,7 @@ export default tseslint.config(
     },
   },
   {
-    files: ["test/**"],
+    files: ["test/**", "contract/**"],
     rules: {
       "@typescript-eslint/no-floating-promises": "off", // node:test collects them
       // To the types a result is a string, so these would remove the very thing that is tested.
