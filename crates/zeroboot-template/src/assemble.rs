@@ -462,7 +462,7 @@ fn is_fresh(provenance: &Provenance) -> bool {
 /// Takes away what the same recipe's earlier assemblies left (they are large), but for the latest few: another version
 /// of the program may be using one.
 fn forget_older(all: &Path, name: &str) {
-    const KEPT: usize = 4;
+    const KEPT: usize = 2;
     let Ok(entries) = fs::read_dir(all) else { return };
     let ours = |name_of: &std::ffi::OsStr| {
         name_of.to_str().and_then(|known| known.rsplit_once('-')).is_some_and(|(known, _)| known == name)
