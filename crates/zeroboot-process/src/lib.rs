@@ -10,10 +10,12 @@
 //! The Python zygote *is* the warmed interpreter: it calls [`serve`] through the `zeroboot-pyfork` library,
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
+mod discover;
 mod layout;
 mod serve;
 mod zygote;
 
+pub use discover::{DiscoverError, HostRuntime, node, python};
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
 pub use serve::{ServeError, serve};
-pub use zygote::{Assets, ZygoteConfig, interpreter_home, run_zygote, serve_python};
+pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

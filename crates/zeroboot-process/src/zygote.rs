@@ -1,11 +1,6 @@
 //! The zygote of a process template: builds the root, then becomes the warm runtime or serves forks itself.
 
-use std::{
-    ffi::CString,
-    io,
-    os::fd::AsFd,
-    path::{Path, PathBuf},
-};
+use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
 
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use zeroboot_proto::Kind;
@@ -191,9 +186,4 @@ pub fn serve_python(control: i32) {
             process::exit_now(125)
         }
     }
-}
-
-/// Directories that an interpreter at `path` certainly needs: its own.
-pub fn interpreter_home(path: &Path) -> Option<PathBuf> {
-    Some(path.parent()?.parent()?.to_path_buf())
 }

@@ -97,7 +97,8 @@ pub fn landlock(writable: &[&Path]) -> Result<bool, JailError> {
 /// A seccomp filter compiled from policy data.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// In the order of installation; of two equally strict answers the kernel takes the later filter's.
+    /// In the order of installation. The strictest answer of all counts; an allow-list comes last, because it
+    /// forbids to install another.
     programs: Vec<BpfProgram>,
 }
 
