@@ -1,7 +1,7 @@
 //! A small HTTP/1.1 client: one that can also misbehave.
 
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
 };

@@ -39,7 +39,6 @@ impl Default for Setup {
 
 pub(crate) struct Fixture {
     pub(crate) address: SocketAddr,
-    pub(crate) listens: Vec<Listen>,
     pub(crate) engine: Engine,
     stop: Arc<Notify>,
     server: Option<std::thread::JoinHandle<Result<(), ServeError>>>,
@@ -94,7 +93,7 @@ impl Setup {
             Listen::Unix(_) => None,
         });
         let address = tcp.unwrap_or_else(|| ([127, 0, 0, 1], 0).into());
-        Fixture { address, listens, engine, stop, server: Some(server) }
+        Fixture { address, engine, stop, server: Some(server) }
     }
 }
 
