@@ -97,6 +97,15 @@ impl Run {
         }
     }
 
+    pub(crate) fn set_memory(&mut self, size: &str) {
+        size.clone_into(&mut self.memory);
+    }
+
+    pub(crate) fn set_kernel(&mut self, version: &str) -> Result<()> {
+        self.flavour = Flavour::parse(version)?;
+        Ok(())
+    }
+
     /// Sets a variable in the command's environment.
     pub(crate) fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
         self.env.push((name.into(), value.into()));
@@ -159,9 +168,9 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Task> {
             Some("--console") => run.show_console = true,
             Some("--fetch-only") => fetch_only = true,
             Some("--timeout") => run.timeout = Duration::from_secs(number(&value()?)?),
-            Some("--memory") => run.memory = text(value()?)?,
+            Some("--memory") => run.set_memory(&text(value()?)?),
             Some("--cpus") => run.cpus = number(&value()?)?.to_string(),
-            Some("--kernel") => run.flavour = Flavour::parse(&text(value()?)?)?,
+            Some("--kernel") => run.set_kernel(&text(value()?)?)?,
             Some("--share") => run.shares.push(fs::canonicalize(value()?).context("--share")?),
             Some("--env") => {
                 let pair = value()?;
@@ -385,6 +394,11 @@ fn environment(run: &Run, home: &Path) -> Vec<(OsString, OsString)> {
     env.push(("ZEROBOOT_TCG_TR9".into(), "1".into()));
     env.extend(run.env.iter().cloned());
     env
+}
+
+/// As [`quoted`].
+pub(crate) fn quoted_text(word: &str) -> Result<String> {
+    Ok(String::from_utf8(quoted(OsStr::new(word)))?)
 }
 
 /// A word for a POSIX shell.

@@ -17,7 +17,7 @@ fn main() {
 
 fn run() -> std::io::Result<()> {
     let mut vm = vm::Vm::start()?;
-    vm.ready()?;
+    vm.ready(b"echo")?;
     let mut input = Vec::new();
     vm.take_input(&mut input);
     let mut decoder = Decoder::new();

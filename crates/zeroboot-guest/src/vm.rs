@@ -15,7 +15,8 @@ use std::{
 use zeroboot_proto::{
     Identity,
     mailbox::{
-        AREA, AREA_PAGES, CONSOLE_PORT, DOORBELL_PORT, LENGTH_AT, MAGIC, MORE_AT, PAGE, PAGES, Ring, TABLE_AT, VERSION,
+        ABOUT_AT, AREA, AREA_PAGES, CONSOLE_PORT, DOORBELL_PORT, LENGTH_AT, MAGIC, MAX_ABOUT, MORE_AT, PAGE, PAGES,
+        Ring, TABLE_AT, VERSION,
     },
 };
 
@@ -107,13 +108,13 @@ const BOOT_ID: &str = "/run/boot_id";
 
 /// The machine as its first process sees it.
 #[derive(Debug)]
-pub struct Vm {
+pub(crate) struct Vm {
     mailbox: Mailbox,
 }
 
 impl Vm {
     /// Mounts, raises the loopback interface, takes the doorbell and pins the mailbox.
-    pub fn start() -> io::Result<Vm> {
+    pub(crate) fn start() -> io::Result<Vm> {
         // The console first: every later failure is told there.
         ports()?;
         for mount in MOUNTS {
@@ -154,8 +155,12 @@ impl Vm {
         Ok(Vm { mailbox: Mailbox::new()? })
     }
 
-    /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork.
-    pub fn ready(&mut self) -> io::Result<()> {
+    /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork. `about` is
+    /// the payload of the runner's `Ready` frame, at most [`MAX_ABOUT`] bytes of which are told to the host.
+    pub(crate) fn ready(&mut self, about: &[u8]) -> io::Result<()> {
+        let about = about.get(..about.len().min(MAX_ABOUT)).unwrap_or_default();
+        self.mailbox.put(about);
+        self.mailbox.write(ABOUT_AT, &(about.len() as u32).to_le_bytes());
         let frame = u32::try_from(self.mailbox.header / PAGE as u64).map_err(io::Error::other)?;
         ring(Ring::Ready.encode(frame));
         Ok(())
@@ -163,13 +168,13 @@ impl Vm {
 
     /// Appends what the host had put into the mailbox before it let this guest run on. `true`: it has more;
     /// ring [`Ring::Want`].
-    pub fn take_input(&mut self, input: &mut Vec<u8>) -> bool {
+    pub(crate) fn take_input(&mut self, input: &mut Vec<u8>) -> bool {
         self.mailbox.take(input)
     }
 
     /// One doorbell: hands over at most [`AREA`] bytes of frames and appends the host's bytes to `input`.
     /// `true`: the host has more; ring [`Ring::Want`].
-    pub fn exchange(&mut self, why: Ring, bytes: &[u8], input: &mut Vec<u8>) -> bool {
+    pub(crate) fn exchange(&mut self, why: Ring, bytes: &[u8], input: &mut Vec<u8>) -> bool {
         let bytes = bytes.get(..bytes.len().min(AREA)).unwrap_or_default();
         self.mailbox.put(bytes);
         ring(why.encode(bytes.len() as u32));
@@ -277,7 +282,7 @@ fn ring(value: u32) {
 
 /// Writes to the boot console, which a failed template build shows. Two exits for each byte: only for what
 /// ends the machine.
-pub fn console(text: &str) {
+pub(crate) fn console(text: &str) {
     for byte in text.bytes().chain([b'\n']) {
         // SAFETY: `ports` gave this thread the port; if it did not, there is no machine to go on with.
         unsafe {
@@ -318,7 +323,7 @@ fn bind(source: &CStr, target: &CStr) -> io::Result<()> {
 
 /// Makes this fork's kernel its own, before anything of the user's runs: entropy, wall clock, host name,
 /// boot id. Any failure is an error: a sandbox without an identity must not run.
-pub fn apply_identity(identity: &Identity) -> io::Result<()> {
+pub(crate) fn apply_identity(identity: &Identity) -> io::Result<()> {
     // struct rand_pool_info: bits of entropy, bytes, the bytes.
     #[repr(C)]
     struct Pool {

@@ -11,6 +11,7 @@
 //!   0x008  u64 x 2*AREA_PAGES  guest-physical addresses: first the pages towards the guest, then the others
 //!   0x800  u32  bytes in the area towards the guest   (host writes, guest reads after each ring)
 //!   0x804  u32  1: the host has more bytes waiting     (ring Want to get them)
+//!   0x808  u32  at `Ready`: bytes in the area from the guest, which are what the runner says of itself
 //! ```
 //!
 //! The host reads addresses once, when the template rings `Ready`, and never again: a fork cannot move
@@ -42,6 +43,11 @@ pub const TABLE_AT: usize = 8;
 pub const LENGTH_AT: usize = 0x800;
 /// Where the `more` flag is in the header.
 pub const MORE_AT: usize = 0x804;
+
+/// Where the length of the runner's own description is in the header, at `Ready`.
+pub const ABOUT_AT: usize = 0x808;
+/// Most bytes of that description.
+pub const MAX_ABOUT: usize = 4096;
 
 /// Why the guest rings. The argument is the number of bytes in the area from the guest, except for `Ready`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

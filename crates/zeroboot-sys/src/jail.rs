@@ -137,3 +137,11 @@ pub enum JailError {
     #[error("apply the seccomp filter: {0}")]
     Seccomp(String),
 }
+
+/// The kernel's Landlock version; 0 where it has none.
+pub fn landlock_version() -> u32 {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel takes no attributes and returns a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, VERSION) };
+    u32::try_from(version).unwrap_or(0)
+}

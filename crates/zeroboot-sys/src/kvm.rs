@@ -291,7 +291,7 @@ impl Vcpu {
         drop(aim);
         if let Err(error) = result {
             return match error.errno() {
-                libc::EINTR | libc::EAGAIN => {
+                libc::EINTR => {
                     kick::take_pending();
                     Ok(VmExit::Kicked)
                 }
@@ -362,6 +362,12 @@ impl Vcpu {
             Err(errno) => Err(KvmError { call: "KVM_RUN", source: io::Error::from_raw_os_error(errno) }),
             Ok(()) => Err(wrong("KVM_RUN", "it ran on instead of finishing the pending access".into())),
         }
+    }
+
+    /// Has KVM do what it does once, at the first run of a VM (since Linux 6.14 it makes a kernel thread),
+    /// without running the guest.
+    pub fn prime(&mut self) -> Result<()> {
+        self.complete_io()
     }
 
     /// What the guest sees of the CPU. Before any other state.

@@ -5,7 +5,9 @@
 //! looked at; and while the host copies, the only vCPU stands still.
 
 use serde::{Deserialize, Serialize};
-use zeroboot_proto::mailbox::{AREA, AREA_PAGES, LENGTH_AT, MAGIC, MORE_AT, PAGE, TABLE_AT, VERSION};
+use zeroboot_proto::mailbox::{
+    ABOUT_AT, AREA, AREA_PAGES, LENGTH_AT, MAGIC, MAX_ABOUT, MORE_AT, PAGE, TABLE_AT, VERSION,
+};
 use zeroboot_sys::memory::{GuestPhys, Mapping, OutOfBounds};
 
 /// Why a mailbox cannot be used.
@@ -55,6 +57,17 @@ impl Mailbox {
         let mailbox = Mailbox { header: header.0, to_guest: pages, from_guest };
         mailbox.check(memory.len())?;
         Ok(mailbox)
+    }
+
+    /// What the runner said of itself when the template became ready.
+    pub(crate) fn about(&self, memory: &Mapping) -> Result<Vec<u8>, MailboxError> {
+        let len = memory.read_u32(GuestPhys(self.header).plus(ABOUT_AT as u64))?;
+        if len as usize > MAX_ABOUT {
+            return Err(MailboxError::TooLong(len));
+        }
+        let mut about = Vec::new();
+        self.take(memory, len, &mut about)?;
+        Ok(about)
     }
 
     /// Whether every page is a different whole page of `memory` bytes. A saved mailbox is checked as a

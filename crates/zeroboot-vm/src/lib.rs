@@ -9,16 +9,20 @@ mod cpuid;
 mod doorbell;
 mod exits;
 mod facts;
+mod jail;
 mod machine;
 mod session;
 mod snapshot;
 mod state;
+mod worker;
+mod zygote;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
 pub use doorbell::{Mailbox, MailboxError};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
+pub use jail::{POLICY, VmJailError};
 pub use machine::{Host, Machine};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
@@ -26,3 +30,5 @@ pub use snapshot::{
     Snapshot, SnapshotFacts, WorkingSet,
 };
 pub use state::{MsrCount, StateTables, TR9, VmState};
+pub use worker::{SocketFront, WorkerError, worker};
+pub use zygote::{ZygoteError, zygote};

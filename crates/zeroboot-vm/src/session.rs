@@ -18,7 +18,7 @@ use zeroboot_proto::{
     Decoder, Ending, ExitReport, FrameError, Identity, Kind, Limits, Message, encode, encode_header,
     mailbox::{AREA, Ring},
 };
-use zeroboot_sys::kick::Kick;
+use zeroboot_sys::kick::{Kick, take_pending};
 
 use crate::{Console, Exits, Fork, MailboxError, Snapshot, Stop};
 
@@ -173,11 +173,12 @@ impl<'a, F: Front> Session<'a, F> {
             let (ring, len) = match stop {
                 Stop::Ring(ring, len) => (ring, len),
                 Stop::Kicked => {
-                    if Instant::now() >= self.deadline {
-                        return self.finish(Ending::DeadlinePassed);
-                    }
                     if self.fill(false)? {
                         return Ok(SessionEnd::FrontGone);
+                    }
+                    // After `fill`, which forgets pending kicks: one that came before it is seen here.
+                    if Instant::now() >= self.deadline {
+                        return self.finish(Ending::DeadlinePassed);
                     }
                     continue;
                 }
@@ -196,10 +197,6 @@ impl<'a, F: Front> Session<'a, F> {
                 Flow::Continue => {}
                 Flow::Over(end) => return Ok(end),
             }
-            // The bell rang often enough to never be kicked out of the guest: look at the clock here too.
-            if Instant::now() >= self.deadline {
-                return self.finish(Ending::DeadlinePassed);
-            }
             match ring {
                 Ring::Want => {
                     // Until `Run` the guest has nothing to do but wait for us; after it, it has.
@@ -217,6 +214,11 @@ impl<'a, F: Front> Session<'a, F> {
                 // The last bytes held no last frame.
                 Ring::Done | Ring::Ready => return self.finish(Ending::Crashed),
             }
+            // A guest that rings all the time is never kicked out: look at the clock here too. After `fill`,
+            // which forgets pending kicks.
+            if Instant::now() >= self.deadline {
+                return self.finish(Ending::DeadlinePassed);
+            }
         }
     }
 
@@ -227,6 +229,9 @@ impl<'a, F: Front> Session<'a, F> {
 
     /// Takes what the front has sent. `true`: the front is gone.
     fn fill(&mut self, wait: bool) -> Result<bool, SessionError> {
+        // What has come by now is read below, so its kick has done its work; and the caller looks at the
+        // deadline afterwards.
+        take_pending();
         let mut bytes = Vec::new();
         let mut wait = wait;
         while self.to_guest.len() < INPUT_WATERMARK {

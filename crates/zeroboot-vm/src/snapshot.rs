@@ -51,6 +51,7 @@ pub(crate) struct Body {
     pub(crate) cpuid: Vec<CpuidEntry>,
     pub(crate) state: VmState,
     pub(crate) mailbox: Mailbox,
+    pub(crate) about: Vec<u8>,
     pub(crate) working_set: WorkingSet,
 }
 
@@ -183,6 +184,7 @@ impl Snapshot {
         argument: u32,
     ) -> Result<Snapshot, FreezeError> {
         let mailbox = Mailbox::discover(&machine.memory, argument)?;
+        let about = mailbox.about(&machine.memory)?;
         let (state, _count) = VmState::save(host, &mut machine)?;
         // The last mapping of the boot memory must be gone before it can be sealed.
         drop(machine);
@@ -201,6 +203,7 @@ impl Snapshot {
             cpuid: host.cpuid().to_vec(),
             state,
             mailbox,
+            about,
             working_set: WorkingSet::default(),
         };
         Ok(Snapshot { image, body, tables })
@@ -306,6 +309,11 @@ impl Snapshot {
     /// The saved state.
     pub fn state(&self) -> &VmState {
         &self.body.state
+    }
+
+    /// What the runner said of itself when it was warm: the payload of its `Ready` frame.
+    pub fn about(&self) -> &[u8] {
+        &self.body.about
     }
 
     /// The pages that an exec touches.

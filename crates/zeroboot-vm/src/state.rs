@@ -56,7 +56,7 @@ impl VmState {
         let mp_state = vcpu.mp_state()?;
         let regs = vcpu.regs()?;
         let mut sregs = vcpu.sregs()?;
-        if std::env::var_os(TR9).is_some_and(|v| v == "1") {
+        if sregs.base.tr.type_ == 11 && std::env::var_os(TR9).is_some_and(|v| v == "1") {
             sregs.base.tr.type_ = 9;
         }
         let xsave = vcpu.xsave()?;

@@ -21,6 +21,55 @@ pub(crate) enum Command {
     /// Its output comes out byte for byte and its exit status is ours: 124 for a passed time limit, 137 for a
     /// killed sandbox, 125 for our own failure.
     Run(RunArgs),
+
+    /// Show what this host can do, what will be used, and what to fix.
+    Doctor(DoctorArgs),
+
+    /// Measure forks, execs and density on this host; every answer is checked.
+    Bench(BenchArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) from: TemplateArgs,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchWhat {
+    /// From the request to the first byte of output, against a fresh interpreter.
+    Exec,
+    /// A pooled checkout against an unpooled fork.
+    Fork,
+    /// Many sandboxes alive at once: how fast they come, what each costs, how fast they go.
+    Density,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// What to measure [default: everything].
+    #[arg(value_enum)]
+    pub(crate) what: Vec<BenchWhat>,
+
+    #[command(flatten)]
+    pub(crate) from: TemplateArgs,
+
+    /// Repetitions of each measurement.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(5..=100_000))]
+    pub(crate) repeat: u32,
+
+    /// Sandboxes alive at once in the density measurement.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) alive: u32,
+
+    /// Also write the result, with the host's facts, as JSON to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
 }
 
 /// Which engine holds the code in.

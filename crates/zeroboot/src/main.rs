@@ -1,7 +1,9 @@
 //! `zeroboot`: run code that nobody vouches for.
 
 mod assets;
+mod bench;
 mod cli;
+mod doctor;
 mod hint;
 mod printer;
 mod resolve;
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
         .init();
     let result = match cli.command {
         cli::Command::Run(args) => run::run(args),
+        cli::Command::Doctor(args) => doctor::run(&args),
+        cli::Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

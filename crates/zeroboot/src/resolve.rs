@@ -23,6 +23,18 @@ impl Runtime {
     }
 }
 
+/// What /dev/kvm of this host is worth.
+pub(crate) struct KvmFinding {
+    pub(crate) works: bool,
+    pub(crate) found: String,
+    pub(crate) mend: Option<String>,
+}
+
+/// Looks at /dev/kvm by using it.
+pub(crate) fn kvm_finding() -> KvmFinding {
+    KvmFinding { works: false, found: "not probed: this build has no VM engine".into(), mend: None }
+}
+
 /// The engine that `auto` means here, and why.
 pub(crate) fn choose_engine(choice: EngineChoice) -> anyhow::Result<(EngineChoice, String)> {
     match choice {
