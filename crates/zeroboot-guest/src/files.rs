@@ -1,0 +1,172 @@
+//! Files into the working directory before the run, and out of it after.
+
+use std::ffi::OsStr;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::io::Errno;
+use zeroboot_proto::{FileChunk, Kind, MAX_PAYLOAD, encode};
+
+/// The working directory.
+pub(crate) struct Files {
+    root: OwnedFd,
+    path: Vec<u8>,
+    owner: Option<(u32, u32)>,
+    writing: Option<(Vec<u8>, std::fs::File)>,
+}
+
+impl Files {
+    /// Over `cwd`. New files are given to `owner`, if that is another user than this process's.
+    pub(crate) fn new(cwd: &Path, owner: Option<(u32, u32)>) -> io::Result<Files> {
+        let root = rustix::fs::open(cwd, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Files { root, path: cwd.as_os_str().as_bytes().to_vec(), owner, writing: None })
+    }
+
+    /// Writes one chunk. The error is for the caller of the sandbox to read.
+    pub(crate) fn put(&mut self, chunk: &FileChunk<'_>) -> Result<(), String> {
+        let name = String::from_utf8_lossy(chunk.path).into_owned();
+        let continues = matches!(&self.writing, Some((path, _)) if chunk.append && path == chunk.path);
+        if !continues {
+            let file = self.create(chunk).map_err(|error| format!("cannot write the input file {name:?}: {error}"))?;
+            self.writing = Some((chunk.path.to_vec(), file));
+        }
+        let Some((_, file)) = &mut self.writing else { return Ok(()) };
+        file.write_all(chunk.data).map_err(|error| format!("cannot write the input file {name:?}: {error}"))
+    }
+
+    /// No more `put`.
+    pub(crate) fn close(&mut self) {
+        self.writing = None;
+    }
+
+    fn create(&self, chunk: &FileChunk<'_>) -> io::Result<std::fs::File> {
+        let parts = self.parts(chunk.path)?;
+        let (last, parents) = parts.split_last().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut dir =
+            rustix::fs::openat(&self.root, ".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        for part in parents {
+            match rustix::fs::mkdirat(&dir, *part, Mode::from_raw_mode(0o755)) {
+                Ok(()) => self.give(&dir, part)?,
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            // One name at a time and no symbolic links: nothing that a template holds can lead out.
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            dir = rustix::fs::openat(&dir, *part, flags, Mode::empty())?;
+        }
+        let how = if chunk.append { OFlags::APPEND } else { OFlags::CREATE | OFlags::TRUNC };
+        let flags = how | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&dir, *last, flags, Mode::from_raw_mode(0o600))?;
+        if !chunk.append {
+            let mode = if chunk.mode == 0 { 0o644 } else { chunk.mode & 0o777 };
+            rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode.into()))?;
+            self.give(&dir, last)?;
+        }
+        Ok(fd.into())
+    }
+
+    fn give(&self, dir: impl AsFd, name: &OsStr) -> io::Result<()> {
+        if let Some((uid, gid)) = self.owner {
+            let owner = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+            rustix::fs::chownat(dir, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        Ok(())
+    }
+
+    /// The names of a path below the working directory.
+    fn parts<'a>(&self, path: &'a [u8]) -> io::Result<Vec<&'a OsStr>> {
+        let outside = || io::Error::other("the path leaves the working directory");
+        let path = match path.strip_prefix(b"/") {
+            None => path,
+            Some(_) => {
+                path.strip_prefix(self.path.as_slice()).and_then(|p| p.strip_prefix(b"/")).ok_or_else(outside)?
+            }
+        };
+        let parts: Vec<&[u8]> = path.split(|&b| b == b'/').filter(|p| !p.is_empty() && *p != b".").collect();
+        if parts.is_empty() || parts.contains(&b"..".as_slice()) {
+            return Err(outside());
+        }
+        Ok(parts.into_iter().map(OsStr::from_bytes).collect())
+    }
+
+    /// Opens a file to bring back, and its size. Called when no process of the sandbox is left.
+    fn open(&self, path: &[u8]) -> Result<(std::fs::File, u64, u16), String> {
+        let text = |error: Errno| match error {
+            Errno::NOENT => "no such file".to_string(),
+            Errno::XDEV | Errno::LOOP => "a symbolic link leads out of the working directory".to_string(),
+            other => other.to_string(),
+        };
+        let parts = self.parts(path).map_err(|e| e.to_string())?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let joined = parts.join(OsStr::new("/"));
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let fd = match rustix::fs::openat2(&self.root, &*joined, flags, Mode::empty(), resolve) {
+            // No openat2 (an old kernel or a filter): step by step, and then no symbolic link at all is followed.
+            Err(Errno::NOSYS | Errno::PERM) => self.walk(&parts, flags),
+            other => other,
+        }
+        .map_err(text)?;
+        let stat = rustix::fs::fstat(&fd).map_err(text)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err("it is a directory".into()),
+            _ => return Err("it is not a regular file".into()),
+        }
+        Ok((fd.into(), stat.st_size as u64, (stat.st_mode & 0o777) as u16))
+    }
+
+    fn walk(&self, parts: &[&OsStr], flags: OFlags) -> Result<OwnedFd, Errno> {
+        let (last, parents) = parts.split_last().ok_or(Errno::INVAL)?;
+        let step = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut dir = rustix::fs::openat(&self.root, ".", step, Mode::empty())?;
+        for part in parents {
+            dir = rustix::fs::openat(&dir, *part, step, Mode::empty())?;
+        }
+        rustix::fs::openat(&dir, *last, flags | OFlags::NOFOLLOW, Mode::empty())
+    }
+
+    /// Sends a file as `File` frames, or one failed chunk with the reason. `budget` is what all files may still take.
+    pub(crate) fn get(
+        &self,
+        path: &[u8],
+        budget: &mut u64,
+        mut send: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut frames = Vec::new();
+        let mut chunk = |data: &[u8], mode: u16, append: bool, failed: bool| {
+            frames.clear();
+            encode(&mut frames, Kind::File, &FileChunk { path, data, mode, append, failed }.encode());
+            send(&frames)
+        };
+        let (mut file, size, mode) = match self.open(path) {
+            Ok(opened) => opened,
+            Err(reason) => return chunk(reason.as_bytes(), 0, false, true),
+        };
+        if size > *budget {
+            let reason = format!("it has {size} bytes; the output files may have {budget} bytes more");
+            return chunk(reason.as_bytes(), 0, false, true);
+        }
+        let mut buffer = vec![0; MAX_PAYLOAD - FileChunk::OVERHEAD - path.len()];
+        let mut append = false;
+        loop {
+            let room = usize::try_from(*budget).unwrap_or(usize::MAX).min(buffer.len());
+            let n = match file.read(buffer.get_mut(..room).unwrap_or_default()) {
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return chunk(error.to_string().as_bytes(), 0, append, true),
+            };
+            if n == 0 && append {
+                return Ok(());
+            }
+            *budget -= n as u64;
+            chunk(buffer.get(..n).unwrap_or_default(), mode, append, false)?;
+            if n == 0 {
+                return Ok(());
+            }
+            append = true;
+        }
+    }
+}

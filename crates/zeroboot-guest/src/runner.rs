@@ -1,0 +1,109 @@
+//! The runner's process and the five descriptors that lead to it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use rustix::fs::OFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, PidfdFlags};
+
+use crate::sys;
+
+/// The descriptor on which a runner finds its control socket.
+pub(crate) const CONTROL_FD: i32 = 3;
+
+/// A live runner.
+pub(crate) struct Runner {
+    /// Its process.
+    pub(crate) pid: Pid,
+    /// Readable once it has ended. `None` where the kernel or a filter has no pidfds: the watchdog tick finds out then.
+    pub(crate) ended: Option<OwnedFd>,
+    /// Frames to and from it.
+    pub(crate) control: OwnedFd,
+    /// Write end; `None` once closed.
+    pub(crate) stdin: Option<OwnedFd>,
+    /// Read end; `None` at its end.
+    pub(crate) stdout: Option<OwnedFd>,
+    /// Read end; `None` at its end.
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+/// How to start a runner.
+pub(crate) struct Spawn {
+    /// Program and arguments.
+    pub(crate) command: Vec<OsString>,
+    /// Working directory; the agent's if `None`.
+    pub(crate) cwd: Option<PathBuf>,
+    /// User and group to become; the agent's if `None`.
+    pub(crate) user: Option<(u32, u32)>,
+    /// Environment to replace the agent's; inherited if `None`.
+    pub(crate) env: Option<Vec<(OsString, OsString)>>,
+}
+
+impl Runner {
+    /// Takes over a runner that runs already as a child of this process.
+    pub(crate) fn adopt(
+        pid: Pid,
+        control: OwnedFd,
+        stdin: OwnedFd,
+        stdout: OwnedFd,
+        stderr: OwnedFd,
+    ) -> io::Result<Runner> {
+        for end in [&stdin, &stdout, &stderr] {
+            let flags = rustix::fs::fcntl_getfl(end)?;
+            // Of our own ends only: the runner's are other open files.
+            rustix::fs::fcntl_setfl(end, flags | OFlags::NONBLOCK)?;
+        }
+        let ended = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
+        Ok(Runner { pid, ended, control, stdin: Some(stdin), stdout: Some(stdout), stderr: Some(stderr) })
+    }
+
+    /// Starts one.
+    pub(crate) fn spawn(spawn: &Spawn) -> io::Result<Runner> {
+        let (program, args) = spawn.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+        let (control, control_theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let (stdin_theirs, stdin) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        let (stdout, stdout_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        let (stderr, stderr_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        let mut command = Command::new(program);
+        command.args(args);
+        command.stdin(Stdio::from(stdin_theirs));
+        command.stdout(Stdio::from(stdout_theirs));
+        command.stderr(Stdio::from(stderr_theirs));
+        if let Some(cwd) = &spawn.cwd {
+            command.current_dir(cwd);
+        }
+        if let Some(env) = &spawn.env {
+            command.env_clear();
+            command.envs(env.iter().map(|(k, v)| (k, v)));
+        }
+        if let Some((uid, gid)) = spawn.user {
+            command.uid(uid).gid(gid);
+        }
+        sys::give_descriptor(&mut command, control_theirs, CONTROL_FD);
+        let child = command.spawn()?;
+        // Dropping `Child` neither waits nor kills: the supervisor reaps every process itself.
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+        drop(command);
+        Runner::adopt(pid, control, stdin, stdout, stderr)
+    }
+
+    /// User id of the runner, from `/proc`.
+    pub(crate) fn uid(&self) -> Option<u32> {
+        use std::os::unix::fs::MetadataExt;
+        Some(std::fs::metadata(format!("/proc/{}", self.pid)).ok()?.uid())
+    }
+}
+
+/// Whether a read of `fd` would not block now.
+pub(crate) fn readable(fd: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(n) if n > 0)
+}

@@ -1,0 +1,56 @@
+//! The calls that no safe crate offers. The only file of the agent with `unsafe`.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+/// Makes the command's program find `fd` as descriptor `target`, and die with the agent.
+pub(crate) fn give_descriptor(command: &mut Command, fd: OwnedFd, target: i32) {
+    let hook = move || {
+        let source = fd.as_raw_fd();
+        // SAFETY: plain system calls on descriptors that this closure owns (source) or that the program is
+        // to get (target); all are async-signal-safe, so the window between fork and exec allows them.
+        unsafe {
+            if source == target {
+                // dup2 onto itself would leave close-on-exec set.
+                if libc::fcntl(source, libc::F_SETFD, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            } else if libc::dup2(source, target) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the hook allocates nothing, takes no lock and makes only async-signal-safe calls.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// CPU time of the reaped children of this process, and of the children that those had reaped.
+pub(crate) fn reaped_cpu() -> Duration {
+    // SAFETY: an all-zero `rusage` is a valid value of that plain C struct.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live, writable `rusage`.
+    if unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage) } != 0 {
+        return Duration::ZERO;
+    }
+    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    time(usage.ru_utime) + time(usage.ru_stime)
+}
+
+/// Takes a descriptor that the parent left open for this program by agreement.
+pub(crate) fn inherited(fd: i32) -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: F_SETFD takes no pointer. It also proves that the descriptor is open.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open (just checked), and `main` takes each number of the agreement once, before anything else opens files.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,721 @@
+"""The Python runner: warms an interpreter, waits for one request on descriptor 3, becomes the user's program.
+
+    python -E -s -X utf8 runner.py [--warm numpy,pandas?,...] [--fork-server CDYLIB --fork-fd N] [--frozen]
+
+Standard library only, Python 3.9 to 3.14. Descriptor 3 carries zeroboot-proto frames; 0, 1 and 2 are the program's.
+A module in `--warm` that ends in `?` is skipped when it cannot be imported. See README.md for the whole contract.
+"""
+
+import atexit
+import builtins
+import gc
+import hashlib
+import importlib
+import importlib.machinery
+import io
+import json
+import linecache
+import os
+import random
+import signal
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import uuid
+
+try:
+    import ctypes
+except ImportError:  # an interpreter built without libffi: no fork server, no flush of C stdio
+    ctypes = None
+
+# Frame kinds of crates/zeroboot-proto/src/frame.rs.
+CODE, ARG, ENV, IDENTITY, RUN = 0x01, 0x02, 0x03, 0x09, 0x0A
+READY, STARTED, FAILURE, NOTE = 0x81, 0x82, 0x87, 0x88
+NOTE_OUT_OF_MEMORY = b"\x01"
+HEADER = struct.Struct("<IB3x")
+MAX_PAYLOAD = 64 * 1024 - 8
+IDENTITY_LEN = 64 + 8 + 16
+
+CONTROL_FD = 3
+# EX_SOFTWARE: the status of a runner that could not do its work. The agent reads the Failure frame, not this.
+STATUS_FAILURE = 70
+
+# What most programs import, paid for once. Names only: user code still has to import them.
+STDLIB_WARM = (
+    "asyncio base64 collections concurrent.futures contextlib copy csv dataclasses datetime decimal enum fractions "
+    "functools glob heapq inspect itertools logging math multiprocessing multiprocessing.spawn operator pathlib pickle "
+    "platform queue re shutil socket ssl statistics string subprocess textwrap typing urllib.parse zlib"
+).split()
+
+# A warm runtime that is going to be forked may have one thread only, so numeric libraries must not start theirs.
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+class RunnerError(Exception):
+    """The runner cannot do its work; the text goes into a Failure frame."""
+
+
+# ---- control descriptor
+
+
+def send(fd, kind, payload=b""):
+    data = memoryview(HEADER.pack(len(payload), kind) + payload)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def fail(text):
+    """Tells the agent why no user code will run, and ends."""
+    line = " ".join(str(text).split())
+    try:
+        send(CONTROL_FD, FAILURE, line.encode("utf-8", "replace")[:MAX_PAYLOAD])
+    except OSError:
+        # Nobody listens; the agent keeps what is on stderr.
+        pass
+    try:
+        os.write(2, ("zeroboot runner: " + line + "\n").encode("utf-8", "replace"))
+    except OSError:
+        pass
+    os._exit(STATUS_FAILURE)
+
+
+def frames(control):
+    """Yields (kind, payload) until the other side closes."""
+    while True:
+        header = control.read(HEADER.size)
+        if not header:
+            return
+        if len(header) < HEADER.size:
+            raise RunnerError("the control channel ended inside a frame")
+        length, kind = HEADER.unpack(header)
+        if length > MAX_PAYLOAD:
+            raise RunnerError("a control frame of %d bytes is above the limit" % length)
+        payload = control.read(length) if length else b""
+        if len(payload) < length:
+            raise RunnerError("the control channel ended inside a frame")
+        yield kind, payload
+
+
+# ---- warming
+
+
+def warm(spec):
+    """Imports what the template names. Returns ("name version" list, skipped list)."""
+    for name in STDLIB_WARM:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            # A trimmed interpreter (no ssl, say): the program gets the same ImportError that it would get anyway.
+            pass
+    ours = [name for name in ONE_THREAD if name not in os.environ]
+    for name in ours:
+        os.environ[name] = "1"
+    warmed, skipped = [], []
+    try:
+        for item in spec.split(","):
+            name = item.strip()
+            optional = name.endswith("?")
+            name = name.rstrip("?")
+            if not name:
+                continue
+            try:
+                module = importlib.import_module(name)
+            except BaseException as error:
+                reason = "%s: %s" % (type(error).__name__, error)
+                if not optional:
+                    raise RunnerError("cannot warm module %r: %s" % (name, reason)) from None
+                skipped.append("%s: %s" % (name, " ".join(reason.split())[:200]))
+                continue
+            version = getattr(module, "__version__", None)
+            warmed.append("%s %s" % (name, version) if isinstance(version, str) else name)
+        first_uses()
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+    return warmed, skipped
+
+
+def first_uses():
+    """Runs a program in the way that a real one will be run, so that first-use costs are paid before the snapshot."""
+    saved = sys.stdout, sys.stderr, sys.stdin
+    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"1\n"), encoding="utf-8")
+    try:
+        code = b"import sys\ndef f(a, *b, c=1):\n    return [x for x in (a, c)]\nprint(1, 'x', 1.5, f(1), f'{2:>3}')\ninput()\n1/0\n"
+        program = compile(code, "<string>", "exec", dont_inherit=True)
+        register_source("<string>", code)
+        try:
+            exec(program, {"__name__": "__main__"})
+        except ZeroDivisionError as error:
+            print_exception(error)
+        try:
+            compile(b"x ==", "<string>", "exec", dont_inherit=True)
+        except SyntaxError as error:
+            print_exception(error)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            a = numpy.arange(6.0).reshape(2, 3)
+            repr(a @ numpy.ones(3)), str(a.sum(axis=0)), (a * 2 + 1).mean()
+            numpy.random.rand(2), numpy.random.default_rng().random(2)
+            try:
+                numpy.linalg.inv(numpy.eye(2))
+            except Exception:
+                # Only a warm-up; a numpy without a working LAPACK is the program's business.
+                pass
+        pandas = sys.modules.get("pandas")
+        if pandas is not None:
+            frame = pandas.DataFrame({"a": [1, 2], "b": [0.5, 1.5]})
+            repr(frame), frame.groupby("a").sum(), frame.describe()
+    finally:
+        sys.stdout, sys.stderr, sys.stdin = saved
+        linecache.clearcache()
+
+
+# ---- identity: whatever a fork or a snapshot froze
+
+
+class Seeds:
+    """Endless independent seeds from one fork's entropy."""
+
+    def __init__(self, entropy):
+        # Both the host's bytes and the kernel's: two forks differ if either does.
+        self.key = hashlib.sha512(b"zeroboot identity" + entropy + os.urandom(32)).digest()
+        self.count = 0
+
+    def take(self):
+        self.count += 1
+        return hashlib.sha512(self.key + self.count.to_bytes(8, "little")).digest()
+
+    def number(self, bits=512):
+        return int.from_bytes(self.take(), "little") >> (512 - bits)
+
+
+class Generators:
+    """Every random generator object that was alive at the snapshot. Found before it, because a walk costs milliseconds."""
+
+    def __init__(self):
+        self.python, self.numpy_bits, self.numpy_states = [], [], []
+        core = random.Random.__mro__[1]  # _random.Random, which the garbage collector does not track
+        numpy_random = sys.modules.get("numpy.random")
+        bit_type = getattr(numpy_random, "BitGenerator", None)
+        state_type = getattr(numpy_random, "RandomState", None)
+        wanted = tuple(t for t in (core, bit_type, state_type) if t is not None)
+        interesting = {}
+
+        def consider(obj):
+            kind = type(obj)
+            hit = interesting.get(kind)
+            if hit is None:
+                hit = interesting[kind] = isinstance(kind, type) and issubclass(kind, wanted)
+            return hit
+
+        seen = {}
+        tracked = gc.get_objects()
+        for obj in tracked:
+            if consider(obj):
+                seen[id(obj)] = obj
+        # What the collector does not track is still referred to by something that it does.
+        for start in range(0, len(tracked), 4096):
+            for obj in gc.get_referents(*tracked[start : start + 4096]):
+                if consider(obj):
+                    seen[id(obj)] = obj
+        del tracked
+        for obj in list(seen.values()):
+            if state_type is not None and isinstance(obj, state_type):
+                self.numpy_states.append(obj)
+                bits = obj._bit_generator
+                seen.setdefault(id(bits), bits)
+        for obj in seen.values():
+            if bit_type is not None and isinstance(obj, bit_type):
+                self.numpy_bits.append(obj)
+            elif isinstance(obj, core) and not isinstance(obj, random.SystemRandom):
+                self.python.append(obj)
+        # The walk found the ones that must exist, or it cannot be trusted to have found the others.
+        if not any(obj is random._inst for obj in self.python):
+            raise RunnerError("the walk for random generators missed the one of module random")
+        mtrand = sys.modules.get("numpy.random.mtrand")
+        if mtrand is not None and not any(obj is mtrand._rand for obj in self.numpy_states):
+            raise RunnerError("the walk for random generators missed numpy's global one")
+
+    def reseed(self, seeds):
+        for obj in self.python:
+            # Unbound: a subclass may have made seed() do something else.
+            kind = random.Random if isinstance(obj, random.Random) else random.Random.__mro__[1]
+            kind.seed(obj, seeds.number())
+        if self.numpy_bits:
+            sequence = sys.modules["numpy.random"].SeedSequence
+            for obj in self.numpy_bits:
+                seed = sequence(seeds.number())
+                state = type(obj)(seed).state
+                try:
+                    # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
+                    obj.__setstate__((state, seed))
+                except Exception:
+                    type(obj).__init__(obj, seed)
+                if obj.state["state"] is None:
+                    raise RunnerError("a numpy bit generator has no state")
+        for obj in self.numpy_states:
+            state = obj.get_state(legacy=False)
+            # The second half of a Gaussian pair would survive.
+            state["has_gauss"], state["gauss"] = 0, 0.0
+            obj.set_state(state)
+
+
+def apply_identity(payload, generators):
+    """Makes this fork differ from all others. Any error here means that no user code runs."""
+    if len(payload) != IDENTITY_LEN:
+        raise RunnerError("the identity has %d bytes, not %d" % (len(payload), IDENTITY_LEN))
+    seeds = Seeds(payload[:64])
+    generators.reseed(seeds)
+    # uuid1: libuuid keeps a clock sequence and a node that forks would share, so take the pure Python path with our own node
+    # (multicast bit set: RFC 4122 4.5), which also keeps the host's MAC address out.
+    uuid._generate_time_safe = None
+    uuid._node = seeds.number(48) | (1 << 40)
+    for name in ("_last_timestamp", "_last_timestamp_v6", "_last_timestamp_v7"):
+        if hasattr(uuid, name):
+            setattr(uuid, name, None)
+    tempfile._name_sequence = None
+    tempfile.tempdir = None
+    openssl = sys.modules.get("_ssl")
+    if openssl is not None:
+        # Reseeds OpenSSL's primary generator, from the kernel and from this; the others notice and follow. Needed because
+        # OpenSSL detects a fork by the process id, which is the same in every fork of a VM.
+        openssl.RAND_add(seeds.take(), 64.0)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None:
+        process.current_process().authkey = seeds.take()[:32]
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(seeds.number(63))
+
+
+# ---- the program
+
+
+def open_stdio():
+    """The three streams as CPython makes them, over whatever 0, 1 and 2 are now; output is flushed at each line."""
+
+    def stream(fd, mode, name, errors):
+        try:
+            raw = io.FileIO(fd, mode, closefd=False)
+        except OSError:
+            return None  # closed from the start, as CPython shows it
+        raw.name = name
+        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        text = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, newline="\n", line_buffering=mode == "w")
+        text.mode = mode
+        return text
+
+    sys.stdin = sys.__stdin__ = stream(0, "r", "<stdin>", "surrogateescape")
+    sys.stdout = sys.__stdout__ = stream(1, "w", "<stdout>", "surrogateescape")
+    sys.stderr = sys.__stderr__ = stream(2, "w", "<stderr>", "backslashreplace")
+
+
+def register_source(filename, code):
+    text = code.decode("utf-8", "replace")
+    # No modification time: linecache.checkcache leaves such an entry alone.
+    linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+
+
+def print_exception(error, program=None):
+    """What CPython prints for an uncaught exception, with source lines for code that is in no file."""
+    shown = traceback.TracebackException(type(error), error, error.__traceback__)
+    if program is not None:
+        try:
+            hide_foreign_lines(error, shown, program, set())
+        except Exception:
+            # A line too many is better than no traceback.
+            pass
+    for line in shown.format():
+        sys.stderr.write(line)
+
+
+def code_objects(code):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_objects(constant)
+
+
+def hide_foreign_lines(error, shown, program, seen):
+    """`eval` and `exec` of the program's own use the file name `<string>` too; the lines of the program are not theirs."""
+    if error is None or shown is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    ours = None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for i, frame in enumerate(frames[: len(shown.stack)]):
+        code = frame.f_code
+        if code.co_filename == program.co_filename:
+            ours = ours or {id(c) for c in code_objects(program)}
+            if id(code) not in ours:
+                old = shown.stack[i]
+                shown.stack[i] = traceback.FrameSummary(old.filename, old.lineno, old.name, lookup_line=False, line="")
+    hide_foreign_lines(error.__cause__, shown.__cause__, program, seen)
+    hide_foreign_lines(error.__context__, shown.__context__, program, seen)
+
+
+def report(error, program=None):
+    """Handles an exception that reached the top: the exit status."""
+    if isinstance(error, SystemExit):
+        code = error.code
+        if code is None:
+            return 0
+        if isinstance(code, int):
+            return code & 0xFF if -(2**63) <= code < 2**63 else 255
+        try:
+            if sys.stderr is not None:
+                sys.stdout is None or sys.stdout.flush()
+                sys.stderr.write(str(code) + "\n")
+        except Exception:
+            # As CPython: a message that cannot be written is lost, the status is not.
+            pass
+        return 1
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
+    hook = getattr(sys, "excepthook", None)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except Exception:
+        pass
+    try:
+        if hook is None or hook is sys.__excepthook__:
+            if sys.stderr is not None:
+                print_exception(error, program)
+        else:
+            hook(type(error), error, error.__traceback__)
+    except SystemExit as again:
+        return report(again, program)
+    except BaseException as again:
+        try:
+            sys.stderr.write("Error in sys.excepthook:\n")
+            again.__traceback__ = again.__traceback__.tb_next if again.__traceback__ else None
+            print_exception(again, program)
+            sys.stderr.write("\nOriginal exception was:\n")
+            print_exception(error, program)
+        except Exception:
+            # stderr is gone or memory is: the status still tells.
+            pass
+    return 1
+
+
+class Program:
+    """The code as `__main__`."""
+
+    def __init__(self, code, argv):
+        self.code = code
+        self.argv = argv
+        self.pid = os.getpid()
+        self.path = None
+        name = argv[0]
+        main = types.ModuleType("__main__")
+        main.__builtins__ = builtins
+        if sys.version_info < (3, 14):
+            main.__annotations__ = {}
+        if name in ("", "-c", "-"):
+            self.filename = "<stdin>" if name == "-" else "<string>"
+            main.__loader__ = importlib.machinery.BuiltinImporter
+            sys.path.insert(0, "")
+        else:
+            # A script: it exists, under its own name, in the working directory.
+            directory = os.getcwd()
+            self.filename = os.path.join(directory, os.path.basename(name) or "main.py")
+            try:
+                with open(self.filename, "xb") as file:
+                    file.write(code)
+            except OSError:
+                # A file of that name was put there, or nothing can be written: the program runs all the same.
+                pass
+            main.__file__ = self.filename
+            main.__cached__ = None
+            main.__loader__ = importlib.machinery.SourceFileLoader("__main__", self.filename)
+            sys.path.insert(0, directory)
+        sys.argv = argv
+        if hasattr(sys, "orig_argv"):
+            sys.orig_argv = [sys.executable] + argv
+        sys.modules["__main__"] = main
+        self.main = main
+        register_source(self.filename, code)
+
+    def preparation_data(self, original, name):
+        """multiprocessing's spawn and forkserver start a new interpreter, which has to find the functions of code that is in no file."""
+        data = original(name)
+        if sys.modules.get("__main__") is self.main and name != "ignore" and not (
+            "init_main_from_path" in data or "init_main_from_name" in data
+        ):
+            if self.path is None:
+                fd, path = tempfile.mkstemp(prefix="main-", suffix=".py")
+                with os.fdopen(fd, "wb") as file:
+                    file.write(self.code)
+                self.path = path
+            data["init_main_from_path"] = self.path
+        return data
+
+    def hook_multiprocessing(self):
+        spawn = sys.modules.get("multiprocessing.spawn")
+        context = sys.modules.get("multiprocessing.context")
+        if spawn is None or context is None or hasattr(self.main, "__file__"):
+            return
+        original = spawn.get_preparation_data
+        spawn.get_preparation_data = lambda name: self.preparation_data(original, name)
+        # From 3.14 on forkserver is the default, and runs the main program's file again: code without a file, and without a
+        # `__name__` guard, would stop working. The process has one thread, so fork is safe here.
+        default = context._default_context
+        if sys.version_info >= (3, 14) and default._actual_context is None:
+            default._default_context = context._concrete_contexts["fork"]
+
+    def run(self, note_fd):
+        """Runs the code to its end; never returns."""
+        status, program, error = 0, None, None
+        try:
+            program = compile(self.code, self.filename, "exec", dont_inherit=True)
+            exec(program, self.main.__dict__)
+        except BaseException as caught:
+            # Our own frame goes; for a syntax error there is no other.
+            error = caught.with_traceback(caught.__traceback__.tb_next if caught.__traceback__ else None)
+        # Outside the handler: an exception in the program's own hook must not have this one as its context.
+        if error is not None:
+            if isinstance(error, MemoryError) and os.getpid() == self.pid:
+                try:
+                    send(note_fd, NOTE, NOTE_OUT_OF_MEMORY)
+                except OSError:
+                    # The program closed the descriptor: it is then an ordinary exit 1.
+                    pass
+            status = report(error, program)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        error = None
+        status = finish(self.main, status)
+        if interrupted:
+            # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(status)
+
+
+def unraisable(where):
+    """Reports the current exception as CPython does for one that nobody can catch."""
+    kind, value, tb = sys.exc_info()
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write("Exception ignored in: %s\n" % where)
+            traceback.print_exception(kind, value, tb.tb_next if tb else None)
+    except Exception:
+        # stderr itself is what broke.
+        pass
+
+
+FFLUSH = None
+
+
+def finish(main, status=0):
+    """What Py_Finalize does that a program can see, without its slow parts. Returns the exit status."""
+    try:
+        threading._shutdown()
+    except BaseException:
+        unraisable(repr(threading))
+    try:
+        atexit._run_exitfuncs()
+    except BaseException:
+        # Printed already; up to 3.9 the last one is raised again.
+        pass
+    if flush_std():
+        status = 120
+    # Files that were never closed lose their buffers unless they are flushed or the objects go, and __del__ methods are owed
+    # their call: the same two passes over the main module as in CPython's finalize_modules.
+    try:
+        flush_files()
+        names = main.__dict__
+        for name in [n for n in names if n[:1] == "_" and n[1:2] != "_"]:
+            names[name] = None
+        for name in [n for n in names if n != "__builtins__"]:
+            names[name] = None
+        gc.collect()
+        flush_files()
+    except BaseException:
+        unraisable("finalization")
+    if flush_std():
+        status = 120
+    if FFLUSH is not None:
+        FFLUSH(None)
+    return status
+
+
+def flush_files():
+    writers = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    # The collector's lists leave out what was frozen before the fork, so this is short.
+    for obj in gc.get_objects():
+        if type(obj) in writers:
+            try:
+                if not obj.closed:
+                    obj.flush()
+            except Exception:
+                # Nobody is left to be told; CPython drops it in a deallocator too.
+                pass
+
+
+def flush_std():
+    failed = False
+    done = []
+    for stream in (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__):
+        if stream is None or any(stream is other for other in done):
+            continue
+        done.append(stream)
+        try:
+            if not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException:
+            if stream is sys.stdout or stream is sys.__stdout__:
+                unraisable(repr(stream))
+                failed = True
+                try:
+                    # Do not report the same broken pipe twice.
+                    if stream is sys.stdout:
+                        sys.stdout = None
+                    if stream is sys.__stdout__:
+                        sys.__stdout__ = None
+                except Exception:
+                    pass
+    return failed
+
+
+# ---- life
+
+
+def serve(ready, generators):
+    """Waits for the one request and runs it; never returns."""
+    try:
+        send(CONTROL_FD, READY, ready)
+        # Out of the program's way, and not inherited by what it executes.
+        program, control_fd = read_request(generators)
+    except RunnerError as error:
+        fail(error)
+    except BaseException as error:
+        fail("%s: %s" % (type(error).__name__, error))
+    program.run(control_fd)
+
+
+def read_request(generators):
+    import fcntl
+
+    control = io.BufferedReader(io.FileIO(CONTROL_FD, "r", closefd=False), MAX_PAYLOAD)
+    argv, code, environment, identified = [], [], [], False
+    for kind, payload in frames(control):
+        if kind == IDENTITY:
+            apply_identity(payload, generators)
+            identified = True
+        elif kind == CODE:
+            code.append(payload)
+        elif kind == ARG:
+            argv.append(os.fsdecode(payload))
+        elif kind == ENV:
+            key, nul, value = payload.partition(b"\0")
+            if not nul or not key:
+                raise RunnerError("malformed env frame")
+            environment.append((key, value))
+        elif kind == RUN:
+            break
+        else:
+            raise RunnerError("unexpected frame kind %#04x" % kind)
+    else:
+        # The agent went away without a request: an unused fork.
+        os._exit(0)
+    if not identified:
+        raise RunnerError("a run without an identity")
+    for key, value in environment:
+        os.environb[key] = value
+        if key == b"TZ":
+            time.tzset()
+    open_stdio()
+    # Code and argv are the program's; everything else of this function goes.
+    program = Program(b"".join(code), argv or ["-c"])
+    program.hook_multiprocessing()
+    private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
+    os.close(CONTROL_FD)
+    send(private, STARTED)
+    return program, private
+
+
+def fork_server(path, fd):
+    """Hands the process to the cdylib, which forks it on demand; returns in each child."""
+    if ctypes is None:
+        raise RunnerError("this interpreter has no ctypes module, which the fork server needs")
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RunnerError(
+            "the warmed interpreter has %d threads and cannot be forked safely; do not warm the module that starts them" % threads
+        )
+    library = ctypes.PyDLL(path)
+    library.zb_serve.argtypes = [ctypes.c_int]
+    library.zb_serve.restype = ctypes.c_int
+    ctypes.pythonapi.PyOS_BeforeFork.restype = None
+    ctypes.pythonapi.PyOS_AfterFork_Child.restype = None
+    # Resolved before the fork, so that a child does not look symbols up.
+    before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Child
+    serve_forks = library.zb_serve
+    before()
+    status = serve_forks(fd)
+    after()
+    if status != 0:
+        raise RunnerError("the fork server returned %d" % status)
+
+
+def parse(arguments):
+    options = {"--warm": "", "--fork-server": None, "--fork-fd": None}
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if name == "--frozen":
+            continue  # said to every runner whose memory gets snapshotted; Python's identity needs no other treatment
+        if name not in options or not rest:
+            raise RunnerError("unknown or incomplete argument %r" % name)
+        options[name] = rest.pop(0)
+    if (options["--fork-server"] is None) != (options["--fork-fd"] is None):
+        raise RunnerError("--fork-server and --fork-fd go together")
+    return options
+
+
+def prepare(arguments):
+    """Everything up to the ready point."""
+    global FFLUSH
+    options = parse(arguments)
+    # Ours while warming; the program gets its own first entry.
+    here = os.path.dirname(os.path.abspath(__file__))
+    if sys.path and os.path.abspath(sys.path[0] or ".") == here:
+        del sys.path[0]
+    warmed, skipped = warm(options["--warm"])
+    if ctypes is not None:
+        FFLUSH = ctypes.CDLL(None).fflush
+        FFLUSH.argtypes = [ctypes.c_void_p]
+    ready = {"version": "Python " + sys.version.split()[0], "warmed": warmed}
+    if skipped:
+        ready["skipped"] = skipped
+    gc.collect()
+    generators = Generators()
+    ready = json.dumps(ready).encode()
+    # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
+    gc.collect()
+    gc.freeze()
+    return options, ready, generators
+
+
+def main():
+    try:
+        options, ready, generators = prepare(sys.argv[1:])
+        if options["--fork-server"] is not None:
+            fork_server(options["--fork-server"], int(options["--fork-fd"]))
+    except RunnerError as error:
+        fail(error)
+    except BaseException as error:
+        fail("%s: %s" % (type(error).__name__, error))
+    serve(ready, generators)
+
+
+if __name__ == "__main__":
+    main()
