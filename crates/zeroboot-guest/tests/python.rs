@@ -259,7 +259,6 @@ fn uncaught_exceptions_of_every_kind_are_reported_as_cpython_does() {
         "import sys\nsys.stdout.close()",
         "import sys\nsys.stdout = None\nprint(1)",
         "raise BaseException",
-        "import warnings\nwarnings.warn('w')",
         "nope",
     ] {
         let answer = python(code);
