@@ -34,7 +34,9 @@ pub enum ZygoteSpec {
         runtime: String,
         /// The interpreter (absolute).
         interpreter: PathBuf,
-        /// Modules to import before the first fork.
+        /// Host directories that the runtime needs: its prefix, its packages.
+        paths: Vec<PathBuf>,
+        /// Modules to import before the first fork; a trailing `?` makes one optional.
         warm: Vec<String>,
         /// Environment of the runtime.
         env: Vec<(String, String)>,
@@ -82,6 +84,8 @@ pub struct EngineConfig {
     pub max_memory: u64,
     /// How long a request may wait for admission before it is refused as busy.
     pub admission_wait: Duration,
-    /// How long a template may take to warm up.
+    /// How long a template may take to warm up, and a sandbox to become ready.
     pub warm_timeout: Duration,
+    /// Use cgroups where this host lets us.
+    pub cgroups: bool,
 }

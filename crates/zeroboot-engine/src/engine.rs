@@ -1,11 +1,23 @@
-//! The engine: templates, their pools, and execs.
-//! (Interface first; the bodies follow in the next commits.)
+//! The engine: admission, templates and execs.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tracing::Instrument;
 
-use crate::{Collected, EngineConfig, Event, ExecRequest, InvalidRequest, Isolation};
+use crate::{
+    EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation,
+    cgroup::Cgroups,
+    spawn::Spawner,
+    template::{Shared, Template},
+    worker::Remains,
+};
 
 /// Why an engine did not start.
 #[derive(Debug, thiserror::Error)]
@@ -21,8 +33,6 @@ pub enum StartError {
         template: String,
         /// The zygote's words.
         reason: String,
-        /// What the user can do.
-        hint: Option<String>,
     },
 }
 
@@ -98,82 +108,154 @@ pub struct EngineStats {
     pub promised_memory: u64,
     /// Requests refused as busy since the start.
     pub refused: u64,
+    /// Most sandboxes that may serve requests at once.
+    pub max_live: usize,
+    /// Most memory that may be promised, bytes.
+    pub max_memory: u64,
 }
 
-/// A running engine. Clones are handles to the same one.
+/// A running engine. Clones are handles to the same one; when the last is dropped, everything it started ends.
 #[derive(Clone, Debug)]
-pub struct Engine {}
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    templates: Vec<Arc<Template>>,
+    /// One permit a live sandbox.
+    places: Arc<Semaphore>,
+    max_live: usize,
+    /// One permit a MiB promised.
+    memory: Arc<Semaphore>,
+    max_memory: u64,
+    admission_wait: Duration,
+    refused: AtomicU64,
+    closing: AtomicBool,
+    cgroup_obstacle: Option<String>,
+}
+
+const MIB: u64 = 1024 * 1024;
 
 impl Engine {
     /// Starts the zygotes, waits until every template is warm, and begins to fill the pools.
     pub async fn start(config: EngineConfig) -> Result<Engine, StartError> {
-        let _config = config;
-        todo!()
+        let (cgroups, cgroup_obstacle) = match config.cgroups.then(Cgroups::claim) {
+            Some(Ok(cgroups)) => (Some(cgroups), None),
+            Some(Err(reason)) => (None, Some(reason)),
+            None => (None, Some("switched off".into())),
+        };
+        let (reaper, remains) = mpsc::unbounded_channel();
+        tokio::spawn(reap(remains));
+        let shared = Arc::new(Shared {
+            spawner: Spawner::new(&config.program).map_err(StartError::Spawn)?,
+            cgroups,
+            reaper,
+            warm_timeout: config.warm_timeout,
+        });
+        let starts: Vec<_> = config
+            .templates
+            .into_iter()
+            .map(|template| tokio::spawn(Template::start(template, Arc::clone(&shared))))
+            .collect();
+        let mut templates = Vec::new();
+        for start in starts {
+            templates.push(start.await.map_err(|e| StartError::Spawn(std::io::Error::other(e)))??);
+        }
+        Ok(Engine {
+            inner: Arc::new(Inner {
+                templates,
+                places: Arc::new(Semaphore::new(config.max_live)),
+                max_live: config.max_live,
+                memory: Arc::new(Semaphore::new((config.max_memory / MIB) as usize)),
+                max_memory: config.max_memory,
+                admission_wait: config.admission_wait,
+                refused: AtomicU64::new(0),
+                closing: AtomicBool::new(false),
+                cgroup_obstacle,
+            }),
+        })
     }
 
     /// Takes a sandbox and starts the code in it. Dropping the [`Execution`] kills the sandbox.
     pub async fn exec(&self, request: ExecRequest) -> Result<Execution, ExecError> {
-        let _request = request;
-        todo!()
+        let requested = Instant::now();
+        request.check()?;
+        let template = self.inner.templates.iter().find(|t| t.config.name == request.template);
+        let template = template.ok_or_else(|| ExecError::UnknownTemplate(request.template.clone()))?;
+        let permits = self.admit(&request).instrument(tracing::info_span!("exec.admission")).await?;
+        let asked = Instant::now();
+        let (mut worker, pooled) = template.checkout().instrument(tracing::info_span!("exec.checkout")).await?;
+        worker.permits = permits;
+        worker.limit(&request.limits).map_err(|e| ExecError::Sandbox(format!("set its cgroup limits: {e}")))?;
+        let isolation = template.config.spec.isolation();
+        Execution::new(worker, request, isolation, pooled, requested, asked.elapsed())
+    }
+
+    /// The right to one live sandbox and to its memory.
+    async fn admit(&self, request: &ExecRequest) -> Result<Vec<OwnedSemaphorePermit>, ExecError> {
+        let inner = &self.inner;
+        if inner.closing.load(Ordering::Relaxed) {
+            return Err(ExecError::ShuttingDown);
+        }
+        let mib = u32::try_from(request.limits.memory.div_ceil(MIB)).unwrap_or(u32::MAX);
+        if u64::from(mib) * MIB > inner.max_memory {
+            return Err(InvalidRequest::TooMuchMemory { asked: request.limits.memory, limit: inner.max_memory }.into());
+        }
+        let both = async {
+            let place = Arc::clone(&inner.places).acquire_owned().await?;
+            let memory = Arc::clone(&inner.memory).acquire_many_owned(mib).await?;
+            Ok::<_, tokio::sync::AcquireError>(vec![place, memory])
+        };
+        match tokio::time::timeout(inner.admission_wait, both).await {
+            Ok(Ok(permits)) => Ok(permits),
+            Ok(Err(_closed)) => Err(ExecError::ShuttingDown),
+            Err(_elapsed) => {
+                inner.refused.fetch_add(1, Ordering::Relaxed);
+                Err(ExecError::Busy { live: self.stats().live, retry_after: Duration::from_secs(1) })
+            }
+        }
     }
 
     /// The templates, in the order of the configuration.
     pub fn templates(&self) -> Vec<TemplateStatus> {
-        todo!()
+        self.inner.templates.iter().map(|template| template.status()).collect()
     }
 
     /// Counters.
     pub fn stats(&self) -> EngineStats {
-        todo!()
+        let inner = &self.inner;
+        EngineStats {
+            live: inner.max_live.saturating_sub(inner.places.available_permits()),
+            promised_memory: inner.max_memory.saturating_sub(inner.memory.available_permits() as u64 * MIB),
+            refused: inner.refused.load(Ordering::Relaxed),
+            max_live: inner.max_live,
+            max_memory: inner.max_memory,
+        }
+    }
+
+    /// Why sandboxes have no cgroup; `None` if they have.
+    pub fn cgroup_obstacle(&self) -> Option<&str> {
+        self.inner.cgroup_obstacle.as_deref()
     }
 
     /// Refuses new execs, waits up to `drain` for the live ones, then kills all that is left.
     pub async fn shutdown(&self, drain: Duration) {
-        let _drain = drain;
-        todo!()
+        self.inner.closing.store(true, Ordering::Relaxed);
+        let deadline = Instant::now() + drain;
+        while self.stats().live > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.inner.places.close();
+        for template in &self.inner.templates {
+            template.empty_pool();
+        }
     }
 }
 
-/// An exec under way.
-#[derive(Debug)]
-pub struct Execution {}
-
-impl Execution {
-    /// The exec's id (UUIDv7).
-    pub fn id(&self) -> uuid::Uuid {
-        todo!()
-    }
-
-    /// The isolation of its sandbox.
-    pub fn isolation(&self) -> Isolation {
-        todo!()
-    }
-
-    /// The next event; `None` after `End`. Cancel safe. An error means that the sandbox failed
-    /// (infrastructure), never that the code did.
-    pub async fn next(&mut self) -> Result<Option<Event>, ExecError> {
-        todo!()
-    }
-
-    /// The writing end of a streamed standard input ([`crate::Stdin::Stream`]), once.
-    pub fn stdin(&mut self) -> Option<StdinWriter> {
-        todo!()
-    }
-
-    /// Reads everything.
-    pub async fn collect(self) -> Result<Collected, ExecError> {
-        todo!()
-    }
-}
-
-/// Feeds a streamed standard input. Dropping it is the end of the input.
-#[derive(Debug)]
-pub struct StdinWriter {}
-
-impl StdinWriter {
-    /// Waits until the sandbox takes these bytes. `false`: it reads no more.
-    pub async fn write(&mut self, bytes: Bytes) -> bool {
-        let _bytes = bytes;
-        todo!()
+/// Waits for the ends of workers, off every response path.
+async fn reap(mut remains: mpsc::UnboundedReceiver<Remains>) {
+    while let Some(worker) = remains.recv().await {
+        tokio::spawn(worker.clear().instrument(tracing::info_span!("exec.reap")));
     }
 }

@@ -1,13 +1,19 @@
 //! The words of the domain and the machinery that is the same for both engines: requests, outcomes,
 //! limits, admission, pools, deadlines, supervision of zygotes.
 
+mod cgroup;
 mod config;
 mod engine;
+mod execution;
 mod outcome;
 mod request;
+mod spawn;
+mod template;
+mod worker;
 
 pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
-pub use engine::{Engine, EngineStats, ExecError, Execution, StartError, StdinWriter, TemplateStatus};
+pub use engine::{Engine, EngineStats, ExecError, StartError, TemplateStatus};
+pub use execution::{Execution, StdinWriter};
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
     ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,

@@ -207,6 +207,14 @@ pub enum InvalidRequest {
     /// Above [`MAX_FILES_BYTES`].
     #[error("the files have {0} bytes together; the limit is {MAX_FILES_BYTES}")]
     FilesTooLarge(usize),
+    /// More memory than the whole engine may promise.
+    #[error("the memory limit of {asked} bytes is above the {limit} bytes that this server may give")]
+    TooMuchMemory {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes that the engine has.
+        limit: u64,
+    },
     /// A path that leaves the working directory.
     #[error("path {0:?} must be relative, without '.', '..' or empty parts, at most 1024 bytes")]
     BadPath(String),

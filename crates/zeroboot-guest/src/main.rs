@@ -1,6 +1,7 @@
 //! The agent: supervises one runner for one request, as PID 1 of a process sandbox or of a VM.
 //!
 //! ```text
+//! zeroboot-guest                  (as PID 1) of a VM: makes the machine, starts the runner
 //! zeroboot-guest sandbox PID          the runner runs already, as a child of this process
 //! zeroboot-guest spawn [--] CMD...    starts the runner itself (tests)
 //! ```
@@ -10,11 +11,13 @@
 
 mod files;
 mod limits;
+mod machine;
 mod processes;
 mod runner;
 mod supervise;
 mod sys;
 mod transport;
+mod vm;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -36,6 +39,10 @@ const STATUS_STOPPED: u8 = 1;
 const STATUS_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    // The kernel of a VM starts us as `/init`, without a mode.
+    if std::process::id() == 1 && std::env::args_os().len() <= 1 {
+        return ExitCode::from(machine::main());
+    }
     match start() {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(Stop::Failed(_) | Stop::FrontGone)) => ExitCode::from(STATUS_STOPPED),

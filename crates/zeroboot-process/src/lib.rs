@@ -1,1 +1,21 @@
-//! Engine 2.
+//! Engine 2: sandboxes that are forks of a warmed process, where a host has no usable KVM.
+//!
+//! ```text
+//! zygote            in its own mount namespace: a read-only root with what the runtime needs
+//!   └─ clone3 into fresh user, mount, pid, net, ipc, uts and cgroup namespaces
+//!      worker       pid 1 of the sandbox: private /tmp, home and /proc; execs the agent
+//!        └─ fork    the runner: Landlock, seccomp, no capabilities; waits for its request
+//! ```
+//!
+//! The Python zygote *is* the warmed interpreter: it calls [`serve`] through the `zeroboot-pyfork` library,
+//! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
+
+mod discover;
+mod layout;
+mod serve;
+mod zygote;
+
+pub use discover::{DiscoverError, HostRuntime, node, python};
+pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
+pub use serve::{ServeError, serve};
+pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

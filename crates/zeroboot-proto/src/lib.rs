@@ -21,6 +21,7 @@
 extern crate alloc;
 
 mod frame;
+pub mod mailbox;
 mod message;
 mod payload;
 

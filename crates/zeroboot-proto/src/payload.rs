@@ -137,13 +137,8 @@ impl Identity {
 
     /// The host name of this sandbox: `sandbox-` and the last 12 hex digits of its id.
     pub fn host_name(&self) -> alloc::string::String {
-        use core::fmt::Write;
-        let mut name = alloc::string::String::from("sandbox-");
-        for byte in self.sandbox_id.iter().skip(10) {
-            // Writing to a String cannot fail.
-            let _ = write!(name, "{byte:02x}");
-        }
-        name
+        let id = u64::from_be_bytes(self.sandbox_id.last_chunk().copied().unwrap_or_default());
+        alloc::format!("sandbox-{:012x}", id & 0xffff_ffff_ffff)
     }
 }
 
@@ -175,7 +170,7 @@ impl<'a> FileChunk<'a> {
     /// at most [`crate::MAX_PAYLOAD`].
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::OVERHEAD + self.path.len() + self.data.len());
-        out.push(u8::from(self.append) * Self::APPEND | u8::from(self.failed) * Self::FAILED);
+        out.push((u8::from(self.append) * Self::APPEND) | (u8::from(self.failed) * Self::FAILED));
         out.extend_from_slice(&self.mode.to_le_bytes());
         out.extend_from_slice(&(self.path.len() as u16).to_le_bytes());
         out.extend_from_slice(self.path);

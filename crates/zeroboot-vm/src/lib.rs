@@ -1,1 +1,34 @@
-//! Engine 1.
+//! Engine 1: boot a Linux guest once, freeze it at its doorbell, fork it copy-on-write.
+//!
+//! One machine has one vCPU, a local APIC, memory and the doorbell. The order of a fork's steps is
+//! [`Machine::new`], then [`VmState`]'s restore, then the clocks, then the mailbox.
+
+mod boot;
+mod build;
+mod cpuid;
+mod doorbell;
+mod exits;
+mod facts;
+mod jail;
+mod machine;
+mod session;
+mod snapshot;
+mod state;
+mod worker;
+mod zygote;
+
+pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
+pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
+pub use doorbell::{Mailbox, MailboxError};
+pub use exits::{Console, Exits, Stop};
+pub use facts::{Difference, HostFacts};
+pub use jail::{POLICY, VmJailError};
+pub use machine::{Host, Machine};
+pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
+pub use snapshot::{
+    FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
+    Snapshot, SnapshotFacts, WorkingSet,
+};
+pub use state::{MsrCount, StateTables, TR9, VmState};
+pub use worker::{SocketFront, WorkerError, worker};
+pub use zygote::{ZygoteError, zygote};

@@ -1,1 +1,54 @@
-fn main() {}
+//! `zeroboot`: run code that nobody vouches for.
+
+mod assets;
+mod bench;
+mod cli;
+mod doctor;
+mod hint;
+mod printer;
+mod resolve;
+mod run;
+mod units;
+mod zygote;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Our own failure, as `docker run` and `env` have it: the code's exit status is any other.
+pub(crate) const OWN_FAILURE: u8 = 125;
+
+fn main() -> ExitCode {
+    // Before anything else: a zygote must have one thread, and neither flags nor logs.
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == "__zygote") {
+        return ExitCode::from(zygote::main());
+    }
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output and are no failure.
+            let status = if error.use_stderr() { OWN_FAILURE } else { 0 };
+            let _closed = error.print();
+            return ExitCode::from(status);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("ZEROBOOT_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
+        )
+        .init();
+    let result = match cli.command {
+        cli::Command::Run(args) => run::run(args),
+        cli::Command::Doctor(args) => doctor::run(&args),
+        cli::Command::Bench(args) => bench::run(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            printer::error(&error, hint::of(&error).as_deref());
+            ExitCode::from(OWN_FAILURE)
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! A cgroup v2 for each sandbox, where the host lets us have one: memory, processes, CPU.
+//!
+//! The front makes the group and hands its `cgroup.procs`, open for writing, to the zygote; the worker writes
+//! itself into it before anything else. Where no group can be had, the agent's own limits stand alone.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use crate::Limits;
+
+/// Memory that the agent and the kernel need beside the code, bytes.
+const OVERHEAD: u64 = 16 * 1024 * 1024;
+/// Processes beside the code's: the agent.
+const OWN_PROCESSES: u32 = 1;
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+/// The right to make groups.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    parent: PathBuf,
+}
+
+impl Cgroups {
+    /// A parent group of our own with all three controllers; the reason if that cannot be.
+    pub(crate) fn claim() -> Result<Cgroups, String> {
+        let root = Path::new("/sys/fs/cgroup");
+        let own = fs::read_to_string("/proc/self/cgroup")
+            .ok()
+            .and_then(|text| text.lines().find_map(|line| line.strip_prefix("0::").map(str::to_owned)))
+            .ok_or("this host has no cgroup v2")?;
+        if !root.join("cgroup.controllers").exists() {
+            return Err("cgroup v2 is not mounted at /sys/fs/cgroup".into());
+        }
+        let own = root.join(own.trim_start_matches('/'));
+        // A delegated group (systemd's Delegate=yes) first, the root (as root, in no service) second.
+        let mut reasons = Vec::new();
+        for base in [own.as_path(), root] {
+            match claim_below(base) {
+                Ok(parent) => return Ok(Cgroups { parent }),
+                Err(error) => reasons.push(format!("{}: {error}", base.display())),
+            }
+        }
+        Err(reasons.join("; "))
+    }
+
+    /// A group for one sandbox and the descriptor through which a worker enters it.
+    pub(crate) fn make(&self, id: u64) -> io::Result<(Cgroup, OwnedFd)> {
+        let path = self.parent.join(format!("sandbox-{id}"));
+        fs::create_dir(&path)?;
+        let group = Cgroup { path };
+        group.limit(&Limits::default())?;
+        let procs = fs::OpenOptions::new().write(true).open(group.path.join("cgroup.procs"))?;
+        Ok((group, procs.into()))
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        // Sandboxes that still end keep it; nothing of ours runs in it then, and an empty group costs nothing.
+        let _busy = fs::remove_dir(&self.parent);
+    }
+}
+
+fn claim_below(base: &Path) -> io::Result<PathBuf> {
+    let has = fs::read_to_string(base.join("cgroup.controllers"))?;
+    if let Some(missing) = CONTROLLERS.iter().find(|c| !has.split_whitespace().any(|h| h == **c)) {
+        return Err(io::Error::other(format!("no {missing} controller")));
+    }
+    let parent = base.join(format!("zeroboot-{}", std::process::id()));
+    let enable = |at: &Path| fs::write(at.join("cgroup.subtree_control"), "+memory +pids +cpu");
+    if let Err(error) = enable(base) {
+        // EBUSY: the group holds processes itself. If they are only we, we step aside.
+        let leaf = base.join("zeroboot-front");
+        fs::create_dir(&leaf).or_else(|e| if leaf.is_dir() { Ok(()) } else { Err(e) })?;
+        let moved = fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()).and_then(|()| enable(base));
+        if moved.is_err() {
+            let _busy = fs::write(base.join("cgroup.procs"), std::process::id().to_string());
+            let _left = fs::remove_dir(&leaf);
+            return Err(error);
+        }
+    }
+    fs::create_dir(&parent)?;
+    if let Err(error) = enable(&parent) {
+        let _left = fs::remove_dir(&parent);
+        return Err(error);
+    }
+    Ok(parent)
+}
+
+/// One sandbox's group. Removed when dropped; its processes must be gone.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Sets what the sandbox may use.
+    pub(crate) fn limit(&self, limits: &Limits) -> io::Result<()> {
+        let set = |file: &str, value: String| fs::write(self.path.join(file), value);
+        set("memory.max", limits.memory.saturating_add(OVERHEAD).to_string())?;
+        set("pids.max", limits.processes.saturating_add(OWN_PROCESSES).to_string())?;
+        // One CPU's worth of time.
+        set("cpu.max", "100000 100000".into())?;
+        // Not every host has swap accounting.
+        let _no_swap = set("memory.swap.max", "0".into());
+        Ok(())
+    }
+
+    /// Whether the kernel killed something in it for want of memory.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        fs::read_to_string(self.path.join("memory.events"))
+            .is_ok_and(|text| text.lines().any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0")))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove a sandbox's cgroup");
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! An exec under way: frames in, events out.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::{io::Interest, sync::mpsc};
+use uuid::Uuid;
+use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
+
+use crate::{
+    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, worker::Worker,
+};
+
+/// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
+const GRACE: Duration = Duration::from_secs(5);
+/// Bytes by which a sandbox may overstep its output limit before it is taken for broken.
+const OUTPUT_SLACK: u64 = 4096;
+
+/// An exec under way. Dropping it kills the sandbox.
+#[derive(Debug)]
+pub struct Execution {
+    id: Uuid,
+    isolation: Isolation,
+    pooled: bool,
+    fork_time: Duration,
+    requested: Instant,
+    sent: Instant,
+    kill_at: Instant,
+    limits: Limits,
+    /// `None` once the sandbox has ended.
+    worker: Option<Worker>,
+    outgoing: BytesMut,
+    stdin: Option<mpsc::Receiver<Bytes>>,
+    stdin_writer: Option<StdinWriter>,
+    queue: VecDeque<Event>,
+    started: bool,
+    output: u64,
+    wanted: Vec<String>,
+    files: HashMap<String, Vec<u8>>,
+    file_bytes: u64,
+    last_file: Option<String>,
+    span: tracing::Span,
+}
+
+impl Execution {
+    pub(crate) fn new(
+        worker: Worker,
+        mut request: ExecRequest,
+        isolation: Isolation,
+        pooled: bool,
+        requested: Instant,
+        fork_time: Duration,
+    ) -> Result<Execution, ExecError> {
+        let id = Uuid::now_v7();
+        let outgoing = frames(&request, id).map_err(|e| ExecError::Sandbox(format!("make its identity: {e}")))?;
+        let (stdin_writer, stdin) = match request.stdin {
+            Stdin::Stream => {
+                let (sender, receiver) = mpsc::channel(4);
+                (Some(StdinWriter { sender }), Some(receiver))
+            }
+            Stdin::Empty | Stdin::Bytes(_) => (None, None),
+        };
+        let sent = Instant::now();
+        Ok(Execution {
+            id,
+            isolation,
+            pooled,
+            fork_time,
+            requested,
+            sent,
+            kill_at: sent + request.limits.timeout + GRACE,
+            limits: request.limits,
+            worker: Some(worker),
+            outgoing,
+            stdin,
+            stdin_writer,
+            queue: VecDeque::new(),
+            started: false,
+            output: 0,
+            wanted: std::mem::take(&mut request.output_files),
+            files: HashMap::new(),
+            file_bytes: 0,
+            last_file: None,
+            span: tracing::info_span!("exec.run", %id),
+        })
+    }
+
+    /// The exec's id (UUIDv7).
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// The isolation of its sandbox.
+    pub fn isolation(&self) -> Isolation {
+        self.isolation
+    }
+
+    /// Whether its sandbox was waiting in the pool.
+    pub fn pooled(&self) -> bool {
+        self.pooled
+    }
+
+    /// How long it took to get its sandbox.
+    pub fn fork_time(&self) -> Duration {
+        self.fork_time
+    }
+
+    /// The writing end of a streamed standard input ([`Stdin::Stream`]), once.
+    pub fn stdin(&mut self) -> Option<StdinWriter> {
+        self.stdin_writer.take()
+    }
+
+    /// The next event; `None` after `End`. Cancel safe. An error means that the sandbox failed
+    /// (infrastructure), never that the code did.
+    pub async fn next(&mut self) -> Result<Option<Event>, ExecError> {
+        loop {
+            if let Some(event) = self.queue.pop_front() {
+                return Ok(Some(event));
+            }
+            if self.worker.is_none() {
+                return Ok(None);
+            }
+            self.take_frames()?;
+            if self.queue.is_empty() && self.worker.is_some() {
+                self.exchange().await?;
+            }
+        }
+    }
+
+    /// Moves bytes in both directions, as far as they go without waiting, once something can move.
+    async fn exchange(&mut self) -> Result<(), ExecError> {
+        let Some(worker) = &mut self.worker else { return Ok(()) };
+        let interest =
+            if self.outgoing.is_empty() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
+        tokio::select! {
+            biased;
+            ready = worker.socket.ready(interest) => {
+                let ready = ready.map_err(|e| ExecError::Sandbox(e.to_string()))?;
+                if ready.is_writable() && !self.outgoing.is_empty() {
+                    match worker.socket.try_write(&self.outgoing) {
+                        Ok(n) => self.outgoing.advance(n),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        // It reads no more; what it has to say is still read.
+                        Err(_) => { self.outgoing.clear(); self.stdin = None; }
+                    }
+                }
+                if ready.is_readable() || ready.is_read_closed() {
+                    let mut chunk = [0; 64 * 1024];
+                    match worker.socket.try_read(&mut chunk) {
+                        Ok(0) => return self.gone(),
+                        Ok(n) => worker.decoder.feed(chunk.get(..n).unwrap_or_default()),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        Err(_) => return self.gone(),
+                    }
+                }
+            }
+            chunk = next_stdin(&mut self.stdin), if self.outgoing.is_empty() => {
+                let mut frames = Vec::new();
+                match chunk {
+                    Some(bytes) if bytes.is_empty() => {}
+                    Some(bytes) => encode(&mut frames, Kind::Stdin, &bytes),
+                    None => { self.stdin = None; encode(&mut frames, Kind::StdinEnd, &[]); }
+                }
+                self.outgoing.extend_from_slice(&frames);
+            }
+            () = tokio::time::sleep_until(self.kill_at.into()) => {
+                tracing::warn!(parent: &self.span, "the sandbox did not end at its deadline and is killed");
+                self.end(Outcome::DeadlinePassed, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// The worker's socket is closed without an `Exit` frame.
+    fn gone(&mut self) -> Result<(), ExecError> {
+        let out_of_memory = self.worker.as_ref().is_some_and(Worker::ran_out_of_memory);
+        if out_of_memory {
+            self.end(Outcome::OutOfMemory { code: 137 }, None);
+            return Ok(());
+        }
+        self.broken("it ended without a word")
+    }
+
+    /// The sandbox broke: an outcome if code ran in it, else an error.
+    fn broken(&mut self, reason: &str) -> Result<(), ExecError> {
+        tracing::warn!(parent: &self.span, reason, "the sandbox broke");
+        if self.started {
+            self.end(Outcome::Crashed, None);
+            Ok(())
+        } else {
+            self.worker = None;
+            Err(ExecError::Sandbox(reason.to_owned()))
+        }
+    }
+
+    fn end(&mut self, outcome: Outcome, report: Option<ExitReport>) {
+        let exec_time = self.sent.elapsed();
+        self.finish_file();
+        // From here on the sandbox ends on its own time: killed, waited for and cleared away elsewhere.
+        self.worker = None;
+        self.stdin = None;
+        for path in std::mem::take(&mut self.wanted) {
+            let data = Err("the sandbox ended before it was read".to_owned());
+            self.queue.push_back(Event::File(OutputFile { path, data }));
+        }
+        self.queue.push_back(Event::End(Report {
+            outcome,
+            pooled: self.pooled,
+            fork_time: self.fork_time,
+            exec_time,
+            total_time: self.requested.elapsed(),
+            cpu_time: Duration::from_nanos(report.map_or(0, |r| r.cpu_ns)),
+            peak_memory: report.map_or(0, |r| r.peak_memory),
+        }));
+    }
+
+    /// Turns the frames that are there into events.
+    fn take_frames(&mut self) -> Result<(), ExecError> {
+        // At most a few at a time, so that a flood is passed on as it comes.
+        while self.queue.len() < 16 {
+            let Some(worker) = &mut self.worker else { return Ok(()) };
+            let step = match worker.decoder.next_frame() {
+                Ok(None) => return Ok(()),
+                Err(error) => Step::Broken(error.to_string()),
+                Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
+                    Err(error) => Step::Broken(error.to_string()),
+                    Ok(Message::Started) if !self.started => Step::Started,
+                    Ok(Message::Stdout(bytes)) if self.started => {
+                        Step::Output(Event::Stdout(Bytes::copy_from_slice(bytes)))
+                    }
+                    Ok(Message::Stderr(bytes)) if self.started => {
+                        Step::Output(Event::Stderr(Bytes::copy_from_slice(bytes)))
+                    }
+                    Ok(Message::File(chunk)) if self.started => Step::File {
+                        path: String::from_utf8_lossy(chunk.path).into_owned(),
+                        data: chunk.data.to_vec(),
+                        append: chunk.append,
+                        failed: chunk.failed,
+                    },
+                    Ok(Message::Exit(report)) if self.started => Step::Exit(report),
+                    Ok(Message::Failure(text)) => Step::Broken(text.to_owned()),
+                    Ok(other) => Step::Broken(format!("it sent {other:?} out of turn")),
+                },
+            };
+            match step {
+                Step::Started => {
+                    self.started = true;
+                    self.queue.push_back(Event::Started);
+                }
+                Step::Output(event) => {
+                    if let Event::Stdout(bytes) | Event::Stderr(bytes) = &event {
+                        self.output += bytes.len() as u64;
+                    }
+                    if self.output > self.limits.output.saturating_add(OUTPUT_SLACK) {
+                        self.end(Outcome::OutputLimit, None);
+                        return Ok(());
+                    }
+                    self.queue.push_back(event);
+                }
+                Step::File { path, data, append, failed } => {
+                    if let Some(reason) = self.take_file(path, data, append, failed) {
+                        return self.broken(reason);
+                    }
+                }
+                Step::Exit(report) => self.end(outcome(report.ending), Some(report)),
+                Step::Broken(reason) => return self.broken(&reason),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a chunk of an output file. A reason if it is not one that was asked for, or too much.
+    fn take_file(&mut self, path: String, data: Vec<u8>, append: bool, failed: bool) -> Option<&'static str> {
+        if append {
+            if self.last_file.as_ref() != Some(&path) {
+                return Some("it continued a file that it had not begun");
+            }
+        } else {
+            self.finish_file();
+            let Some(at) = self.wanted.iter().position(|wanted| *wanted == path) else {
+                return Some("it sent a file that was not asked for");
+            };
+            self.wanted.swap_remove(at);
+        }
+        if failed {
+            let reason = String::from_utf8_lossy(&data).chars().take(200).collect();
+            self.last_file = None;
+            self.files.remove(&path);
+            self.queue.push_back(Event::File(OutputFile { path, data: Err(reason) }));
+            return None;
+        }
+        self.file_bytes += data.len() as u64;
+        if self.file_bytes > self.limits.output_files.saturating_add(OUTPUT_SLACK) {
+            return Some("its files are above their limit");
+        }
+        self.files.entry(path.clone()).or_default().extend_from_slice(&data);
+        self.last_file = Some(path);
+        None
+    }
+
+    fn finish_file(&mut self) {
+        if let Some(path) = self.last_file.take() {
+            let data = Bytes::from(self.files.remove(&path).unwrap_or_default());
+            self.queue.push_back(Event::File(OutputFile { path, data: Ok(data) }));
+        }
+    }
+
+    /// Reads everything.
+    pub async fn collect(mut self) -> Result<Collected, ExecError> {
+        // Nobody will write to a streamed input any more.
+        self.stdin_writer = None;
+        let (mut stdout, mut stderr, mut files) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            match self.next().await? {
+                Some(Event::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
+                Some(Event::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
+                Some(Event::File(file)) => files.push(file),
+                Some(Event::End(report)) => return Ok(Collected { stdout, stderr, files, report }),
+                Some(Event::Started) => {}
+                None => return Err(ExecError::Sandbox("no end was reported".into())),
+            }
+        }
+    }
+}
+
+enum Step {
+    Started,
+    Output(Event),
+    File { path: String, data: Vec<u8>, append: bool, failed: bool },
+    Exit(ExitReport),
+    Broken(String),
+}
+
+fn outcome(ending: Ending) -> Outcome {
+    match ending {
+        Ending::Exited(code) => Outcome::Exited { code },
+        Ending::Signaled(signal) => Outcome::Signaled { signal },
+        Ending::DeadlinePassed => Outcome::DeadlinePassed,
+        Ending::CpuLimit => Outcome::CpuLimit,
+        Ending::OutputLimit => Outcome::OutputLimit,
+        Ending::OutOfMemory(code) => Outcome::OutOfMemory { code },
+        Ending::Crashed => Outcome::Crashed,
+    }
+}
+
+async fn next_stdin(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
+    match stdin {
+        Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The whole request as frames.
+fn frames(request: &ExecRequest, id: Uuid) -> io::Result<BytesMut> {
+    let mut entropy = [0; 64];
+    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+    let identity = Identity { entropy, realtime_ns: now.as_nanos() as u64, sandbox_id: *id.as_bytes() };
+    let limits = &request.limits;
+    let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+    let limits = zeroboot_proto::Limits {
+        wall_ns: nanos(limits.timeout),
+        cpu_ns: nanos(limits.cpu.unwrap_or(limits.timeout)),
+        memory: limits.memory,
+        output: limits.output,
+        file_size: limits.file_size,
+        output_files: limits.output_files,
+        processes: limits.processes,
+        open_files: limits.open_files,
+    };
+    let mut out = Vec::with_capacity(request.code.len() + 1024);
+    encode(&mut out, Kind::Limits, &limits.encode());
+    encode(&mut out, Kind::Identity, &identity.encode());
+    for (key, value) in &request.env {
+        encode(&mut out, Kind::Env, format!("{key}\0{value}").as_bytes());
+    }
+    for arg in std::iter::once(&request.name).chain(&request.args) {
+        encode(&mut out, Kind::Arg, arg.as_bytes());
+    }
+    for file in &request.files {
+        let mode = if file.executable { 0o755 } else { 0o644 };
+        let path = file.path.as_bytes();
+        let mut append = false;
+        let mut rest: &[u8] = &file.data;
+        loop {
+            let (data, after) = rest.split_at(rest.len().min(MAX_PAYLOAD - FileChunk::OVERHEAD - path.len()));
+            encode(&mut out, Kind::Put, &FileChunk { path, data, mode, append, failed: false }.encode());
+            (rest, append) = (after, true);
+            if rest.is_empty() {
+                break;
+            }
+        }
+    }
+    for path in &request.output_files {
+        encode(&mut out, Kind::Get, path.as_bytes());
+    }
+    encode(&mut out, Kind::Code, &request.code);
+    encode(&mut out, Kind::Run, &[]);
+    match &request.stdin {
+        Stdin::Empty => encode(&mut out, Kind::StdinEnd, &[]),
+        Stdin::Bytes(bytes) => {
+            if !bytes.is_empty() {
+                encode(&mut out, Kind::Stdin, bytes);
+            }
+            encode(&mut out, Kind::StdinEnd, &[]);
+        }
+        Stdin::Stream => {}
+    }
+    Ok(BytesMut::from(out.as_slice()))
+}
+
+/// Feeds a streamed standard input. Dropping it is the end of the input.
+#[derive(Debug)]
+pub struct StdinWriter {
+    sender: mpsc::Sender<Bytes>,
+}
+
+impl StdinWriter {
+    /// Waits until the sandbox takes these bytes. `false`: it reads no more.
+    pub async fn write(&mut self, bytes: Bytes) -> bool {
+        self.sender.send(bytes).await.is_ok()
+    }
+}

@@ -1,0 +1,165 @@
+//! Starting zygotes. The kernel kills a zygote when the *thread* that started it ends, so one thread that
+//! lives as long as the engine starts them all.
+
+use std::{
+    io::{self, Read, Write},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    time::Duration,
+};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    net::UnixStream,
+    sync::oneshot,
+};
+use zeroboot_proto::{Decoder, Message};
+
+use crate::{ZygoteSpec, worker::watch};
+
+/// Most bytes of a zygote's standard error that are kept for an error text.
+const STDERR_KEPT: usize = 4096;
+
+type Job = (Command, oneshot::Sender<io::Result<Child>>);
+
+/// The thread that starts zygotes. When it is dropped, they die.
+#[derive(Debug)]
+pub(crate) struct Spawner {
+    jobs: Mutex<mpsc::Sender<Job>>,
+    program: PathBuf,
+}
+
+impl Spawner {
+    pub(crate) fn new(program: &Path) -> io::Result<Spawner> {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        std::thread::Builder::new().name("zygotes".into()).spawn(move || {
+            for (mut command, answer) in queue {
+                // Nobody waits any more: the child's handle is dropped, and its control channel with it.
+                let _gone = answer.send(command.spawn());
+            }
+        })?;
+        Ok(Spawner { jobs: Mutex::new(jobs), program: program.to_owned() })
+    }
+
+    /// Starts a zygote and waits until its template is warm.
+    pub(crate) async fn start(&self, spec: &ZygoteSpec, warm_timeout: Duration) -> Result<Zygote, ZygoteError> {
+        let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).map_err(io::Error::from);
+        let (report, report_theirs) = pair(SocketType::STREAM).map_err(ZygoteError::Spawn)?;
+        let (control, control_theirs) = pair(SocketType::SEQPACKET).map_err(ZygoteError::Spawn)?;
+        let mut command = Command::new(&self.program);
+        command.arg("__zygote").env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // The zygote's root plan asks where home is; nothing else of our environment goes on.
+        command.envs(std::env::vars_os().filter(|(key, _)| key == "HOME" || key == "ZEROBOOT_TCG_TR9"));
+        zeroboot_sys::process::as_zygote(&mut command, report_theirs, control_theirs);
+        let (answer, child) = oneshot::channel();
+        let sent = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send((command, answer));
+        sent.map_err(|_| ZygoteError::Spawn(io::Error::other("the spawning thread ended")))?;
+        let mut child =
+            child.await.map_err(|e| ZygoteError::Spawn(io::Error::other(e)))?.map_err(ZygoteError::Spawn)?;
+
+        if let Some(mut stdin) = child.stdin.take() {
+            let json = serde_json::to_vec(spec).map_err(|e| ZygoteError::Spawn(e.into()))?;
+            stdin.write_all(&json).map_err(ZygoteError::Spawn)?;
+        }
+        let stderr = Arc::new(Mutex::new(Vec::new()));
+        if let Some(mut pipe) = child.stderr.take() {
+            let kept = Arc::clone(&stderr);
+            std::thread::Builder::new()
+                .name("zygote-stderr".into())
+                .spawn(move || {
+                    let mut chunk = [0; 1024];
+                    while let Ok(n @ 1..) = pipe.read(&mut chunk) {
+                        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                        kept.extend_from_slice(chunk.get(..n).unwrap_or_default());
+                        let over = kept.len().saturating_sub(STDERR_KEPT);
+                        kept.drain(..over);
+                    }
+                })
+                .map_err(ZygoteError::Spawn)?;
+        }
+        rustix::io::ioctl_fionbio(&control, true).map_err(|e| ZygoteError::Spawn(e.into()))?;
+        let mut zygote =
+            Zygote { control: watch(control).map_err(ZygoteError::Spawn)?, child: KillOnDrop(child), stderr };
+        let report = std::os::unix::net::UnixStream::from(report);
+        report.set_nonblocking(true).map_err(ZygoteError::Spawn)?;
+        let mut report = UnixStream::from_std(report).map_err(ZygoteError::Spawn)?;
+        match tokio::time::timeout(warm_timeout, read_report(&mut report)).await {
+            Ok(Ok(())) => Ok(zygote),
+            Ok(Err(Some(reason))) => Err(ZygoteError::Failed(reason)),
+            Ok(Err(None)) => Err(ZygoteError::Failed(zygote.last_words())),
+            Err(_) => Err(ZygoteError::Failed(format!("not warm after {} s", warm_timeout.as_secs()))),
+        }
+    }
+}
+
+/// Waits for the `Ready` frame; otherwise the zygote's reason, if it gave one.
+async fn read_report(report: &mut UnixStream) -> Result<(), Option<String>> {
+    let mut decoder = Decoder::new();
+    let mut chunk = [0; 1024];
+    loop {
+        match decoder.next_frame() {
+            Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
+                Ok(Message::Ready) => return Ok(()),
+                Ok(Message::Failure(text)) => return Err(Some(text.to_owned())),
+                _ => return Err(Some("it sent something else than Ready".into())),
+            },
+            Ok(None) => match report.read(&mut chunk).await {
+                Ok(n @ 1..) => decoder.feed(chunk.get(..n).unwrap_or_default()),
+                Ok(0) | Err(_) => return Err(None),
+            },
+            Err(error) => return Err(Some(error.to_string())),
+        }
+    }
+}
+
+/// Why there is no zygote.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ZygoteError {
+    #[error("cannot start a zygote: {0}")]
+    Spawn(#[source] io::Error),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A running zygote. Dropping it kills it, and with it the workers it made.
+#[derive(Debug)]
+pub(crate) struct Zygote {
+    pub(crate) control: AsyncFd<OwnedFd>,
+    child: KillOnDrop,
+    stderr: Arc<Mutex<Vec<u8>>>,
+}
+
+#[derive(Debug)]
+struct KillOnDrop(Child);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        // It may have ended by itself; the wait leaves no zombie. Killed, it is gone in no time.
+        let _gone = self.0.kill();
+        let _status = self.0.wait();
+    }
+}
+
+impl Zygote {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.0.id()
+    }
+
+    /// What it wrote to its standard error before it ended, or how it ended.
+    fn last_words(&mut self) -> String {
+        // The thread that reads the pipe may still be at it.
+        std::thread::sleep(Duration::from_millis(20));
+        let kept = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&kept).trim().to_owned();
+        if !text.is_empty() {
+            return text;
+        }
+        match self.child.0.try_wait() {
+            Ok(Some(status)) => format!("its zygote ended: {status}"),
+            _ => "its zygote closed its report without a word".into(),
+        }
+    }
+}

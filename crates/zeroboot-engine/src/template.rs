@@ -1,0 +1,376 @@
+//! One template: its zygote, kept alive, and its pool of waiting sandboxes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::{
+    net::UnixStream,
+    sync::{Notify, mpsc, oneshot},
+};
+use zeroboot_sys::control::{self, Control};
+
+use crate::{
+    ExecError, StartError, TemplateConfig, TemplateStatus, ZygoteSpec,
+    cgroup::{Cgroup, Cgroups},
+    spawn::{Spawner, Zygote},
+    worker::{Remains, Worker},
+};
+
+/// Wait before the first restart of a zygote; doubles up to [`MAX_BACKOFF`].
+const MIN_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// A zygote that lived this long starts again without a wait.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// Forks under way at once to fill the pool.
+const REFILL_AT_ONCE: usize = 4;
+
+type ForkAnswer = oneshot::Sender<Result<Worker, String>>;
+
+#[derive(Debug)]
+enum Health {
+    Starting,
+    Up { pid: u32 },
+    Down { reason: String },
+}
+
+#[derive(Debug)]
+struct State {
+    health: Health,
+    pool: VecDeque<Worker>,
+    version: String,
+    warmed: Vec<String>,
+    restarts: u64,
+}
+
+/// What the engine's templates share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) spawner: Spawner,
+    pub(crate) cgroups: Option<Cgroups>,
+    pub(crate) reaper: mpsc::UnboundedSender<Remains>,
+    pub(crate) warm_timeout: Duration,
+}
+
+/// One template.
+#[derive(Debug)]
+pub(crate) struct Template {
+    pub(crate) config: TemplateConfig,
+    shared: Arc<Shared>,
+    state: Mutex<State>,
+    forks: AtomicU64,
+    requests: mpsc::Sender<ForkAnswer>,
+    /// A place in the pool came free, or the zygote came up.
+    refill: Notify,
+}
+
+impl Template {
+    /// Starts the zygote and, once it is warm, the tasks that keep it and fill its pool.
+    pub(crate) async fn start(config: TemplateConfig, shared: Arc<Shared>) -> Result<Arc<Template>, StartError> {
+        let zygote = shared
+            .spawner
+            .start(&config.spec, shared.warm_timeout)
+            .await
+            .map_err(|error| StartError::Template { template: config.name.clone(), reason: error.to_string() })?;
+        let (requests, queue) = mpsc::channel(256);
+        let template = Arc::new(Template {
+            state: Mutex::new(State {
+                health: Health::Up { pid: zygote.pid() },
+                pool: VecDeque::new(),
+                version: String::new(),
+                warmed: Vec::new(),
+                restarts: 0,
+            }),
+            config,
+            shared,
+            forks: AtomicU64::new(0),
+            requests,
+            refill: Notify::new(),
+        });
+        tokio::spawn(keep_zygote(Arc::downgrade(&template), zygote, queue));
+        if template.config.pool > 0 {
+            tokio::spawn(keep_pool(Arc::downgrade(&template)));
+        }
+        Ok(template)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A waiting sandbox from the pool (`true`), else a fresh fork.
+    pub(crate) async fn checkout(&self) -> Result<(Worker, bool), ExecError> {
+        loop {
+            let Some(worker) = self.state().pool.pop_front() else { break };
+            self.refill.notify_one();
+            if worker.is_waiting() {
+                return Ok((worker, true));
+            }
+            // It died in the pool; its drop clears it away.
+        }
+        if let Health::Down { reason } = &self.state().health {
+            return Err(ExecError::NotReady { template: self.config.name.clone(), reason: reason.clone() });
+        }
+        self.fork().await.map(|worker| (worker, false)).map_err(ExecError::Sandbox)
+    }
+
+    /// A fresh sandbox, ready for its request.
+    async fn fork(&self) -> Result<Worker, String> {
+        let (answer, worker) = oneshot::channel();
+        self.requests.send(answer).await.map_err(|_| "the engine is shutting down".to_owned())?;
+        let mut worker = worker.await.map_err(|_| "the zygote ended".to_owned())??;
+        let info = worker.ready(self.shared.warm_timeout).await?;
+        self.forks.fetch_add(1, Ordering::Relaxed);
+        self.note_info(&info);
+        Ok(worker)
+    }
+
+    /// Keeps what the runner says of itself: version and warmed modules. (It is the runner's word, cut short.)
+    fn note_info(&self, info: &[u8]) {
+        #[derive(serde::Deserialize)]
+        struct Info {
+            #[serde(default)]
+            version: String,
+            #[serde(default)]
+            warmed: Vec<String>,
+        }
+        let mut state = self.state();
+        if state.version.is_empty()
+            && info.len() <= 4096
+            && let Ok(info) = serde_json::from_slice::<Info>(info)
+        {
+            state.version = info.version;
+            state.warmed = info.warmed;
+        }
+    }
+
+    /// What it is doing now.
+    pub(crate) fn status(&self) -> TemplateStatus {
+        let state = self.state();
+        let (ready, reason, memory) = match &state.health {
+            Health::Up { pid } => (true, None, resident_memory(*pid)),
+            Health::Starting => (false, Some("starting".to_owned()), 0),
+            Health::Down { reason } => (false, Some(reason.clone()), 0),
+        };
+        TemplateStatus {
+            name: self.config.name.clone(),
+            language: self.config.language.clone(),
+            isolation: self.config.spec.isolation(),
+            ready,
+            reason,
+            version: state.version.clone(),
+            warmed: state.warmed.clone(),
+            memory,
+            pool_ready: state.pool.len(),
+            pool_target: self.config.pool,
+            forks: self.forks.load(Ordering::Relaxed),
+            restarts: state.restarts,
+        }
+    }
+
+    /// Drops the waiting sandboxes.
+    pub(crate) fn empty_pool(&self) {
+        self.state().pool.clear();
+    }
+}
+
+/// Resident memory of a process, bytes; 0 if it is gone.
+fn resident_memory(pid: u32) -> u64 {
+    let pages = std::fs::read_to_string(format!("/proc/{pid}/statm"))
+        .ok()
+        .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
+        .unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
+
+/// Serves fork requests from the zygote, and starts a new one when it dies.
+async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mut queue: mpsc::Receiver<ForkAnswer>) {
+    let mut backoff = MIN_BACKOFF;
+    loop {
+        let born = Instant::now();
+        let Some(shared) = template.upgrade().map(|t| Arc::clone(&t.shared)) else { return };
+        let reason = match serve(&shared, &zygote, &mut queue).await {
+            Ok(()) => return,
+            Err(reason) => reason,
+        };
+        drop(zygote);
+        let Some(spec) = down(&template, &reason) else { return };
+        if born.elapsed() >= HEALTHY_AFTER {
+            backoff = MIN_BACKOFF;
+        }
+        zygote = loop {
+            let wait = tokio::time::sleep(backoff);
+            tokio::pin!(wait);
+            loop {
+                tokio::select! {
+                    () = &mut wait => break,
+                    request = queue.recv() => match request {
+                        // Nobody waits for a zygote that is down: a caller gets its reason at once.
+                        Some(answer) => { let _gone = answer.send(Err(reason.clone())); }
+                        None => return,
+                    },
+                }
+            }
+            backoff = (backoff * 2).min(MAX_BACKOFF);
+            if let Some(template) = template.upgrade() {
+                template.state().health = Health::Starting;
+            }
+            match shared.spawner.start(&spec, shared.warm_timeout).await {
+                Ok(zygote) => break zygote,
+                Err(error) => {
+                    if down(&template, &error.to_string()).is_none() {
+                        return;
+                    }
+                }
+            }
+        };
+        let Some(template) = template.upgrade() else { return };
+        let mut state = template.state();
+        state.health = Health::Up { pid: zygote.pid() };
+        state.restarts += 1;
+        drop(state);
+        template.refill.notify_one();
+    }
+}
+
+/// Marks the template as down; its waiting sandboxes died with the zygote.
+fn down(template: &std::sync::Weak<Template>, reason: &str) -> Option<ZygoteSpec> {
+    let template = template.upgrade()?;
+    tracing::error!(template = template.config.name, reason, "the zygote is down");
+    let mut state = template.state();
+    state.health = Health::Down { reason: reason.to_owned() };
+    state.pool.clear();
+    Some(template.config.spec.clone())
+}
+
+struct Pending {
+    answer: ForkAnswer,
+    socket: OwnedFd,
+    cgroup: Option<Cgroup>,
+}
+
+/// Passes fork requests to one zygote until it dies (`Err`) or the engine is gone (`Ok`).
+async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), String> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mut pending: HashMap<u64, Pending> = HashMap::new();
+    loop {
+        tokio::select! {
+            request = queue.recv() => {
+                let Some(answer) = request else { return Ok(()) };
+                let id = NEXT.fetch_add(1, Ordering::Relaxed);
+                match ask(shared, zygote, id).await {
+                    Ok((socket, cgroup)) => { pending.insert(id, Pending { answer, socket, cgroup }); }
+                    // The caller may have given up.
+                    Err(error) => { let _gone = answer.send(Err(format!("cannot ask the zygote for a fork: {error}"))); }
+                }
+            }
+            message = next_message(zygote) => match message {
+                Ok(Some((Control::Forked { id }, mut fds))) => {
+                    if let (Some(p), Some(pidfd)) = (pending.remove(&id), fds.pop()) {
+                        let worker = adopt(p.socket).map(|socket| {
+                            Worker::new(socket, pidfd, p.cgroup, shared.reaper.clone())
+                        });
+                        // A caller that gave up: the worker is dropped, and so killed.
+                        let _gone = p.answer.send(worker.map_err(|e| e.to_string()));
+                    }
+                }
+                Ok(Some((Control::ForkFailed { id, text }, _))) => {
+                    if let Some(p) = pending.remove(&id) {
+                        let _gone = p.answer.send(Err(text));
+                    }
+                }
+                Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
+                Ok(None) => return Err("the zygote ended".into()),
+                Err(error) => return Err(format!("the zygote's control channel failed: {error}")),
+            },
+        }
+    }
+}
+
+async fn next_message(zygote: &Zygote) -> io::Result<Option<(Control, Vec<OwnedFd>)>> {
+    loop {
+        let mut guard = zygote.control.readable().await?;
+        if let Ok(message) = guard.try_io(|fd| control::receive(fd.get_ref())) {
+            return message;
+        }
+    }
+}
+
+/// Sends one fork request; gives our end of the worker's socket and its cgroup.
+async fn ask(shared: &Shared, zygote: &Zygote, id: u64) -> io::Result<(OwnedFd, Option<Cgroup>)> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let (cgroup, procs) = match &shared.cgroups {
+        Some(cgroups) => cgroups.make(id).map(|(group, procs)| (Some(group), Some(procs)))?,
+        None => (None, None),
+    };
+    let mut fds = vec![theirs.as_fd()];
+    fds.extend(procs.as_ref().map(AsFd::as_fd));
+    loop {
+        let mut guard = zygote.control.writable().await?;
+        if let Ok(sent) = guard.try_io(|fd| control::send(fd.get_ref(), &Control::Fork { id }, &fds)) {
+            sent?;
+            return Ok((ours, cgroup));
+        }
+    }
+}
+
+fn adopt(socket: OwnedFd) -> io::Result<UnixStream> {
+    let socket = std::os::unix::net::UnixStream::from(socket);
+    socket.set_nonblocking(true)?;
+    UnixStream::from_std(socket)
+}
+
+/// Keeps the pool full.
+async fn keep_pool(template: std::sync::Weak<Template>) {
+    loop {
+        let Some(strong) = template.upgrade() else { return };
+        let missing = {
+            let state = strong.state();
+            match state.health {
+                Health::Up { .. } => strong.config.pool.saturating_sub(state.pool.len()),
+                Health::Starting | Health::Down { .. } => 0,
+            }
+        };
+        if missing == 0 {
+            // The template must be able to end while we wait.
+            let waiting = wait_for_refill(&strong);
+            drop(strong);
+            waiting.await;
+            continue;
+        }
+        let forks = (0..missing.min(REFILL_AT_ONCE)).map(|_| {
+            let strong = Arc::clone(&strong);
+            tokio::spawn(async move { strong.fork().await })
+        });
+        let mut failed = None;
+        for fork in forks.collect::<Vec<_>>() {
+            match fork.await {
+                Ok(Ok(worker)) => strong.state().pool.push_back(worker),
+                Ok(Err(error)) => failed = Some(error),
+                Err(error) => failed = Some(error.to_string()),
+            }
+        }
+        if let Some(error) = failed {
+            tracing::warn!(template = strong.config.name, error, "cannot fill the pool");
+            drop(strong);
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }
+}
+
+fn wait_for_refill(template: &Arc<Template>) -> impl Future<Output = ()> + use<> {
+    let weak = Arc::downgrade(template);
+    async move {
+        // Woken by a checkout or a restart; looks by itself now and then, so that a dropped template ends us.
+        let Some(template) = weak.upgrade() else { return };
+        let _timeout = tokio::time::timeout(Duration::from_millis(500), template.refill.notified()).await;
+    }
+}

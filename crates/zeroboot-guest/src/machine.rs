@@ -1,0 +1,172 @@
+//! The agent as PID 1 of a VM: it starts the runner that the initramfs names, and its transport is the
+//! mailbox.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::{fd::BorrowedFd, unix::ffi::OsStringExt},
+    path::{Path, PathBuf},
+};
+
+use zeroboot_proto::{
+    Decoder, HEADER_LEN, Header, Identity, Kind,
+    mailbox::{AREA, Ring},
+};
+
+use crate::{
+    files::Files,
+    processes::Processes,
+    runner::{Runner, Spawn},
+    supervise::{Host, Stop, Supervisor},
+    transport::{Received, Transport},
+    vm::{self, Vm},
+};
+
+/// The runner's command line, each word ended by a NUL. Written by the template's recipe.
+const ARGV: &str = "/etc/zeroboot/argv";
+/// The runner's environment, each `NAME=VALUE` ended by a NUL.
+const ENVIRON: &str = "/etc/zeroboot/environ";
+/// Where user code runs, and as whom.
+const HOME: &str = "/home/sandbox";
+const USER: (u32, u32) = (1000, 1000);
+
+/// Runs the machine. Returns only to end it: the end of PID 1 is a panic of the kernel, which the host sees
+/// at once.
+pub(crate) fn main() -> u8 {
+    let reason = match run() {
+        Ok(Stop::Failed(reason)) => reason,
+        // In a VM the front cannot go: the host ends the VM.
+        Ok(Stop::FrontGone) | Err(None) => String::new(),
+        Err(Some(reason)) => reason,
+    };
+    vm::console(&format!("zeroboot: {reason}"));
+    1
+}
+
+fn run() -> Result<Stop, Option<String>> {
+    let step = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| Some(format!("cannot {what}: {error}"))
+    };
+    let vm = Vm::start().map_err(step("start the machine"))?;
+    let words = |path: &str| -> Result<Vec<OsString>, Option<String>> {
+        let bytes = fs::read(path).map_err(step(&format!("read {path}")))?;
+        let words = bytes.split(|&b| b == 0).filter(|word| !word.is_empty());
+        Ok(words.map(|word| OsString::from_vec(word.to_vec())).collect())
+    };
+    let env = words(ENVIRON)?.into_iter().filter_map(split).collect();
+    let spawn = Spawn { command: words(ARGV)?, cwd: Some(PathBuf::from(HOME)), user: Some(USER), env: Some(env) };
+    let processes = Processes::new().map_err(step("adopt orphans"))?;
+    let runner = Runner::spawn(&spawn).map_err(step("start the runner"))?;
+    // After the runner was made, which would inherit it: when memory runs out, the program goes, not the agent.
+    fs::write("/proc/self/oom_score_adj", "-1000").map_err(step("be spared when memory runs out"))?;
+    let files = Files::new(Path::new(HOME), Some(USER)).map_err(step("open the working directory"))?;
+    let mailbox = Mailbox { vm, ready: false, input: Vec::new(), cut: 0 };
+    match Supervisor::new(mailbox, Machine, runner, processes, files).serve() {
+        Err(stop) => Ok(stop),
+        // The last ring never returns.
+        Ok(()) => Err(None),
+    }
+}
+
+fn split(variable: OsString) -> Option<(OsString, OsString)> {
+    let mut name = variable.into_vec();
+    let at = name.iter().position(|&b| b == b'=')?;
+    let value = name.split_off(at + 1);
+    name.truncate(at);
+    Some((OsString::from_vec(name), OsString::from_vec(value)))
+}
+
+/// The kernel of this fork.
+struct Machine;
+
+impl Host for Machine {
+    fn apply_identity(&mut self, identity: &Identity) -> Result<(), String> {
+        vm::apply_identity(identity).map_err(|error| format!("cannot give the machine its identity: {error}"))
+    }
+}
+
+/// Frames through the mailbox.
+struct Mailbox {
+    vm: Vm,
+    /// The template is frozen behind `Ready`; from there on this is a fork.
+    ready: bool,
+    /// Bytes that came along with the last ring.
+    input: Vec<u8>,
+    /// Bytes of a frame that did not fit into the last ring.
+    cut: usize,
+}
+
+impl Mailbox {
+    /// How many bytes of `frames` go with the next ring, and whether the last frame of all is among them.
+    fn portion(&mut self, frames: &[u8]) -> (usize, bool) {
+        let n = frames.len().min(AREA);
+        let (mut at, mut last) = (self.cut, false);
+        while at < n {
+            let header = frames.get(at..).and_then(|rest| rest.first_chunk::<HEADER_LEN>());
+            let Some(header) = header.and_then(|bytes| Header::parse(*bytes).ok()) else { break };
+            let end = at + HEADER_LEN + header.len;
+            if at + HEADER_LEN > n {
+                // A header goes as a whole: that is how its frame is followed.
+                break;
+            }
+            last |= end <= n && matches!(header.kind, Kind::Exit | Kind::Failure);
+            at = end;
+        }
+        let n = if at > n { n } else { at };
+        self.cut = at - n;
+        (n, last)
+    }
+}
+
+impl Transport for Mailbox {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received> {
+        if self.input.is_empty() {
+            // The host answers at once when the program runs, and waits for the request before.
+            self.vm.exchange(Ring::Want, &[], &mut self.input);
+        }
+        if self.input.is_empty() {
+            return Ok(Received::Nothing);
+        }
+        decoder.feed(&self.input);
+        self.input.clear();
+        Ok(Received::Bytes)
+    }
+
+    fn send(&mut self, frames: &[u8]) -> io::Result<usize> {
+        if !self.ready {
+            let mut decoder = Decoder::new();
+            decoder.feed(frames);
+            return match decoder.next_frame().map_err(io::Error::other)? {
+                Some((Kind::Ready, about)) => {
+                    self.vm.ready(about)?;
+                    // Only forks come here.
+                    self.ready = true;
+                    self.vm.take_input(&mut self.input);
+                    Ok(frames.len())
+                }
+                // The reason goes to the console, and the end of this process ends the machine.
+                _ => Ok(frames.len()),
+            };
+        }
+        let (n, last) = self.portion(frames);
+        let why = if last { Ring::Done } else { Ring::Output };
+        self.vm.exchange(why, frames.get(..n).unwrap_or_default(), &mut self.input);
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_variable_is_split_at_its_first_equals_sign() {
+        assert_eq!(split("A=b=c".into()), Some(("A".into(), "b=c".into())));
+        assert_eq!(split("A".into()), None);
+    }
+}

@@ -1,0 +1,278 @@
+//! The fork path of the process engine: one worker for each `Fork` message.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{Mode, OFlags},
+    net::{AddressFamily, SocketFlags, SocketType},
+    pipe::PipeFlags,
+    process::Pid,
+};
+use zeroboot_sys::{
+    control::{self, Control},
+    jail::{self, Filter, JailError},
+    mount,
+    process::{self, Forked},
+};
+
+use crate::layout::{AGENT, HOME};
+
+/// First host user id of sandboxes when the zygote runs as root: far above what any distribution gives out.
+/// Each sandbox has one of [`UIDS`] of its own.
+const UID_BASE: u32 = 1_514_000_000;
+const UIDS: u32 = 65_536;
+
+/// Most bytes of `/tmp`, of the home directory, and of `/dev/shm`, each. (Memory limits count them too.)
+const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
+
+const RUNNER_POLICY: &str = include_str!("../../../policy/process-runner.json");
+const AGENT_POLICY: &str = include_str!("../../../policy/process-agent.json");
+
+/// Why serving ended or never began.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A policy or a jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// The control channel or a system call.
+    #[error("{0}")]
+    Io(String, #[source] io::Error),
+    /// The zygote has more than one thread.
+    #[error("the warmed runtime has {0} threads; only a single-threaded process can be forked")]
+    Threads(usize),
+}
+
+fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
+    move |error| ServeError::Io(format!("{what}: {error}"), error)
+}
+
+/// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
+/// runner: jailed, with its standard streams and its control socket in place.
+pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
+    if threads != 1 {
+        return Err(ServeError::Threads(threads));
+    }
+    let zygote = Zygote {
+        runner_filter: Filter::parse(RUNNER_POLICY)?,
+        agent_filter: Filter::parse(AGENT_POLICY)?,
+        proc: rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| step("open /proc")(e.into()))?,
+        as_root: maps_sandbox_uids(),
+    };
+    process::ignore_children();
+    let mut count = 0u32;
+    loop {
+        let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
+            return Ok(false);
+        };
+        let Control::Fork { id } = message else { continue };
+        if fds.is_empty() {
+            continue;
+        }
+        let socket = fds.remove(0);
+        let cgroup = fds.pop();
+        let outside = if zygote.as_root { UID_BASE + count % UIDS } else { rustix::process::geteuid().as_raw() };
+        count = count.wrapping_add(1);
+        match zygote.fork(socket, cgroup, outside) {
+            Ok(Forked::Child) => {
+                // Its descriptors are closed already, all at once.
+                std::mem::forget(zygote);
+                return Ok(true);
+            }
+            Ok(Forked::Parent(pidfd)) => control::send(control, &Control::Forked { id }, &[pidfd.as_fd()]),
+            Err(error) => control::send(control, &Control::ForkFailed { id, text: error.to_string() }, &[]),
+        }
+        .map_err(step("answer on the control channel"))?;
+    }
+}
+
+/// Whether our user namespace has the ids that sandboxes get (the first namespace has all), and we may give
+/// them out.
+fn maps_sandbox_uids() -> bool {
+    let has_ids = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
+        map.lines().any(|line| {
+            let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));
+            let (first, _, count) = (fields.next(), fields.next(), fields.next());
+            first.zip(count).is_some_and(|(first, count)| {
+                first <= u64::from(UID_BASE) && first + count >= u64::from(UID_BASE + UIDS)
+            })
+        })
+    });
+    has_ids && rustix::process::geteuid().is_root()
+}
+
+struct Zygote {
+    runner_filter: Filter,
+    agent_filter: Filter,
+    /// Our own `/proc`, for the children's id maps.
+    proc: OwnedFd,
+    as_root: bool,
+}
+
+impl Zygote {
+    /// One worker. Returns in the zygote (with the worker's pidfd) and in the runner.
+    fn fork(&self, socket: OwnedFd, cgroup: Option<OwnedFd>, outside: u32) -> Result<Forked<OwnedFd>, ServeError> {
+        let (mapped, mapping) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| step("make a pipe")(e.into()))?;
+        match process::clone_into(process::SANDBOX_NAMESPACES).map_err(step("clone3"))? {
+            Forked::Parent((pid, pidfd)) => {
+                drop((mapped, socket, cgroup));
+                if let Err(error) = jail::write_id_maps(self.proc.as_fd(), pid, outside) {
+                    kill(&pidfd);
+                    return Err(step("write the id maps")(error));
+                }
+                // One byte lets the worker go on; a worker that is gone already shows on its socket.
+                if rustix::io::write(&mapping, b"x").is_err() {
+                    kill(&pidfd);
+                }
+                Ok(Forked::Parent(pidfd))
+            }
+            Forked::Child => {
+                drop(mapping);
+                match self.worker(&mapped, socket, cgroup) {
+                    Ok(()) => {
+                        std::mem::forget(mapped);
+                        Ok(Forked::Child)
+                    }
+                    Err((socket, error)) => {
+                        report(&socket, &error.to_string());
+                        process::exit_now(125)
+                    }
+                }
+            }
+        }
+    }
+
+    /// In the worker, pid 1 of its namespace. Returns in the runner only.
+    fn worker(&self, mapped: &OwnedFd, socket: OwnedFd, cgroup: Option<OwnedFd>) -> Result<(), (OwnedFd, ServeError)> {
+        let made = self.enter(mapped, cgroup).and_then(|()| {
+            let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            Ok((pair, pipe()?, pipe()?, pipe()?))
+        });
+        let ((ours, theirs), stdin, stdout, stderr) = match made {
+            Ok(fds) => fds,
+            Err(error) => return Err((socket, step("enter the sandbox")(error))),
+        };
+        match process::fork() {
+            Err(error) => Err((socket, step("fork the runner")(error))),
+            Ok(Forked::Child) => {
+                let placed = process::place_fds(&[
+                    (stdin.0.as_raw_fd(), 0),
+                    (stdout.1.as_raw_fd(), 1),
+                    (stderr.1.as_raw_fd(), 2),
+                    (theirs.as_raw_fd(), 3),
+                ]);
+                // Their numbers are gone with close_from: nobody may close them once more.
+                for fd in [stdin.0, stdin.1, stdout.0, stdout.1, stderr.0, stderr.1, ours, theirs] {
+                    std::mem::forget(fd);
+                }
+                let jailed = placed.map_err(step("place descriptors")).and_then(|()| {
+                    process::close_from(4).map_err(step("close descriptors"))?;
+                    jail::landlock(&WRITABLE.map(Path::new))?;
+                    self.runner_filter.apply()?;
+                    Ok(())
+                });
+                match jailed {
+                    Ok(()) => {
+                        std::mem::forget(socket);
+                        Ok(())
+                    }
+                    Err(error) => {
+                        // The agent takes what a runner says before it is ready as the reason.
+                        report(&process::borrow_fd(3), &error.to_string());
+                        process::exit_now(125)
+                    }
+                }
+            }
+            Ok(Forked::Parent(runner)) => {
+                let error = self.become_agent(runner, &socket, &ours, &stdin.1, &stdout.0, &stderr.0);
+                Err((socket, error))
+            }
+        }
+    }
+
+    /// Everything that needs the capabilities of the new user namespace, then none are left.
+    fn enter(&self, mapped: &OwnedFd, cgroup: Option<OwnedFd>) -> io::Result<()> {
+        if rustix::io::retry_on_intr(|| rustix::io::read(mapped, &mut [0u8; 1]))? != 1 {
+            return Err(io::Error::other("the zygote ended"));
+        }
+        process::reset_signals()?;
+        jail::become_sandbox_user()?;
+        // After the change of user, which clears it.
+        process::die_with_parent()?;
+        if let Some(procs) = cgroup {
+            rustix::io::write(&procs, b"0")?;
+        }
+        let mut unique = [0u8; 6];
+        rustix::rand::getrandom(&mut unique, rustix::rand::GetRandomFlags::empty())?;
+        let name: String = unique.iter().map(|byte| format!("{byte:02x}")).collect();
+        rustix::system::sethostname(format!("sandbox-{name}").as_bytes())?;
+        mount::private_proc()?;
+        let own = |path: &str, mode| mount::private_tmpfs(Path::new(path), jail::SANDBOX_UID, mode, TMPFS_SIZE);
+        own("/tmp", "1777")?;
+        own(HOME, "755")?;
+        own("/dev/shm", "1777")?;
+        rustix::process::chdir(HOME)?;
+        jail::drop_capabilities()?;
+        jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    /// Turns the worker into the agent: a small program of its own, without a copy of the warmed runtime.
+    fn become_agent(
+        &self,
+        runner: Pid,
+        socket: &OwnedFd,
+        control: &OwnedFd,
+        stdin: &OwnedFd,
+        stdout: &OwnedFd,
+        stderr: &OwnedFd,
+    ) -> ServeError {
+        let wanted = [(socket, 3), (control, 4), (stdin, 5), (stdout, 6), (stderr, 7)];
+        let setup = || -> Result<io::Error, ServeError> {
+            process::place_fds(&wanted.map(|(fd, to)| (fd.as_raw_fd(), to))).map_err(step("place descriptors"))?;
+            process::close_from(8).map_err(step("close descriptors"))?;
+            self.agent_filter.apply()?;
+            let args = [c"agent".into(), c"sandbox".into(), number(runner)];
+            Ok(process::exec(&CString::from(AGENT_PATH), &args, &[]))
+        };
+        match setup() {
+            Ok(error) => step("start the agent")(error),
+            Err(error) => error,
+        }
+    }
+}
+
+const AGENT_PATH: &std::ffi::CStr = c"/.zeroboot/agent";
+const _: () = assert!(AGENT_PATH.to_bytes().len() == AGENT.len());
+
+/// What a sandbox may write.
+const WRITABLE: [&str; 4] = [HOME, "/tmp", "/dev/shm", "/dev/null"];
+
+fn number(pid: Pid) -> CString {
+    // A number has no NUL byte.
+    CString::new(pid.as_raw_nonzero().to_string()).unwrap_or_default()
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?)
+}
+
+fn kill(pidfd: &OwnedFd) {
+    // The only failure is that it is gone already, which is what we want.
+    let _gone = rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
+}
+
+/// Says why there will be no sandbox. A reader that is gone needs no answer.
+fn report(socket: &(impl AsFd + ?Sized), text: &str) {
+    let mut bytes = Vec::new();
+    zeroboot_proto::encode(&mut bytes, zeroboot_proto::Kind::Failure, text.as_bytes());
+    let fd: BorrowedFd<'_> = socket.as_fd();
+    let _gone = rustix::io::write(fd, &bytes);
+}

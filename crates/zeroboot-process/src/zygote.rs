@@ -1,0 +1,189 @@
+//! The zygote of a process template: builds the root, then becomes the warm runtime or serves forks itself.
+
+use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
+
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use zeroboot_proto::Kind;
+use zeroboot_sys::{control::CONTROL_FD, mount, process};
+
+use crate::{
+    layout::{self, AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
+    serve::{ServeError, serve},
+};
+
+/// Files of ours that a sandbox needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Assets {
+    /// The static agent.
+    pub agent: &'static [u8],
+    /// The `zeroboot-pyfork` library.
+    pub pyfork: &'static [u8],
+    /// The Python runner.
+    pub runner_python: &'static [u8],
+    /// The Node runner.
+    pub runner_node: &'static [u8],
+}
+
+/// A process template.
+#[derive(Clone, Debug)]
+pub struct ZygoteConfig {
+    /// `python` or `node`.
+    pub runtime: String,
+    /// The interpreter (absolute).
+    pub interpreter: PathBuf,
+    /// Host directories that the runtime needs: its prefix, its packages.
+    pub paths: Vec<PathBuf>,
+    /// Modules to import before the first fork; a trailing `?` makes one optional.
+    pub warm: Vec<String>,
+    /// Environment of the runtime.
+    pub env: Vec<(String, String)>,
+}
+
+/// Runs a zygote on the descriptors that `zeroboot_sys::process::as_zygote` placed. Returns why it could not.
+pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
+    let step = |what: &'static str| move |e: io::Error| ServeError::Io(format!("{what}: {e}"), e);
+    let prepared = (|| {
+        own_user_namespace().map_err(step("make a user namespace"))?;
+        let files = vec![
+            (PathBuf::from(AGENT), assets.agent.to_vec()),
+            (PathBuf::from(PYFORK), assets.pyfork.to_vec()),
+            (PathBuf::from(RUNNER_PYTHON), assets.runner_python.to_vec()),
+            (PathBuf::from(RUNNER_NODE), assets.runner_node.to_vec()),
+        ];
+        mount::enter_root(&layout::plan(&config.paths, files)).map_err(step("build the sandbox root"))?;
+        keep_id_capabilities().map_err(step("drop capabilities"))
+    })();
+    if let Err(error) = prepared {
+        return error;
+    }
+    match run_runtime(config) {
+        Ok(error) => step("start the runtime")(error),
+        Err(error) => error,
+    }
+}
+
+/// Python: becomes the warm interpreter. Node: serves forks, and each runner becomes Node.
+fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
+    let string = |s: &str| CString::new(s).map_err(|e| ServeError::Io(format!("{s:?} has a NUL byte"), e.into()));
+    let interpreter = string(&config.interpreter.to_string_lossy())?;
+    let env = environment(config)
+        .iter()
+        .map(|(key, value)| string(&format!("{key}={value}")))
+        .collect::<Result<Vec<_>, _>>()?;
+    let warm = config.warm.join(",");
+    let args: Vec<&str> = match config.runtime.as_str() {
+        "python" => {
+            let control = const {
+                assert!(CONTROL_FD == 4);
+                "4"
+            };
+            let mut args =
+                vec!["python3", "-E", "-s", "-X", "utf8", RUNNER_PYTHON, "--fork-server", PYFORK, "--fork-fd", control];
+            if !warm.is_empty() {
+                args.extend(["--warm", &warm]);
+            }
+            args
+        }
+        _ => {
+            let mut args = vec!["node", RUNNER_NODE];
+            if !warm.is_empty() {
+                args.extend(["--warm", &warm]);
+            }
+            args
+        }
+    };
+    let args = args.into_iter().map(string).collect::<Result<Vec<_>, _>>()?;
+    if config.runtime != "python" {
+        serve_here()?;
+    }
+    Ok(process::exec(&interpreter, &args, &env))
+}
+
+/// Serves forks in this process. Returns in each runner; ends with the front.
+fn serve_here() -> Result<(), ServeError> {
+    let control = process::inherited_fd(CONTROL_FD)
+        .ok_or_else(|| ServeError::Io("no control channel".into(), io::Error::from_raw_os_error(9)))?;
+    ready().map_err(|e| ServeError::Io(format!("report: {e}"), e))?;
+    if !serve(&control)? {
+        process::exit_now(0);
+    }
+    std::mem::forget(control);
+    Ok(())
+}
+
+/// Tells the front that the template is warm.
+pub(crate) fn ready() -> io::Result<()> {
+    let mut frame = Vec::new();
+    zeroboot_proto::encode(&mut frame, Kind::Ready, b"");
+    rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)?;
+    Ok(())
+}
+
+/// What the runtime is told; nothing of the host's environment goes in.
+fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
+    let own_bin = config.interpreter.parent().map(|dir| dir.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut env: Vec<(String, String)> = [
+        ("PATH", format!("{own_bin}:/usr/local/bin:/usr/bin:/bin").as_str()),
+        ("HOME", HOME),
+        ("USER", "sandbox"),
+        ("LOGNAME", "sandbox"),
+        ("TMPDIR", "/tmp"),
+        ("LANG", "C.UTF-8"),
+        // One thread: a process with more cannot be forked, and a sandbox has one CPU's worth of time.
+        ("OPENBLAS_NUM_THREADS", "1"),
+        ("OMP_NUM_THREADS", "1"),
+        ("MKL_NUM_THREADS", "1"),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .collect();
+    env.extend(config.env.iter().cloned());
+    env
+}
+
+/// As an ordinary user: a user namespace in which we may mount. As root it is not needed.
+fn own_user_namespace() -> io::Result<()> {
+    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SYS_ADMIN) {
+        return Ok(());
+    }
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    process::unshare(UnshareFlags::NEWUSER)?;
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/gid_map", format!("0 {gid} 1\n"))?;
+    std::fs::write("/proc/self/uid_map", format!("0 {uid} 1\n"))
+}
+
+/// The zygote needs to give its children user ids and nothing else.
+fn keep_id_capabilities() -> io::Result<()> {
+    let keep = CapabilitySet::SETUID | CapabilitySet::SETGID;
+    process::limit_bounding_set(keep.bits())?;
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() },
+    )?;
+    if rustix::process::geteuid().is_root() {
+        // Supplementary groups of whoever started us would reach every sandbox.
+        let in_first_namespace = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|s| s.trim() == "allow");
+        if in_first_namespace {
+            process::clear_groups()?;
+        }
+    }
+    Ok(())
+}
+
+/// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.
+pub fn serve_python(control: i32) {
+    let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
+    let outcome = ready().map_err(|e| ServeError::Io(format!("report: {e}"), e)).and_then(|()| serve(&control));
+    match outcome {
+        Ok(true) => std::mem::forget(control),
+        Ok(false) => process::exit_now(0),
+        Err(error) => {
+            let mut frame = Vec::new();
+            zeroboot_proto::encode(&mut frame, Kind::Failure, error.to_string().as_bytes());
+            // If the front is gone nobody needs the reason.
+            let _gone = rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD).as_fd(), &frame);
+            process::exit_now(125)
+        }
+    }
+}

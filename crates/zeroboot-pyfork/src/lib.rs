@@ -1,0 +1,10 @@
+//! The library through which a warm Python interpreter is forked into jails. The runner loads it with ctypes.
+
+use std::ffi::c_int;
+
+/// Serves the control channel `control`. Returns 0 in each forked runner, and never in the zygote.
+#[unsafe(no_mangle)]
+pub extern "C" fn zb_serve(control: c_int) -> c_int {
+    zeroboot_process::serve_python(control);
+    0
+}

@@ -1,0 +1,147 @@
+//! What holds a sandbox in: user ids, capabilities, Landlock, seccomp.
+
+use std::{collections::HashMap, io, os::fd::BorrowedFd, path::Path};
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::Pid,
+    thread::{CapabilitySet, CapabilitySets},
+};
+use seccompiler::{BpfProgram, TargetArch};
+
+/// The user and group that code has inside every sandbox.
+pub const SANDBOX_UID: u32 = 1000;
+
+/// Gives a process in a fresh user namespace its one user: `outside` of the caller's namespace appears as
+/// [`SANDBOX_UID`]. `proc` is a directory descriptor of the caller's own `/proc`.
+pub fn write_id_maps(proc: BorrowedFd<'_>, child: Pid, outside: u32) -> io::Result<()> {
+    let pid = child.as_raw_nonzero();
+    let write = |file: &str, text: &str| -> io::Result<()> {
+        let fd = rustix::fs::openat(proc, format!("{pid}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let written = rustix::io::write(&fd, text.as_bytes())?;
+        if written == text.len() { Ok(()) } else { Err(io::Error::other("short write of an id map")) }
+    };
+    // Groups first denied: an unprivileged map of groups needs it (user_namespaces(7)).
+    write("setgroups", "deny")?;
+    write("gid_map", &format!("{SANDBOX_UID} {outside} 1\n"))?;
+    write("uid_map", &format!("{SANDBOX_UID} {outside} 1\n"))
+}
+
+/// Becomes [`SANDBOX_UID`] in a user namespace whose map [`write_id_maps`] wrote. Capabilities stay: no id 0
+/// exists here, so the kernel sees no change from root.
+pub fn become_sandbox_user() -> io::Result<()> {
+    // Raw calls: glibc's wrappers signal every thread, and in a cloned child its thread list is stale.
+    let id = libc::c_long::from(SANDBOX_UID as i32);
+    // SAFETY: they take numbers only.
+    unsafe {
+        if libc::syscall(libc::SYS_setresgid, id, id, id) != 0 || libc::syscall(libc::SYS_setresuid, id, id, id) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Leaves every capability, now and after any exec.
+pub fn drop_capabilities() -> io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    crate::process::limit_bounding_set(0)?;
+    // SAFETY: prctl with numbers only.
+    unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
+    let left = rustix::thread::capabilities(None)?;
+    if left.permitted.is_empty() && left.effective.is_empty() {
+        Ok(())
+    } else {
+        Err(io::Error::other("capabilities are left after dropping them"))
+    }
+}
+
+/// Keeps other processes of the same user from tracing this one or reading its memory.
+pub fn deny_tracing() -> io::Result<()> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    Ok(())
+}
+
+/// Adds a Landlock layer: everything below `/` may be read and executed, only `writable` be changed. Later
+/// layers and their processes can neither trace nor (Linux 6.12) signal a process of an earlier one.
+/// Returns whether the kernel enforces it at all.
+pub fn landlock(writable: &[&Path]) -> Result<bool, JailError> {
+    let abi = ABI::V6;
+    let read = AccessFs::from_read(abi);
+    let all = AccessFs::from_all(abi);
+    let build = || -> Result<RulesetStatus, Box<dyn std::error::Error>> {
+        let mut ruleset = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(all)?
+            .scope(Scope::AbstractUnixSocket | Scope::Signal)?
+            .create()?
+            .add_rule(PathBeneath::new(PathFd::new("/")?, read))?;
+        for path in writable {
+            let fd = PathFd::new(path)?;
+            let access: BitFlags<AccessFs> = if path.is_dir() { all } else { AccessFs::from_file(abi) & all };
+            ruleset = ruleset.add_rule(PathBeneath::new(fd, access))?;
+        }
+        Ok(ruleset.restrict_self()?.ruleset)
+    };
+    match build() {
+        Ok(status) => Ok(status != RulesetStatus::NotEnforced),
+        Err(error) => Err(JailError::Landlock(error.to_string())),
+    }
+}
+
+/// A seccomp filter compiled from policy data.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// In the order of installation. The strictest answer of all counts; an allow-list comes last, because it
+    /// forbids to install another.
+    programs: Vec<BpfProgram>,
+}
+
+impl Filter {
+    /// Compiles a policy file: a JSON object whose keys are filters, installed in the order of their names
+    /// (`1_…`, `2_…`), each in seccompiler's format with a `comment` at every rule.
+    pub fn parse(json: &str) -> Result<Filter, JailError> {
+        let filters: HashMap<String, BpfProgram> = seccompiler::compile_from_json(json.as_bytes(), TargetArch::x86_64)
+            .map_err(|error| JailError::Policy(error.to_string()))?;
+        if filters.is_empty() {
+            return Err(JailError::Policy("no filter in it".into()));
+        }
+        let mut named: Vec<_> = filters.into_iter().collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(Filter { programs: named.into_iter().map(|(_, program)| program).collect() })
+    }
+
+    /// Applies it to the calling thread and all it will make, for ever.
+    pub fn apply(&self) -> Result<(), JailError> {
+        self.programs.iter().try_for_each(|program| {
+            seccompiler::apply_filter(program).map_err(|error| JailError::Seccomp(error.to_string()))
+        })
+    }
+}
+
+/// Why a jail could not be closed. The sandbox is then not started.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// Landlock said no.
+    #[error("apply Landlock: {0}")]
+    Landlock(String),
+    /// A policy file is not what it should be.
+    #[error("compile the seccomp policy: {0}")]
+    Policy(String),
+    /// The kernel did not take the filter.
+    #[error("apply the seccomp filter: {0}")]
+    Seccomp(String),
+}
+
+/// The kernel's Landlock version; 0 where it has none.
+pub fn landlock_version() -> u32 {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel takes no attributes and returns a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, VERSION) };
+    u32::try_from(version).unwrap_or(0)
+}

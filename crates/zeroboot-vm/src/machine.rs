@@ -1,0 +1,86 @@
+//! The shape of the machine: one vCPU, a local APIC and nothing else, memory from address 0.
+
+use std::{path::Path, sync::Arc};
+
+use zeroboot_sys::{
+    kvm::{CpuidEntry, CpuidTable, Kvm, KvmError, Vcpu, Vm},
+    memory::Mapping,
+};
+
+/// The KVM device with what every VM of this process needs, read once.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    cpuid: Vec<CpuidEntry>,
+    cpuid_table: CpuidTable,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and reads the CPUID.
+    pub fn open() -> Result<Host, KvmError> {
+        let kvm = Kvm::open(Path::new("/dev/kvm"))?;
+        let cpuid = crate::cpuid::for_guest(&kvm)?;
+        let cpuid_table = CpuidTable::new(&cpuid)?;
+        Ok(Host { kvm, cpuid, cpuid_table })
+    }
+
+    /// The device.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// What guests of this host see of its CPU.
+    pub fn cpuid(&self) -> &[CpuidEntry] {
+        &self.cpuid
+    }
+}
+
+/// A virtual machine with its vCPU.
+#[derive(Debug)]
+pub struct Machine {
+    // Drop order: the vCPU (its descriptor and its kvm_run mapping each pin the VM), then the VM.
+    pub(crate) vcpu: Vcpu,
+    pub(crate) vm: Vm,
+    pub(crate) memory: Arc<Mapping>,
+}
+
+impl Machine {
+    /// Makes the VM in the cheap order and without state.
+    pub fn new(host: &Host, memory: Mapping) -> Result<Machine, KvmError> {
+        Machine::timed(host, memory, &mut |_| ())
+    }
+
+    /// As [`Machine::new`]; `step` hears the name of each step once it is done.
+    pub fn timed(host: &Host, memory: Mapping, step: &mut dyn FnMut(&'static str)) -> Result<Machine, KvmError> {
+        let mut vm = host.kvm.create_vm()?;
+        step("create_vm");
+        // The slot before anything that has to do with interrupts: enabling an irqchip queues an SRCU
+        // callback, and a slot change that finds one pending waits for its grace period (7 ms and more).
+        vm.set_memory(memory)?;
+        step("memory_slot");
+        // Before the vCPU: KVM refuses a split irqchip once one exists.
+        vm.split_irqchip()?;
+        step("split_irqchip");
+        let vcpu = vm.create_vcpu()?;
+        step("create_vcpu");
+        // Before any other state: what KVM accepts as state depends on what the guest's CPU has.
+        vcpu.set_cpuid(&host.cpuid_table)?;
+        step("set_cpuid");
+        let memory = match vm.memory() {
+            Some(memory) => Arc::clone(memory),
+            // set_memory above succeeded.
+            None => unreachable!("a VM whose memory was just set has it"),
+        };
+        Ok(Machine { vcpu, vm, memory })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Mapping {
+        &self.memory
+    }
+
+    /// The vCPU.
+    pub fn vcpu(&mut self) -> &mut Vcpu {
+        &mut self.vcpu
+    }
+}

@@ -1,0 +1,515 @@
+//! A frozen machine: how it is made, written, read and forked.
+//!
+//! ```text
+//! memory.img  guest memory from address 0, sparse
+//! state.bin   "ZBSTATE\0" · u32 version · u32 body length · BLAKE3 of the body · body (postcard)
+//! ```
+//!
+//! The body names the BLAKE3 of the memory, so that the two files belong together; and the host's facts.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use zeroboot_sys::{
+    kvm::{CpuidEntry, KvmError, XSAVE_MAX},
+    memory::{BootMemory, GuestPhys, Mapping, MemoryImage, PAGE},
+};
+
+use crate::{Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, StateTables, VmState};
+
+const MAGIC: [u8; 8] = *b"ZBSTATE\0";
+/// The version of `state.bin`. Counted up with every change of what it holds.
+pub const FORMAT_VERSION: u32 = 1;
+const HEADER: usize = 8 + 4 + 4 + 32;
+/// A state is some 30 KiB; a file far above that is not one.
+const MAX_STATE_FILE: u64 = 4 << 20;
+/// The names of the two files in a template's directory.
+pub const MEMORY_FILE: &str = "memory.img";
+/// See [`MEMORY_FILE`].
+pub const STATE_FILE: &str = "state.bin";
+
+/// A frozen machine, ready to be forked.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub(crate) image: MemoryImage,
+    pub(crate) body: Body,
+    pub(crate) tables: StateTables,
+}
+
+/// What `state.bin` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Body {
+    pub(crate) host: HostFacts,
+    pub(crate) protocol: u16,
+    pub(crate) memory: u64,
+    pub(crate) memory_hash: [u8; 32],
+    pub(crate) cpuid: Vec<CpuidEntry>,
+    pub(crate) state: VmState,
+    pub(crate) mailbox: Mailbox,
+    pub(crate) about: Vec<u8>,
+    pub(crate) working_set: WorkingSet,
+}
+
+/// The pages that an exec touches, recorded once by [`Snapshot::rehearse`]: runs of `(page, pages)`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    /// Written: copied ahead of time.
+    pub written: Vec<(u32, u32)>,
+    /// Only read: mapped ahead of time.
+    pub read: Vec<(u32, u32)>,
+}
+
+impl WorkingSet {
+    fn pages(runs: &[(u32, u32)]) -> u64 {
+        runs.iter().map(|&(_, n)| u64::from(n)).sum()
+    }
+
+    /// Pages that are written.
+    pub fn written_pages(&self) -> u64 {
+        WorkingSet::pages(&self.written)
+    }
+
+    /// Pages that are only read.
+    pub fn read_pages(&self) -> u64 {
+        WorkingSet::pages(&self.read)
+    }
+}
+
+/// What a manifest says about a snapshot. `state.bin` is what counts; this is for people and for
+/// `template inspect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotFacts {
+    /// Version of `state.bin`.
+    pub format_version: u32,
+    /// Version of the frames that the frozen agent speaks.
+    pub protocol: u16,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Bytes of it that are not zero pages.
+    pub memory_stored_bytes: u64,
+    /// BLAKE3 over the pages that are not zero.
+    pub memory_blake3: String,
+    /// BLAKE3 of `state.bin`'s body.
+    pub state_blake3: String,
+    /// MSRs in the state.
+    pub msrs: usize,
+    /// Pages that an exec was seen to write.
+    pub working_set_written: u64,
+    /// Pages that an exec was seen to read.
+    pub working_set_read: u64,
+    /// The host it was made on, and the only kind it can be loaded on.
+    pub host: HostFacts,
+}
+
+/// Why a machine could not be frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// KVM did not give the state.
+    #[error("cannot save the state of the vCPU")]
+    Kvm(#[from] KvmError),
+    /// The agent announced no usable mailbox.
+    #[error("the guest's mailbox cannot be used")]
+    Mailbox(#[from] MailboxError),
+    /// The memory could not be sealed or read.
+    #[error("cannot freeze the guest's memory")]
+    Memory(#[from] io::Error),
+}
+
+/// Why a snapshot could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {path}")]
+pub struct SaveError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Why a snapshot was refused. [`LoadSnapshotError::mend`] says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadSnapshotError {
+    /// A file could not be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// `state.bin` does not begin as one, or ends early, or its checksum is wrong.
+    #[error("{STATE_FILE} is damaged: {0}")]
+    Damaged(&'static str),
+    /// Written by another version of Zeroboot.
+    #[error("{STATE_FILE} has format version {found}; this program reads version {FORMAT_VERSION}")]
+    Version {
+        /// What the file says.
+        found: u32,
+    },
+    /// The frozen agent speaks another version of the frames.
+    #[error("the template's agent speaks frames of version {0}; this program speaks version {ours}", ours = zeroboot_proto::VERSION)]
+    Protocol(u16),
+    /// Built on another kind of host.
+    #[error("the template cannot run on this host: {0}")]
+    Foreign(Difference),
+    /// `memory.img` is not the memory that `state.bin` belongs to.
+    #[error("{MEMORY_FILE} is damaged: {0}")]
+    Memory(&'static str),
+    /// The kernel refused what the file holds.
+    #[error("the host's KVM refuses the saved state")]
+    Kvm(#[from] KvmError),
+}
+
+impl LoadSnapshotError {
+    /// What the user can do about it.
+    pub fn mend(&self) -> &'static str {
+        match self {
+            LoadSnapshotError::Read { .. } => "check that the template's directory is complete and readable",
+            _ => "build the template again on this host",
+        }
+    }
+}
+
+impl Snapshot {
+    /// Freezes a machine that rang `Ready` with this argument.
+    pub fn freeze(
+        host: &Host,
+        mut machine: Machine,
+        memory: BootMemory,
+        argument: u32,
+    ) -> Result<Snapshot, FreezeError> {
+        let mailbox = Mailbox::discover(&machine.memory, argument)?;
+        let about = mailbox.about(&machine.memory)?;
+        let (state, _count) = VmState::save(host, &mut machine)?;
+        // The last mapping of the boot memory must be gone before it can be sealed.
+        drop(machine);
+        let image = MemoryImage::seal(memory)?;
+        let mut hasher = MemoryHasher::default();
+        each_page(&image, |page, bytes| {
+            hasher.page(page, bytes);
+            Ok(())
+        })?;
+        let tables = StateTables::new(&state)?;
+        let body = Body {
+            host: HostFacts::read(host),
+            protocol: zeroboot_proto::VERSION,
+            memory: image.len(),
+            memory_hash: hasher.finish(),
+            cpuid: host.cpuid().to_vec(),
+            state,
+            mailbox,
+            about,
+            working_set: WorkingSet::default(),
+        };
+        Ok(Snapshot { image, body, tables })
+    }
+
+    /// Writes `memory.img` and `state.bin` into a directory and waits until they are on disk. The caller
+    /// makes the whole directory appear at once by a rename.
+    pub fn save(&self, directory: &Path) -> Result<SnapshotFacts, SaveError> {
+        let path = directory.join(MEMORY_FILE);
+        let stored = self.save_memory(&path).map_err(|source| SaveError { path, source })?;
+        let path = directory.join(STATE_FILE);
+        let (bytes, hash) = encode(&self.body);
+        let write = || -> io::Result<()> {
+            let mut file = File::create_new(&path)?;
+            file.write_all(&bytes)?;
+            file.sync_all()
+        };
+        write().map_err(|source| SaveError { path: path.clone(), source })?;
+        Ok(self.facts(stored, hash))
+    }
+
+    fn save_memory(&self, path: &Path) -> io::Result<u64> {
+        let file = File::create_new(path)?;
+        file.set_len(self.image.len())?;
+        let mut stored = 0;
+        each_page(&self.image, |page, bytes| {
+            stored += bytes.len() as u64;
+            file.write_all_at(bytes, u64::from(page) * PAGE as u64)
+        })?;
+        file.sync_all()?;
+        Ok(stored)
+    }
+
+    fn facts(&self, stored: u64, state_hash: blake3::Hash) -> SnapshotFacts {
+        SnapshotFacts {
+            format_version: FORMAT_VERSION,
+            protocol: self.body.protocol,
+            memory_bytes: self.body.memory,
+            memory_stored_bytes: stored,
+            memory_blake3: blake3::Hash::from_bytes(self.body.memory_hash).to_hex().to_string(),
+            state_blake3: state_hash.to_hex().to_string(),
+            msrs: self.body.state.msrs.len() + 2,
+            working_set_written: self.body.working_set.written_pages(),
+            working_set_read: self.body.working_set.read_pages(),
+            host: self.body.host.clone(),
+        }
+    }
+
+    /// Reads a snapshot back, checks all of it against its checksums and against this host, and holds its
+    /// memory in a sealed memfd: what was checked is what the forks run.
+    pub fn load(host: &Host, directory: &Path) -> Result<Snapshot, LoadSnapshotError> {
+        use LoadSnapshotError as E;
+        let path = directory.join(STATE_FILE);
+        let bytes = read_bounded(&path).map_err(|source| E::Read { path, source })?;
+        let body = decode(&bytes)?;
+        if let Some(difference) = body.host.differs(&HostFacts::read(host)) {
+            return Err(E::Foreign(difference));
+        }
+        let path = directory.join(MEMORY_FILE);
+        let read = |source| E::Read { path: path.clone(), source };
+        let file = File::open(&path).map_err(read)?;
+        let length = file.metadata().map_err(read)?.len();
+        if length != body.memory {
+            return Err(E::Memory("it has another length than the saved state says"));
+        }
+        let mut hasher = MemoryHasher::default();
+        let mut page = 0u32;
+        let image = MemoryImage::load(&file, length, |part| match part {
+            Ok(bytes) => {
+                for bytes in bytes.chunks(PAGE) {
+                    if !is_zero(bytes) {
+                        hasher.page(page, bytes);
+                    }
+                    page += 1;
+                }
+            }
+            Err(hole) => page += (hole / PAGE as u64) as u32,
+        })
+        .map_err(read)?;
+        if hasher.finish() != body.memory_hash {
+            return Err(E::Memory("its checksum is wrong"));
+        }
+        let tables = StateTables::new(&body.state)?;
+        Ok(Snapshot { image, body, tables })
+    }
+
+    /// The same snapshot with a state that every kernel refuses late in the restore. For tests of what a
+    /// failed fork leaves behind.
+    #[doc(hidden)]
+    pub fn with_refused_state(&self) -> Result<Snapshot, FreezeError> {
+        let mut body = self.body.clone();
+        // No CPU has this MSR.
+        body.state.msrs.push((0x4fff_fff0, 1));
+        let tables = StateTables::new(&body.state)?;
+        Ok(Snapshot { image: self.image.try_clone()?, body, tables })
+    }
+
+    /// The frozen memory.
+    pub fn image(&self) -> &MemoryImage {
+        &self.image
+    }
+
+    /// The saved state.
+    pub fn state(&self) -> &VmState {
+        &self.body.state
+    }
+
+    /// What the runner said of itself when it was warm: the payload of its `Ready` frame.
+    pub fn about(&self) -> &[u8] {
+        &self.body.about
+    }
+
+    /// The pages that an exec touches.
+    pub fn working_set(&self) -> &WorkingSet {
+        &self.body.working_set
+    }
+
+    /// A new machine around a private view of the memory, with everything restored but the clocks.
+    pub fn fork(&self, host: &Host) -> Result<Fork, ForkError> {
+        self.fork_timed(host, &mut |_| ())
+    }
+
+    /// As [`Snapshot::fork`]; `step` hears the name of each step once it is done.
+    pub fn fork_timed(&self, host: &Host, step: &mut dyn FnMut(&'static str)) -> Result<Fork, ForkError> {
+        let memory = Mapping::fork(&self.image)?;
+        step("map");
+        let machine = Machine::timed(host, memory, step)?;
+        self.body.state.restore(&self.tables, &machine, step)?;
+        Ok(Fork { machine, mailbox: self.body.mailbox.clone() })
+    }
+
+    /// Starts a fork's clocks where the snapshot stopped them. The last step before the guest runs.
+    pub fn start_clocks(&self, fork: &Fork) -> Result<(), ForkError> {
+        Ok(self.body.state.restore_clocks(&self.tables, &fork.machine)?)
+    }
+
+    /// Copies and maps the pages that an exec is known to touch. Spends memory of a waiting fork on time of
+    /// a running one.
+    pub fn prefault(&self, fork: &mut Fork, what: Prefault) -> Result<(), ForkError> {
+        if what == Prefault::Nothing {
+            return Ok(());
+        }
+        let set = &self.body.working_set;
+        let range = |&(page, pages): &(u32, u32)| (GuestPhys(u64::from(page) * PAGE as u64), pages as usize * PAGE);
+        for (at, len) in set.written.iter().map(range) {
+            fork.machine.memory.populate_write(at, len)?;
+            fork.machine.vcpu.pre_fault(at, len as u64)?;
+        }
+        if what == Prefault::All {
+            for (at, len) in set.read.iter().map(range) {
+                fork.machine.memory.populate_read(at, len)?;
+                fork.machine.vcpu.pre_fault(at, len as u64)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which pages of the working set a fork gets ahead of time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefault {
+    /// None: the smallest idle fork.
+    #[default]
+    Nothing,
+    /// Those that are written: private copies.
+    Written,
+    /// Those that are written or read.
+    All,
+}
+
+/// Why a fork failed. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// The memory could not be mapped or populated.
+    #[error("cannot map the template's memory")]
+    Map(#[from] io::Error),
+    /// KVM refused a step.
+    #[error("cannot make the virtual machine")]
+    Kvm(#[from] KvmError),
+}
+
+/// A machine that was forked from a snapshot.
+#[derive(Debug)]
+pub struct Fork {
+    pub(crate) machine: Machine,
+    pub(crate) mailbox: Mailbox,
+}
+
+impl Fork {
+    /// The machine.
+    pub fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    /// Its mailbox.
+    pub fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+}
+
+/// Every page of the image that is not zero, in order.
+fn each_page(image: &MemoryImage, mut page: impl FnMut(u32, &[u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut chunk = vec![0u8; 1 << 20];
+    for (start, length) in image.data_ranges()? {
+        let mut at = start;
+        while at < start + length {
+            let n = usize::try_from(start + length - at).unwrap_or(chunk.len()).min(chunk.len());
+            let part = chunk.get_mut(..n).unwrap_or_default();
+            image.read(GuestPhys(at), part)?;
+            for (i, bytes) in part.chunks(PAGE).enumerate() {
+                if !is_zero(bytes) {
+                    page((at / PAGE as u64) as u32 + i as u32, bytes)?;
+                }
+            }
+            at += n as u64;
+        }
+    }
+    Ok(())
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|w| u128::from_ne_bytes(*w) == 0) && rest.iter().all(|&b| b == 0)
+}
+
+/// The same hash whether a page of zeros is stored or a hole.
+#[derive(Default)]
+struct MemoryHasher(blake3::Hasher);
+
+impl MemoryHasher {
+    fn page(&mut self, page: u32, bytes: &[u8]) {
+        self.0.update(&page.to_le_bytes());
+        self.0.update(bytes);
+    }
+
+    fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_STATE_FILE + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn encode(body: &Body) -> (Vec<u8>, blake3::Hash) {
+    // Serialising plain data into memory has no way to fail.
+    let payload = postcard::to_stdvec(body).unwrap_or_default();
+    let hash = blake3::hash(&payload);
+    let mut bytes = Vec::with_capacity(HEADER + payload.len());
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(hash.as_bytes());
+    bytes.extend_from_slice(&payload);
+    (bytes, hash)
+}
+
+/// Reads the bytes of a `state.bin`. Never panics, whatever they are.
+pub(crate) fn decode(bytes: &[u8]) -> Result<Body, LoadSnapshotError> {
+    use LoadSnapshotError as E;
+    const SHORT: E = E::Damaged("it ends early");
+    let (magic, rest) = bytes.split_first_chunk::<8>().ok_or(SHORT)?;
+    if *magic != MAGIC {
+        return Err(E::Damaged("it does not begin with its magic number"));
+    }
+    let (version, rest) = rest.split_first_chunk::<4>().ok_or(SHORT)?;
+    match u32::from_le_bytes(*version) {
+        FORMAT_VERSION => {}
+        found => return Err(E::Version { found }),
+    }
+    let (length, rest) = rest.split_first_chunk::<4>().ok_or(SHORT)?;
+    let (hash, payload) = rest.split_first_chunk::<32>().ok_or(SHORT)?;
+    match (u32::from_le_bytes(*length) as usize).cmp(&payload.len()) {
+        std::cmp::Ordering::Greater => return Err(SHORT),
+        std::cmp::Ordering::Less => return Err(E::Damaged("it is longer than it says")),
+        std::cmp::Ordering::Equal => {}
+    }
+    if blake3::hash(payload) != *hash {
+        return Err(E::Damaged("its checksum is wrong"));
+    }
+    decode_body(payload)
+}
+
+/// The part behind the checksum, which proves nothing about who wrote it.
+pub(crate) fn decode_body(payload: &[u8]) -> Result<Body, LoadSnapshotError> {
+    use LoadSnapshotError as E;
+    let body: Body = postcard::from_bytes(payload).map_err(|_| E::Damaged("its fields cannot be read"))?;
+    if body.protocol != zeroboot_proto::VERSION {
+        return Err(E::Protocol(body.protocol));
+    }
+    if body.memory == 0 || !body.memory.is_multiple_of(PAGE as u64) || body.memory > MAX_MEMORY.bytes() {
+        return Err(E::Damaged("its size of memory is impossible"));
+    }
+    let state = &body.state;
+    if state.xsave.len() > XSAVE_MAX || state.msrs.len() > 4096 || body.cpuid.len() > 256 {
+        return Err(E::Damaged("it holds more state than a vCPU has"));
+    }
+    if body.mailbox.check(body.memory).is_err() {
+        return Err(E::Damaged("its mailbox is not in its memory"));
+    }
+    let pages = body.memory / PAGE as u64;
+    let set = &body.working_set;
+    if set.written.iter().chain(&set.read).any(|&(page, n)| n == 0 || u64::from(page) + u64::from(n) > pages) {
+        return Err(E::Damaged("its working set is not in its memory"));
+    }
+    Ok(body)
+}

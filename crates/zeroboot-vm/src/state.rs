@@ -1,0 +1,165 @@
+//! The saved state of a machine: everything that KVM holds about the vCPU and the VM, except memory.
+//!
+//! Save and restore stand side by side, and each order has its cause beside it.
+
+use serde::{Deserialize, Serialize};
+use zeroboot_sys::kvm::{ClockData, DebugRegs, KvmError, LapicState, MpState, MsrTable, Regs, Sregs, VcpuEvents, Xcrs};
+
+use crate::{Host, Machine};
+
+/// MSR_IA32_TSC: the guest's time stamp counter.
+pub(crate) const MSR_TSC: u32 = 0x10;
+/// MSR_IA32_TSC_DEADLINE: when the local APIC's timer fires, in units of the TSC.
+pub(crate) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// For the nested lane only: QEMU's TCG looks at the I/O permission bitmap only of a task segment of type 9
+/// (available), while KVM reports 11 (busy), as real CPUs want it. With 11 every port access of the agent
+/// in a restored guest is a fault there; with 9 hardware refuses to enter the guest.
+pub const TR9: &str = "ZEROBOOT_TCG_TR9";
+
+/// Everything that KVM holds about a paused machine, except memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmState {
+    pub(crate) mp_state: MpState,
+    pub(crate) regs: Regs,
+    pub(crate) sregs: Sregs,
+    pub(crate) xsave: Vec<u8>,
+    pub(crate) xcrs: Option<Xcrs>,
+    pub(crate) lapic: LapicState,
+    pub(crate) events: VcpuEvents,
+    pub(crate) debug_regs: DebugRegs,
+    /// All MSRs that this guest has, but the two of the clock.
+    pub(crate) msrs: Vec<(u32, u64)>,
+    pub(crate) tsc: u64,
+    pub(crate) tsc_deadline: u64,
+    pub(crate) tsc_khz: u32,
+    /// kvm-clock, nanoseconds.
+    pub(crate) clock: u64,
+}
+
+/// How many MSRs there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrCount {
+    /// In KVM_GET_MSR_INDEX_LIST.
+    pub listed: usize,
+    /// Saved.
+    pub saved: usize,
+}
+
+impl VmState {
+    /// Reads the state of a machine whose last exit is a finished one ([`Machine::settle`]).
+    pub fn save(host: &Host, machine: &mut Machine) -> Result<(VmState, MsrCount), KvmError> {
+        // The exit's port access is still pending in KVM: without this each fork would repeat it.
+        machine.vcpu.complete_io()?;
+        let vcpu = &machine.vcpu;
+        // First: reading it folds a pending INIT or SIPI into the rest of the state.
+        let mp_state = vcpu.mp_state()?;
+        let regs = vcpu.regs()?;
+        let mut sregs = vcpu.sregs()?;
+        if sregs.base.tr.type_ == 11 && std::env::var_os(TR9).is_some_and(|v| v == "1") {
+            sregs.base.tr.type_ = 9;
+        }
+        let xsave = vcpu.xsave()?;
+        let xcrs = vcpu.xcrs()?;
+        let lapic = vcpu.lapic()?;
+        let mut msrs = Vec::new();
+        let (mut tsc, mut tsc_deadline) = (0, 0);
+        let list = host.kvm().msr_index_list()?;
+        for &index in &list {
+            // One at a time: KVM_GET_MSRS stops at the first that this guest's CPUID does not have, and the
+            // list names what the host could have.
+            match (index, vcpu.msr(index)?) {
+                (_, None) => {}
+                (MSR_TSC, Some(value)) => tsc = value,
+                (MSR_TSC_DEADLINE, Some(value)) => tsc_deadline = value,
+                (_, Some(value)) => msrs.push((index, value)),
+            }
+        }
+        let count = MsrCount { listed: list.len(), saved: msrs.len() + 2 };
+        // After the MSRs and the LAPIC: KVM may move a pending timer interrupt into the events on the way.
+        let events = vcpu.events()?;
+        let debug_regs = vcpu.debug_regs()?;
+        let tsc_khz = vcpu.tsc_khz()?;
+        // Last: the guest's clock stands still from here on.
+        let clock = machine.vm.clock()?.clock;
+        let state = VmState {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            lapic,
+            events,
+            debug_regs,
+            msrs,
+            tsc,
+            tsc_deadline,
+            tsc_khz,
+            clock,
+        };
+        Ok((state, count))
+    }
+
+    /// Puts everything back but the clocks. `step` hears the name of each step once it is done.
+    pub(crate) fn restore(
+        &self,
+        tables: &StateTables,
+        machine: &Machine,
+        step: &mut dyn FnMut(&'static str),
+    ) -> Result<(), KvmError> {
+        let vcpu = &machine.vcpu;
+        // System registers first: they carry APIC_BASE, and KVM_SET_LAPIC reads the register page as an
+        // xAPIC's or x2APIC's according to it. EFER and CR4 decide what later values are accepted.
+        vcpu.set_sregs(&self.sregs)?;
+        step("sregs");
+        // XCR0 before the XSAVE area: KVM takes only features that XCR0 enables.
+        if let Some(xcrs) = &self.xcrs {
+            vcpu.set_xcrs(xcrs)?;
+        }
+        vcpu.set_xsave(&self.xsave)?;
+        step("xsave");
+        // The LAPIC before TSC_DEADLINE: KVM drops a deadline unless the timer's LVT entry is in
+        // TSC-deadline mode.
+        vcpu.set_lapic(&self.lapic)?;
+        step("lapic");
+        vcpu.set_msrs(&tables.msrs)?;
+        step("msrs");
+        vcpu.set_debug_regs(&self.debug_regs)?;
+        // Registers after everything that may touch RIP or RFLAGS on the way (debug registers with
+        // single-step, system registers).
+        vcpu.set_regs(&self.regs)?;
+        // Events after the LAPIC and the registers: KVM_SET_REGS drops a pending exception.
+        vcpu.set_events(&self.events)?;
+        // Last: the vCPU is runnable only with everything in place.
+        vcpu.set_mp_state(self.mp_state)?;
+        step("rest");
+        Ok(())
+    }
+
+    /// Starts the guest's clocks where the snapshot stopped them. Separate, because a pooled fork waits:
+    /// its clocks start when it is taken, and no timer that came due meanwhile fires in a burst.
+    pub(crate) fn restore_clocks(&self, tables: &StateTables, machine: &Machine) -> Result<(), KvmError> {
+        // kvm-clock goes on from its saved value: no flags, so no jump by the host's wall clock. The wall
+        // clock is part of the identity, which the agent sets.
+        machine.vm.set_clock(&ClockData { clock: self.clock, ..Default::default() })?;
+        // The TSC before the deadline, which is a value of the TSC.
+        machine.vcpu.set_msrs(&tables.clock_msrs)
+    }
+}
+
+/// Parts of a [`VmState`] in the form that the kernel takes, made once per template.
+#[derive(Debug)]
+pub struct StateTables {
+    msrs: MsrTable,
+    clock_msrs: MsrTable,
+}
+
+impl StateTables {
+    /// From a state.
+    pub fn new(state: &VmState) -> Result<StateTables, KvmError> {
+        Ok(StateTables {
+            msrs: MsrTable::new(&state.msrs)?,
+            clock_msrs: MsrTable::new(&[(MSR_TSC, state.tsc), (MSR_TSC_DEADLINE, state.tsc_deadline)])?,
+        })
+    }
+}

@@ -1,0 +1,129 @@
+//! The worker: one process, one VM, one exec.
+//!
+//! ```text
+//! forked ─▶ VM made, memory mapped, state restored ─▶ jailed ─▶ `Ready` ─▶ waits (the pool)
+//!        ─▶ request ─▶ clocks start ─▶ guest runs ─▶ last frame ─▶ end of the process
+//! ```
+//!
+//! It frees nothing: the end of the process does, off the path of the answer.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send},
+};
+use zeroboot_proto::{Kind, encode};
+use zeroboot_sys::{
+    jail::Filter,
+    kick::{self, Kick},
+};
+
+use crate::{
+    ForkError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError, Snapshot, jail, jail::VmJailError,
+};
+
+/// Why a worker ended without an answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The VM could not be made.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    /// The timer or the socket's signal could not be set up.
+    #[error("cannot set up the kick of the vCPU")]
+    Kick(#[source] io::Error),
+    /// The jail could not be closed: no guest instruction was run.
+    #[error("cannot close the worker's jail")]
+    Jail(#[from] VmJailError),
+    /// The exec could not be carried through.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The front's socket broke.
+    #[error("cannot tell the front that the worker is ready")]
+    Socket(#[source] io::Error),
+}
+
+/// Makes a VM, jails this process, waits for a request on `socket` and carries it through. Call it in a
+/// process that exists for nothing else, with one thread. With `filter` `None` the process is not jailed:
+/// for tests that go on afterwards.
+pub fn worker(
+    host: Host,
+    snapshot: &Snapshot,
+    socket: OwnedFd,
+    prefault: Prefault,
+    filter: Option<&Filter>,
+) -> Result<SessionEnd, WorkerError> {
+    let kick = Kick::new().map_err(WorkerError::Kick)?;
+    let mut fork = snapshot.fork(&host)?;
+    // The VM is made: the worker needs the device no more.
+    drop(host);
+    snapshot.prefault(&mut fork, prefault)?;
+    fork.machine.vcpu.prime().map_err(ForkError::from)?;
+    kick::on_activity(socket.as_fd()).map_err(WorkerError::Kick)?;
+    if let Some(filter) = filter {
+        jail::close(filter)?;
+    }
+    let mut front = SocketFront { socket };
+    let mut ready = Vec::new();
+    encode(&mut ready, Kind::Ready, snapshot.about());
+    front.send(&ready).map_err(WorkerError::Socket)?;
+    let (end, _stats) = Session::new(snapshot, &mut fork, &mut front, &kick).run()?;
+    Ok(end)
+}
+
+/// The front at the other end of a stream socket that does not block.
+#[derive(Debug)]
+pub struct SocketFront {
+    socket: OwnedFd,
+}
+
+impl SocketFront {
+    /// Waits for `events`, through any number of kicks.
+    fn wait(&self, events: PollFlags) -> io::Result<()> {
+        loop {
+            match poll(&mut [PollFd::new(&self.socket, events)], None) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Front for SocketFront {
+    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
+        let mut chunk = [0u8; 16 * 1024];
+        loop {
+            match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Ok(Received::Gone),
+                Ok((n, _)) => {
+                    into.extend_from_slice(chunk.get(..n).unwrap_or_default());
+                    return Ok(Received::Bytes);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if wait => self.wait(PollFlags::IN)?,
+                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(Errno::CONNRESET) => return Ok(Received::Gone),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match send(&self.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                // The guest stands still while the front is slow: that is the backpressure.
+                Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! The zygote: a process that holds one template and forks a worker for each `Fork` message.
+
+use std::{
+    error::Error,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::process::{PidfdFlags, getpid, getppid, pidfd_open};
+use zeroboot_proto::{Kind, encode};
+use zeroboot_sys::{
+    control::{self, Control},
+    jail::{Filter, JailError},
+    kvm::{KvmError, Vm},
+    process::{self, Forked},
+};
+
+use crate::{Host, LoadSnapshotError, Prefault, Snapshot, jail, jail::VmJailError, worker};
+
+/// Why a zygote did not come up, or ended before its front.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ZygoteError {
+    /// No usable KVM.
+    #[error("cannot use /dev/kvm")]
+    Kvm(#[from] KvmError),
+    /// The template was refused.
+    #[error(transparent)]
+    Template(#[from] LoadSnapshotError),
+    /// The zygote's own jail.
+    #[error(transparent)]
+    Jail(#[from] VmJailError),
+    /// The worker's policy does not compile.
+    #[error(transparent)]
+    Policy(#[from] JailError),
+    /// The process has threads; it could not be forked soundly.
+    #[error("the zygote has {0} threads; only a single-threaded process can be forked")]
+    Threads(usize),
+    /// The control channel or the report broke.
+    #[error("cannot {0}")]
+    Channel(&'static str, #[source] io::Error),
+}
+
+impl ZygoteError {
+    /// The whole chain in one line, with what to do.
+    fn text(&self) -> String {
+        let mut text = chain(self);
+        if let ZygoteError::Template(error) = self {
+            text.push_str("; ");
+            text.push_str(error.mend());
+        }
+        text
+    }
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// Loads the template, tells `report`, and serves `control` until the front is gone.
+///
+/// The two are the descriptors that `zeroboot_sys::process::as_zygote` placed; every higher one is closed.
+pub fn zygote(template: &Path, prefault: Prefault, report: OwnedFd, control: OwnedFd) -> Result<(), ZygoteError> {
+    // Whatever the front or its parent left open would reach every worker.
+    let first = control::CONTROL_FD.max(control::REPORT_FD).unsigned_abs() + 1;
+    process::close_from(first).map_err(|e| ZygoteError::Channel("close inherited descriptors", e))?;
+    let zygote = match Zygote::start(template, prefault) {
+        Ok(zygote) => zygote,
+        Err(error) => {
+            tell(&report, Kind::Failure, error.text().as_bytes())?;
+            return Err(error);
+        }
+    };
+    tell(&report, Kind::Ready, zygote.snapshot.about())?;
+    drop(report);
+    zygote.serve(control)
+}
+
+fn tell(report: &OwnedFd, kind: Kind, payload: &[u8]) -> Result<(), ZygoteError> {
+    let mut frame = Vec::new();
+    encode(&mut frame, kind, payload.get(..payload.len().min(zeroboot_proto::MAX_PAYLOAD)).unwrap_or_default());
+    let failed = |error| ZygoteError::Channel("report to the front", error);
+    match rustix::io::retry_on_intr(|| rustix::io::write(report, &frame)) {
+        Ok(n) if n == frame.len() => Ok(()),
+        Ok(_) => Err(failed(io::ErrorKind::WriteZero.into())),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+/// Everything that a worker inherits.
+struct Zygote {
+    host: Host,
+    snapshot: Snapshot,
+    filter: Filter,
+    prefault: Prefault,
+    /// One idle VM is kept: with none alive anywhere KVM switches virtualisation off on every CPU and on
+    /// again for the next, which doubles the cost of KVM_CREATE_VM.
+    idle: Vm,
+}
+
+impl Zygote {
+    fn start(template: &Path, prefault: Prefault) -> Result<Zygote, ZygoteError> {
+        let filter = Filter::parse(jail::POLICY)?;
+        let host = Host::open()?;
+        let snapshot = Snapshot::load(&host, template)?;
+        let idle = host.kvm().create_vm()?;
+        let threads = std::fs::read_dir("/proc/self/task")
+            .map_err(|error| ZygoteError::Channel("list the zygote's threads", error))?
+            .count();
+        if threads != 1 {
+            return Err(ZygoteError::Threads(threads));
+        }
+        jail::strip_zygote()?;
+        process::ignore_children();
+        Ok(Zygote { host, snapshot, filter, prefault, idle })
+    }
+
+    fn serve(self, control: OwnedFd) -> Result<(), ZygoteError> {
+        let broken = |error| ZygoteError::Channel("speak on the control channel", error);
+        loop {
+            let Some((message, fds)) = control::receive(&control).map_err(broken)? else {
+                return Ok(());
+            };
+            let Control::Fork { id } = message else { continue };
+            let mut fds = fds.into_iter();
+            let (socket, cgroup) = (fds.next(), fds.next());
+            let Some(socket) = socket else {
+                let text = "the Fork message came without a socket".into();
+                control::send(&control, &Control::ForkFailed { id, text }, &[]).map_err(broken)?;
+                continue;
+            };
+            let parent = getpid();
+            let forked = match process::fork() {
+                Ok(Forked::Child) => {
+                    drop(control);
+                    self.become_worker(parent, socket, cgroup);
+                }
+                Ok(Forked::Parent(pid)) => pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from),
+                Err(error) => Err(error),
+            };
+            drop((socket, cgroup));
+            match forked {
+                Ok(pidfd) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
+                Err(error) => control::send(&control, &Control::ForkFailed { id, text: error.to_string() }, &[]),
+            }
+            .map_err(broken)?;
+        }
+    }
+
+    fn become_worker(self, parent: rustix::process::Pid, socket: OwnedFd, cgroup: Option<OwnedFd>) -> ! {
+        // A copy of the front's error channel for what comes before the worker owns its socket.
+        let last_words = socket.try_clone();
+        let Zygote { host, snapshot, filter, prefault, idle } = self;
+        drop(idle);
+        let started = (|| -> io::Result<()> {
+            process::die_with_parent()?;
+            if getppid() != Some(parent) {
+                return Err(io::Error::other("the zygote is gone"));
+            }
+            if let Some(cgroup) = cgroup {
+                // 0: the writer itself.
+                rustix::io::write(&cgroup, b"0")?;
+            }
+            Ok(())
+        })();
+        let failure = match started {
+            Ok(()) => match worker::worker(host, &snapshot, socket, prefault, Some(&filter)) {
+                Ok(_end) => process::exit_now(0),
+                Err(error) => chain(&error),
+            },
+            Err(error) => error.to_string(),
+        };
+        let mut frame = Vec::new();
+        encode(&mut frame, Kind::Failure, failure.as_bytes());
+        if let Ok(socket) = last_words {
+            // If the front is gone nobody needs the reason.
+            let _gone = rustix::net::send(&socket, &frame, rustix::net::SendFlags::NOSIGNAL);
+        }
+        process::exit_now(1)
+    }
+}

@@ -1,0 +1,360 @@
+//! Zygote and workers as processes, with guests of a few bytes. The program calls itself as the zygote.
+
+use std::{
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
+use zeroboot_proto::{
+    Decoder, Ending, ExitReport, Identity, Kind, Limits, encode,
+    mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, Ring, TABLE_AT, VERSION},
+};
+use zeroboot_sys::{
+    control::{self, CONTROL_FD, Control, REPORT_FD},
+    kvm::Regs,
+    memory::{BootMemory, GuestPhys, MiB},
+    process,
+};
+use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop};
+
+const HEADER: u64 = 0x2000;
+const TO_GUEST: u64 = 0x3000;
+const FROM_GUEST: u64 = 0x4000;
+
+fn main() {
+    if let Some(template) = std::env::args().skip_while(|a| a != "--zygote").nth(1) {
+        let (report, control) = (process::inherited_fd(REPORT_FD).unwrap(), process::inherited_fd(CONTROL_FD).unwrap());
+        let end = zeroboot_vm::zygote(Path::new(&template), Prefault::Nothing, report, control);
+        process::exit_now(i32::from(end.is_err()));
+    }
+    // What `cargo test -- --list` and filters ask for.
+    if std::env::args().any(|a| a == "--list") {
+        return;
+    }
+    let host = match Host::open() {
+        Ok(host) => host,
+        Err(error) if std::env::var_os("ZEROBOOT_REQUIRE_KVM").is_some_and(|v| v == "1") => {
+            panic!("ZEROBOOT_REQUIRE_KVM=1 and {error}: {:?}", std::error::Error::source(&error))
+        }
+        Err(error) => {
+            eprintln!("skipped: no usable /dev/kvm ({error})");
+            return;
+        }
+    };
+    let tests: [(&str, fn(&Host)); 7] = [
+        ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
+        ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
+        ("a_worker_whose_front_is_gone_ends_at_once", a_worker_whose_front_is_gone_ends_at_once),
+        ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
+        ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
+        ("a_damaged_template_is_refused_with_words", a_damaged_template_is_refused_with_words),
+        ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
+    ];
+    for (name, test) in tests {
+        eprint!("test {name} ... ");
+        test(&host);
+        eprintln!("ok");
+    }
+}
+
+fn ring(asm: &mut Vec<u8>, value: u32) {
+    asm.push(0xba);
+    asm.extend(DOORBELL_PORT.to_le_bytes());
+    asm.extend([0x66, 0xb8]);
+    asm.extend(value.to_le_bytes());
+    asm.extend([0x66, 0xef]);
+}
+
+/// A template whose guest becomes ready and then does what `rest` says; `answer` lies in its outgoing area.
+fn template(host: &Host, rest: &[u8], answer: &[u8]) -> tempfile::TempDir {
+    let memory = BootMemory::new(MiB(1)).unwrap();
+    let mut machine = Machine::new(host, memory.map().unwrap()).unwrap();
+    let mut page = vec![0; 4096];
+    page[..4].copy_from_slice(&MAGIC.to_le_bytes());
+    page[4..8].copy_from_slice(&VERSION.to_le_bytes());
+    for i in 0..AREA_PAGES {
+        let to = if i == 0 { TO_GUEST } else { 0x2_0000 + 0x1000 * i as u64 };
+        let from = if i == 0 { FROM_GUEST } else { 0x4_0000 + 0x1000 * i as u64 };
+        page[TABLE_AT + 8 * i..][..8].copy_from_slice(&to.to_le_bytes());
+        page[TABLE_AT + 8 * (AREA_PAGES + i)..][..8].copy_from_slice(&from.to_le_bytes());
+    }
+    let mut code = Vec::new();
+    ring(&mut code, Ring::Ready.encode((HEADER >> 12) as u32));
+    code.extend(rest);
+    machine.memory().write(GuestPhys(HEADER), &page).unwrap();
+    machine.memory().write(GuestPhys(FROM_GUEST), answer).unwrap();
+    machine.memory().write(GuestPhys(0x1000), &code).unwrap();
+    let vcpu = machine.vcpu();
+    let mut sregs = vcpu.sregs().unwrap();
+    (sregs.base.cs.base, sregs.base.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    vcpu.set_regs(&Regs { rip: 0x1000, rsp: 0x7000, rflags: 2, ..Default::default() }).unwrap();
+    let stop = machine.run(&mut Console::default(), &mut Exits::default()).unwrap();
+    let Stop::Ring(Ring::Ready, argument) = stop else { panic!("{stop:?}") };
+    let dir = tempfile::tempdir().unwrap();
+    Snapshot::freeze(host, machine, memory, argument).unwrap().save(dir.path()).unwrap();
+    dir
+}
+
+/// A guest that answers with these bytes and is done.
+fn answering(host: &Host) -> tempfile::TempDir {
+    let mut answer = Vec::new();
+    encode(&mut answer, Kind::Started, b"");
+    encode(&mut answer, Kind::Stdout, b"hello");
+    let report = ExitReport { ending: Ending::Exited(3), wall_ns: 1, cpu_ns: 2, peak_memory: 3 };
+    encode(&mut answer, Kind::Exit, &report.encode());
+    let mut rest = Vec::new();
+    ring(&mut rest, Ring::Done.encode(answer.len() as u32));
+    template(host, &rest, &answer)
+}
+
+fn spinning(host: &Host) -> tempfile::TempDir {
+    template(host, &[0xfa, 0xeb, 0xfe], &[])
+}
+
+struct Zygote {
+    child: Child,
+    control: OwnedFd,
+    report: UnixStream,
+}
+
+impl Zygote {
+    fn start(template: &Path) -> Zygote {
+        let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let (control, theirs) = pair(SocketType::SEQPACKET);
+        let (report, their_report) = pair(SocketType::STREAM);
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.arg("--zygote").arg(template);
+        process::as_zygote(&mut command, their_report, theirs);
+        let child = command.spawn().unwrap();
+        // The command holds the other ends.
+        drop(command);
+        let report = UnixStream::from(report);
+        report.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Zygote { child, control, report }
+    }
+    fn said(&mut self) -> (Kind, Vec<u8>) {
+        frame(&mut self.report, &mut Decoder::new()).unwrap()
+    }
+    fn ready(&mut self) {
+        let (kind, text) = self.said();
+        assert_eq!(kind, Kind::Ready, "{}", String::from_utf8_lossy(&text));
+    }
+    fn fork(&self) -> Worker {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        control::send(&self.control, &Control::Fork { id: 7 }, &[theirs.as_fd()]).unwrap();
+        drop(theirs);
+        let (message, mut fds) = control::receive(&self.control).unwrap().unwrap();
+        assert_eq!(message, Control::Forked { id: 7 });
+        let mut worker = Worker { socket, decoder: Decoder::new(), pidfd: fds.remove(0) };
+        let ready = worker.frame();
+        assert_eq!(ready.as_ref().map(|(kind, _)| *kind), Some(Kind::Ready), "{ready:?}");
+        worker
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+struct Worker {
+    socket: UnixStream,
+    decoder: Decoder,
+    pidfd: OwnedFd,
+}
+
+fn frame(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(Kind, Vec<u8>)> {
+    let mut chunk = [0; 4096];
+    loop {
+        if let Some((kind, payload)) = decoder.next_frame().unwrap() {
+            return Some((kind, payload.to_vec()));
+        }
+        match socket.read(&mut chunk).unwrap() {
+            0 => return None,
+            n => decoder.feed(&chunk[..n]),
+        }
+    }
+}
+
+impl Worker {
+    fn frame(&mut self) -> Option<(Kind, Vec<u8>)> {
+        frame(&mut self.socket, &mut self.decoder)
+    }
+    fn request(&mut self, wall: Duration) {
+        let limits = Limits {
+            wall_ns: wall.as_nanos() as u64,
+            cpu_ns: u64::MAX,
+            memory: u64::MAX,
+            output: 1000,
+            file_size: u64::MAX,
+            output_files: 1000,
+            processes: 1,
+            open_files: 1,
+        };
+        let mut bytes = Vec::new();
+        encode(
+            &mut bytes,
+            Kind::Identity,
+            &Identity { entropy: [1; 64], realtime_ns: 0, sandbox_id: [2; 16] }.encode(),
+        );
+        encode(&mut bytes, Kind::Limits, &limits.encode());
+        encode(&mut bytes, Kind::Code, b"the code");
+        encode(&mut bytes, Kind::Run, b"");
+        self.socket.write_all(&bytes).unwrap();
+    }
+    fn ended_within(&self, limit: Duration) -> bool {
+        ended_within(&self.pidfd, limit)
+    }
+    fn pid(&self) -> u32 {
+        use std::os::fd::AsRawFd;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).unwrap();
+        info.lines().find_map(|l| l.strip_prefix("Pid:")).unwrap().trim().parse().unwrap()
+    }
+}
+
+fn ended_within(pidfd: &OwnedFd, limit: Duration) -> bool {
+    let timeout = Timespec::try_from(limit).unwrap();
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+}
+
+fn a_worker_carries_an_exec_through_and_ends(host: &Host) {
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    for _ in 0..3 {
+        let mut worker = zygote.fork();
+        worker.request(Duration::from_secs(5));
+        let first = worker.frame().unwrap();
+        assert_eq!(first.0, Kind::Started, "{:?}", ExitReport::decode(&first.1));
+        assert_eq!(worker.frame().unwrap(), (Kind::Stdout, b"hello".to_vec()));
+        let (kind, payload) = worker.frame().unwrap();
+        assert_eq!((kind, ExitReport::decode(&payload).unwrap().ending), (Kind::Exit, Ending::Exited(3)));
+        assert!(worker.frame().is_none());
+        assert!(worker.ended_within(Duration::from_secs(5)));
+    }
+}
+
+fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let worker = zygote.fork();
+    let pid = worker.pid();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
+    assert_eq!(field("Seccomp:"), "2");
+    assert_eq!(field("NoNewPrivs:"), "1");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(field(set), "0000000000000000", "{set}");
+    }
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(field("Uid:"), "65534\t65534\t65534\t65534");
+        assert_eq!(field("Groups:"), "");
+        let root = std::fs::read_dir(format!("/proc/{pid}/root/")).unwrap();
+        assert_eq!(root.count(), 0, "the worker's root is not empty");
+        for space in ["net", "ipc", "uts", "mnt"] {
+            let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
+            assert_ne!(of(&pid.to_string()), of("self"), "{space}");
+        }
+        let mut open: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .map(|e| std::fs::read_link(e.unwrap().path()).unwrap().to_string_lossy().into_owned())
+            .collect();
+        open.sort();
+        // The VM, its vCPU, the image (sealed), one socket and its copy, and the standard streams.
+        let allowed = |name: &str| {
+            ["anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0", "/memfd:zeroboot-image (deleted)"].contains(&name)
+                || name.starts_with("socket:")
+        };
+        let other: Vec<_> = open.iter().filter(|name| !allowed(name)).collect();
+        assert!(other.len() <= 3, "{open:?}");
+        assert!(!open.iter().any(|name| name == "/dev/kvm"), "{open:?}");
+        assert!(open.iter().filter(|name| name.starts_with("socket:")).count() <= 2, "{open:?}");
+    }
+}
+
+fn a_worker_whose_front_is_gone_ends_at_once(host: &Host) {
+    let template = spinning(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    // Waiting in the pool.
+    let Worker { socket, pidfd, .. } = zygote.fork();
+    drop(socket);
+    assert!(ended_within(&pidfd, Duration::from_secs(2)));
+    // In the middle of a guest that never leaves by itself.
+    let mut worker = zygote.fork();
+    worker.request(Duration::from_secs(60));
+    std::thread::sleep(Duration::from_millis(100));
+    let Worker { socket, pidfd, .. } = worker;
+    drop(socket);
+    assert!(ended_within(&pidfd, Duration::from_secs(2)));
+}
+
+fn no_worker_outlives_a_killed_zygote(host: &Host) {
+    let template = spinning(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let waiting = zygote.fork();
+    let mut running = zygote.fork();
+    running.request(Duration::from_secs(60));
+    std::thread::sleep(Duration::from_millis(50));
+    drop(zygote);
+    assert!(waiting.ended_within(Duration::from_secs(2)));
+    assert!(running.ended_within(Duration::from_secs(2)));
+}
+
+fn a_spinning_guest_is_stopped_by_its_worker(host: &Host) {
+    let template = spinning(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut worker = zygote.fork();
+    let start = Instant::now();
+    worker.request(Duration::from_millis(50));
+    let (kind, payload) = worker.frame().unwrap();
+    assert_eq!((kind, ExitReport::decode(&payload).unwrap().ending), (Kind::Exit, Ending::DeadlinePassed));
+    let late = start.elapsed().saturating_sub(Duration::from_millis(50) + zeroboot_vm::DEADLINE_GRACE);
+    assert!(late < Duration::from_millis(100), "{late:?}");
+}
+
+fn a_damaged_template_is_refused_with_words(host: &Host) {
+    let template = answering(host);
+    let path = template.path().join("state.bin");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let mut zygote = Zygote::start(template.path());
+    let (kind, text) = zygote.said();
+    let text = String::from_utf8(text).unwrap();
+    assert_eq!(kind, Kind::Failure);
+    assert!(text.contains("checksum") && text.contains("build the template again"), "{text}");
+}
+
+fn a_zygote_ends_with_its_front(host: &Host) {
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let worker = zygote.fork();
+    let (replacement, _other) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    drop(std::mem::replace(&mut zygote.control, replacement));
+    let start = Instant::now();
+    while zygote.child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(worker.ended_within(Duration::from_secs(2)));
+}

@@ -1,0 +1,49 @@
+//! Builds the two programs that `zeroboot` carries inside: the static agent and the library that forks a
+//! warm Python. Cargo has no stable way to depend on another package's binary, so it is asked a second time,
+//! in a target directory of its own (the outer build holds the lock of the first).
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn main() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("we lie in crates/").to_owned();
+    for source in ["zeroboot-guest", "zeroboot-proto", "zeroboot-process", "zeroboot-pyfork", "zeroboot-sys"] {
+        println!("cargo::rerun-if-changed={}", crates.join(source).display());
+    }
+    println!("cargo::rerun-if-changed={}", crates.join("../policy").display());
+    println!("cargo::rerun-if-changed={}", crates.join("../Cargo.lock").display());
+
+    // target/PROFILE/build/zeroboot-HASH/out -> target
+    let target = out.ancestors().nth(4).expect("OUT_DIR lies in the target directory").join("embedded");
+    embed(
+        &crates,
+        &target,
+        "zeroboot-guest",
+        &["-C", "target-feature=+crt-static"],
+        "zeroboot-guest",
+        &out.join("agent"),
+    );
+    embed(&crates, &target, "zeroboot-pyfork", &[], "libzeroboot_pyfork.so", &out.join("pyfork.so"));
+}
+
+fn embed(crates: &Path, target: &Path, package: &str, flags: &[&str], artifact: &str, to: &Path) {
+    let triple = env::var("TARGET").expect("cargo sets TARGET");
+    let target = target.join(package);
+    let status = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"))
+        .args(["build", "--quiet", "--profile", "embedded", "--package", package, "--target", &triple])
+        .arg("--manifest-path")
+        .arg(crates.join("../Cargo.toml"))
+        .env("CARGO_TARGET_DIR", &target)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
+        .env_remove("RUSTFLAGS")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER")
+        .status()
+        .expect("cargo can be started");
+    assert!(status.success(), "building {package} failed");
+    let built = target.join(&triple).join("embedded").join(artifact);
+    std::fs::copy(&built, to).unwrap_or_else(|e| panic!("copy {}: {e}", built.display()));
+}

@@ -1,0 +1,305 @@
+//! `zeroboot run`: one piece of code, its streams and its exit status.
+
+use std::{
+    ffi::OsStr,
+    io::{self, Read},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use zeroboot_engine::{
+    Engine, Event, ExecRequest, Execution, InputFile, InvalidRequest, Limits, MAX_CODE, Outcome, Report, Stdin,
+};
+
+use crate::{
+    cli::{RunArgs, Runtime},
+    hint::hinted,
+    printer, resolve,
+};
+
+/// Runs it; gives the exit status.
+pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
+    let source = read_source(&args)?;
+    let (_engine, _why) = resolve::choose_engine(args.from.engine)?;
+    let runtime = args.runtime.or_else(|| by_name(&source.name)).unwrap_or(Runtime::Python);
+    let request = request(&args, source, runtime)?;
+    // What can be refused without a sandbox is refused without waiting for one.
+    request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    let template = resolve::process_template(runtime, &args.from, Some(&request.code), 0)?;
+    let config =
+        resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let status = tokio.block_on(async {
+        let mut interrupts = Interrupts::new()?;
+        let work = async {
+            let engine = Engine::start(config).await?;
+            let status = drive(&engine, request, &args).await;
+            engine.shutdown(Duration::from_secs(1)).await;
+            status
+        };
+        tokio::select! {
+            status = work => status,
+            // Dropping the work kills the sandbox and its zygote.
+            signal = interrupts.next() => Ok(signal),
+        }
+    });
+    // A thread may still wait for our standard input; nobody waits for it.
+    tokio.shutdown_background();
+    status
+}
+
+struct Source {
+    code: Bytes,
+    name: String,
+    args: Vec<String>,
+}
+
+fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
+    let text =
+        |arg: &OsStr| arg.to_str().map(str::to_owned).with_context(|| format!("argument {arg:?} is not valid UTF-8"));
+    if let Some(code) = &args.code {
+        let rest = args.args.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
+        return Ok(Source { code: Bytes::copy_from_slice(code.as_bytes()), name: "-c".into(), args: rest });
+    }
+    let Some((file, rest)) = args.args.split_first() else {
+        return Err(hinted("no code was given", "give code with -c 'print(1)', or a file"));
+    };
+    let rest = rest.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
+    let mut code = Vec::new();
+    let mut read = |from: &mut dyn Read| from.take(MAX_CODE as u64 + 1).read_to_end(&mut code);
+    if file == "-" {
+        read(&mut io::stdin().lock()).context("read the code from standard input")?;
+        return Ok(Source { code: code.into(), name: "-".into(), args: rest });
+    }
+    let path = Path::new(file);
+    let opened = std::fs::File::open(path).and_then(|mut file| read(&mut file));
+    if let Err(error) = opened {
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound => "name an existing file, or give code with -c",
+            io::ErrorKind::IsADirectory => "name a file in it",
+            _ => "the file must be readable",
+        };
+        return Err(hinted(format!("cannot read {}: {error}", path.display()), hint));
+    }
+    let name = path.file_name().unwrap_or(file);
+    Ok(Source { code: code.into(), name: text(name)?, args: rest })
+}
+
+fn by_name(name: &str) -> Option<Runtime> {
+    match Path::new(name).extension()?.to_str()? {
+        "py" => Some(Runtime::Python),
+        "js" | "mjs" | "cjs" => Some(Runtime::Node),
+        _ => None,
+    }
+}
+
+fn bad_request(error: InvalidRequest, inline: bool) -> anyhow::Error {
+    let hint = match &error {
+        InvalidRequest::EmptyCode if inline => "give code with -c 'print(1)', or a file",
+        InvalidRequest::EmptyCode => "the file holds nothing but white space",
+        InvalidRequest::CodeTooLong(_) => "put data into a file with --put and read it there",
+        InvalidRequest::CodeHasNul(_) | InvalidRequest::CodeNotUtf8(_) => {
+            "code is UTF-8 text; put binary data into a file with --put"
+        }
+        InvalidRequest::BadPath(_) => "paths of --put and --get are names below the working directory",
+        _ => "see `zeroboot run --help`",
+    };
+    hinted(error.to_string(), hint)
+}
+
+fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<ExecRequest> {
+    let mut request = ExecRequest::new(runtime.name(), source.code);
+    request.name = source.name;
+    request.args = source.args;
+    for pair in &args.env {
+        request.env.push(match pair.split_once('=') {
+            Some((key, value)) => (key.into(), value.into()),
+            None => match std::env::var(pair) {
+                Ok(value) => (pair.clone(), value),
+                Err(_) => return Err(hinted(format!("our environment has no {pair}"), "write KEY=VALUE")),
+            },
+        });
+    }
+    for put in &args.put {
+        let (file, name) = put.split_once(':').unwrap_or((put, file_name(put)));
+        let data = std::fs::read(file)
+            .map_err(|e| hinted(format!("cannot read {file}: {e}"), "--put takes FILE or FILE:NAME"))?;
+        request.files.push(InputFile { path: name.into(), data: data.into(), executable: false });
+    }
+    request.output_files =
+        args.get.iter().map(|get| get.split_once(':').map_or(get.as_str(), |g| g.0).into()).collect();
+    request.stdin = match &args.stdin {
+        None if args.code.is_none() && args.args.first().is_some_and(|a| a == "-") => Stdin::Empty,
+        None => Stdin::Stream,
+        Some(path) if path.as_os_str() == "-" => Stdin::Stream,
+        Some(path) => {
+            let data = std::fs::read(path)
+                .map_err(|e| hinted(format!("cannot read {}: {e}", path.display()), "--stdin takes a file"))?;
+            Stdin::Bytes(data.into())
+        }
+    };
+    request.limits = Limits {
+        timeout: args.timeout,
+        cpu: args.cpu_time,
+        memory: args.memory,
+        processes: args.processes,
+        output: args.max_output,
+        ..Limits::default()
+    };
+    Ok(request)
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// Passes the streams through until the end.
+async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs) -> anyhow::Result<u8> {
+    let timeout = request.limits.timeout;
+    let mut execution = engine.exec(request).await?;
+    if let Some(mut writer) = execution.stdin() {
+        let mut chunks = read_stdin();
+        tokio::spawn(async move {
+            while let Some(chunk) = chunks.recv().await {
+                if !writer.write(chunk).await {
+                    break;
+                }
+            }
+        });
+    }
+    if args.json {
+        return json(execution).await;
+    }
+    while let Some(event) = execution.next().await? {
+        let written = match event {
+            Event::Started => Ok(()),
+            Event::Stdout(bytes) => printer::stdout(&bytes),
+            Event::Stderr(bytes) => printer::stderr(&bytes),
+            Event::File(file) => {
+                save(&file, &args.get)?;
+                Ok(())
+            }
+            Event::End(report) => {
+                explain(&report, timeout, args.memory);
+                if args.verbose {
+                    verbose(&execution, &report);
+                }
+                return Ok(report.outcome.exit_code() as u8);
+            }
+        };
+        match written {
+            Ok(()) => {}
+            // As a program that SIGPIPE ends: the reader has seen enough, and the sandbox goes.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(128 + 13),
+            Err(error) => return Err(hinted(format!("cannot write the output: {error}"), "is the disk full?")),
+        }
+    }
+    anyhow::bail!("the sandbox gave no end")
+}
+
+/// Saves a file that came back.
+fn save(file: &zeroboot_engine::OutputFile, wanted: &[String]) -> anyhow::Result<()> {
+    let target = wanted
+        .iter()
+        .find_map(|get| match get.split_once(':') {
+            Some((name, to)) if name == file.path => Some(PathBuf::from(to)),
+            None if *get == file.path => Some(PathBuf::from(file_name(get))),
+            _ => None,
+        })
+        .context("a file came back that was not asked for")?;
+    match &file.data {
+        Ok(data) => std::fs::write(&target, data)
+            .map_err(|e| hinted(format!("cannot write {}: {e}", target.display()), "--get takes NAME or NAME:FILE")),
+        Err(reason) => {
+            printer::note(format_args!("zeroboot: {}: {reason}", file.path));
+            Ok(())
+        }
+    }
+}
+
+/// Says why the sandbox ended, where the code's own output cannot.
+fn explain(report: &Report, timeout: Duration, memory: u64) {
+    let text = match report.outcome {
+        Outcome::Exited { .. } => return,
+        Outcome::Signaled { signal } => format!("the code was killed by signal {signal}"),
+        Outcome::DeadlinePassed => format!("stopped: the time limit of {timeout:?} passed (--timeout)"),
+        Outcome::CpuLimit => "stopped: the CPU time limit passed (--cpu-time)".to_owned(),
+        Outcome::OutputLimit => "stopped: the output limit was reached (--max-output)".to_owned(),
+        Outcome::OutOfMemory { .. } => format!("out of memory: the limit is {} MiB (--memory)", memory >> 20),
+        Outcome::Crashed => "the sandbox crashed".to_owned(),
+    };
+    printer::note(format_args!("zeroboot: {text}"));
+}
+
+fn verbose(execution: &Execution, report: &Report) {
+    printer::note(format_args!(
+        "zeroboot: engine {} · {} · fork {:.3} ms · exec {:.3} ms · total {:.3} ms · cpu {:.1} ms · peak {:.1} MiB",
+        execution.isolation().as_str(),
+        if report.pooled { "pooled" } else { "not pooled" },
+        report.fork_time.as_secs_f64() * 1e3,
+        report.exec_time.as_secs_f64() * 1e3,
+        report.total_time.as_secs_f64() * 1e3,
+        report.cpu_time.as_secs_f64() * 1e3,
+        report.peak_memory as f64 / f64::from(1 << 20),
+    ));
+}
+
+async fn json(execution: Execution) -> anyhow::Result<u8> {
+    let _ = execution;
+    anyhow::bail!("not yet")
+}
+
+/// Our standard input, chunk by chunk, from a thread that may block for ever.
+fn read_stdin() -> mpsc::Receiver<Bytes> {
+    let (sender, receiver) = mpsc::channel(4);
+    std::thread::spawn(move || {
+        let mut chunk = vec![0; 64 * 1024];
+        loop {
+            match rustix::io::read(rustix::stdio::stdin(), &mut chunk) {
+                Ok(n @ 1..) => {
+                    let bytes = Bytes::copy_from_slice(chunk.get(..n).unwrap_or_default());
+                    if sender.blocking_send(bytes).is_err() {
+                        return;
+                    }
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                // The end, or closed from the start: the code sees an empty input.
+                Ok(0) | Err(_) => return,
+            }
+        }
+    });
+    receiver
+}
+
+/// SIGINT and SIGTERM: the exit status that a shell expects.
+struct Interrupts {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+}
+
+impl Interrupts {
+    fn new() -> anyhow::Result<Interrupts> {
+        let listen = |kind| signal(kind).context("listen for signals");
+        Ok(Interrupts {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 130,
+            _ = self.terminate.recv() => 143,
+            _ = self.hangup.recv() => 129,
+        }
+    }
+}

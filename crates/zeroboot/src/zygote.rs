@@ -1,0 +1,31 @@
+//! The hidden `__zygote` command: one template, on the descriptors that the front placed.
+
+use std::io::Read;
+
+use zeroboot_engine::ZygoteSpec;
+use zeroboot_process::{ZygoteConfig, run_zygote};
+use zeroboot_proto::Kind;
+use zeroboot_sys::{control::REPORT_FD, process};
+
+use crate::assets::ASSETS;
+
+/// Runs a zygote. Returns only the exit status of a failure; its reason went to the front.
+pub(crate) fn main() -> u8 {
+    let mut json = Vec::new();
+    let spec = std::io::stdin()
+        .read_to_end(&mut json)
+        .map_err(|e| e.to_string())
+        .and_then(|_| serde_json::from_slice::<ZygoteSpec>(&json).map_err(|e| e.to_string()));
+    let error = match spec {
+        Err(error) => format!("read the template's description: {error}"),
+        Ok(ZygoteSpec::Process { runtime, interpreter, paths, warm, env }) => {
+            run_zygote(&ZygoteConfig { runtime, interpreter, paths, warm, env }, ASSETS).to_string()
+        }
+        Ok(ZygoteSpec::Vm { template }) => format!("no VM engine yet for {}", template.display()),
+    };
+    let mut frame = Vec::new();
+    zeroboot_proto::encode(&mut frame, Kind::Failure, error.as_bytes());
+    // Without a front there is nobody to tell.
+    let _gone = rustix::io::write(process::borrow_fd(REPORT_FD), &frame);
+    125
+}
