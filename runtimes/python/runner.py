@@ -247,23 +247,37 @@ class Generators:
             # Unbound: a subclass may have made seed() do something else.
             kind = random.Random if isinstance(obj, random.Random) else random.Random.__mro__[1]
             kind.seed(obj, seeds.number())
-        if self.numpy_bits:
-            sequence = sys.modules["numpy.random"].SeedSequence
-            for obj in self.numpy_bits:
-                seed = sequence(seeds.number())
+        if not self.numpy_bits and not self.numpy_states:
+            return
+        numpy = sys.modules["numpy"]
+        mersenne = getattr(numpy.random, "MT19937", None)
+
+        def mersenne_key():
+            return numpy.frombuffer(hashlib.shake_256(seeds.take()).digest(4 * 624), dtype=numpy.uint32).copy()
+
+        for obj in self.numpy_bits:
+            seed = numpy.random.SeedSequence(seeds.number())
+            if type(obj) is mersenne:
+                # The one that is always there. Its own seeding takes five times as long.
+                state = {"bit_generator": "MT19937", "state": {"key": mersenne_key(), "pos": 624}}
+            else:
                 state = type(obj)(seed).state
-                try:
-                    # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
-                    obj.__setstate__((state, seed))
-                except Exception:
-                    type(obj).__init__(obj, seed)
-                if obj.state["state"] is None:
-                    raise RunnerError("a numpy bit generator has no state")
+            try:
+                # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
+                obj.__setstate__((state, seed))
+                whole = obj.seed_seq is seed
+            except Exception:
+                whole = False
+            if not whole:
+                type(obj).__init__(obj, seed)
         for obj in self.numpy_states:
-            state = obj.get_state(legacy=False)
-            # The second half of a Gaussian pair would survive.
-            state["has_gauss"], state["gauss"] = 0, 0.0
-            obj.set_state(state)
+            # Also drops the second half of a Gaussian pair, which would survive.
+            if type(obj._bit_generator) is mersenne:
+                obj.set_state(("MT19937", mersenne_key(), 624, 0, 0.0))
+            else:
+                state = obj.get_state(legacy=False)
+                state["has_gauss"], state["gauss"] = 0, 0.0
+                obj.set_state(state)
 
 
 def apply_identity(payload, generators):
@@ -322,12 +336,45 @@ def register_source(filename, code):
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
 
 
-def print_exception(error):
+def print_exception(error, program=None):
     """What CPython prints for an uncaught exception, with source lines for code that is in no file."""
-    traceback.print_exception(type(error), error, error.__traceback__)
+    shown = traceback.TracebackException(type(error), error, error.__traceback__)
+    if program is not None:
+        try:
+            hide_foreign_lines(error, shown, program, set())
+        except Exception:
+            # A line too many is better than no traceback.
+            pass
+    for line in shown.format():
+        sys.stderr.write(line)
 
 
-def report(error):
+def code_objects(code):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_objects(constant)
+
+
+def hide_foreign_lines(error, shown, program, seen):
+    """`eval` and `exec` of the program's own use the file name `<string>` too; the lines of the program are not theirs."""
+    if error is None or shown is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    ours = None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for i, frame in enumerate(frames[: len(shown.stack)]):
+        code = frame.f_code
+        if code.co_filename == program.co_filename:
+            ours = ours or {id(c) for c in code_objects(program)}
+            if id(code) not in ours:
+                old = shown.stack[i]
+                shown.stack[i] = traceback.FrameSummary(old.filename, old.lineno, old.name, lookup_line=False, line="")
+    hide_foreign_lines(error.__cause__, shown.__cause__, program, seen)
+    hide_foreign_lines(error.__context__, shown.__context__, program, seen)
+
+
+def report(error, program=None):
     """Handles an exception that reached the top: the exit status."""
     if isinstance(error, SystemExit):
         code = error.code
@@ -355,17 +402,18 @@ def report(error):
     try:
         if hook is None or hook is sys.__excepthook__:
             if sys.stderr is not None:
-                print_exception(error)
+                print_exception(error, program)
         else:
             hook(type(error), error, error.__traceback__)
     except SystemExit as again:
-        return report(again)
+        return report(again, program)
     except BaseException as again:
         try:
             sys.stderr.write("Error in sys.excepthook:\n")
-            print_exception(again)
+            again.__traceback__ = again.__traceback__.tb_next if again.__traceback__ else None
+            print_exception(again, program)
             sys.stderr.write("\nOriginal exception was:\n")
-            print_exception(error)
+            print_exception(error, program)
         except Exception:
             # stderr is gone or memory is: the status still tells.
             pass
@@ -439,42 +487,30 @@ class Program:
 
     def run(self, note_fd):
         """Runs the code to its end; never returns."""
-        status = 1
+        status, program, error = 0, None, None
         try:
-            try:
-                program = compile(self.code, self.filename, "exec", dont_inherit=True)
-            except BaseException as error:
-                # The frames of compile() are ours.
-                raise error.with_traceback(None)
+            program = compile(self.code, self.filename, "exec", dont_inherit=True)
             exec(program, self.main.__dict__)
-            status = 0
-        except KeyboardInterrupt as error:
-            self.strip(error)
-            report(error)
-            finish(self.main)
-            # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        except MemoryError as error:
-            self.strip(error)
-            if os.getpid() == self.pid:
+        except BaseException as caught:
+            # Our own frame goes; for a syntax error there is no other.
+            error = caught.with_traceback(caught.__traceback__.tb_next if caught.__traceback__ else None)
+        # Outside the handler: an exception in the program's own hook must not have this one as its context.
+        if error is not None:
+            if isinstance(error, MemoryError) and os.getpid() == self.pid:
                 try:
                     send(note_fd, NOTE, NOTE_OUT_OF_MEMORY)
                 except OSError:
                     # The program closed the descriptor: it is then an ordinary exit 1.
                     pass
-            status = report(error)
-        except BaseException as error:
-            self.strip(error)
-            status = report(error)
+            status = report(error, program)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        error = None
         status = finish(self.main, status)
+        if interrupted:
+            # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(status)
-
-    @staticmethod
-    def strip(error):
-        """Drops the frame of `run` from the traceback."""
-        if error.__traceback__ is not None:
-            error.__traceback__ = error.__traceback__.tb_next
 
 
 def unraisable(where):
@@ -505,24 +541,17 @@ def finish(main, status=0):
         pass
     if flush_std():
         status = 120
-    # Files that were never closed lose their buffers unless the objects go, and __del__ methods are owed their call:
-    # the same two passes over the main module as in CPython's finalize_modules.
+    # Files that were never closed lose their buffers unless they are flushed or the objects go, and __del__ methods are owed
+    # their call: the same two passes over the main module as in CPython's finalize_modules.
     try:
+        flush_files()
         names = main.__dict__
         for name in [n for n in names if n[:1] == "_" and n[1:2] != "_"]:
             names[name] = None
         for name in [n for n in names if n != "__builtins__"]:
             names[name] = None
         gc.collect()
-        writers = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-        # The collector's lists leave out what was frozen before the fork, so this is short.
-        for obj in gc.get_objects():
-            if type(obj) in writers and not obj.closed:
-                try:
-                    obj.flush()
-                except Exception:
-                    # Nobody is left to be told; CPython drops it in a deallocator too.
-                    pass
+        flush_files()
     except BaseException:
         unraisable("finalization")
     if flush_std():
@@ -530,6 +559,19 @@ def finish(main, status=0):
     if FFLUSH is not None:
         FFLUSH(None)
     return status
+
+
+def flush_files():
+    writers = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    # The collector's lists leave out what was frozen before the fork, so this is short.
+    for obj in gc.get_objects():
+        if type(obj) in writers:
+            try:
+                if not obj.closed:
+                    obj.flush()
+            except Exception:
+                # Nobody is left to be told; CPython drops it in a deallocator too.
+                pass
 
 
 def flush_std():
@@ -563,6 +605,8 @@ def flush_std():
 def serve(ready, generators):
     """Waits for the one request and runs it; never returns."""
     try:
+        # Before Ready: in a pool of waiting forks this costs nobody anything.
+        open_stdio()
         send(CONTROL_FD, READY, ready)
         # Out of the program's way, and not inherited by what it executes.
         program, control_fd = read_request(generators)
@@ -604,7 +648,6 @@ def read_request(generators):
         os.environb[key] = value
         if key == b"TZ":
             time.tzset()
-    open_stdio()
     # Code and argv are the program's; everything else of this function goes.
     program = Program(b"".join(code), argv or ["-c"])
     program.hook_multiprocessing()
@@ -670,6 +713,8 @@ def prepare(arguments):
         ready["skipped"] = skipped
     gc.collect()
     generators = Generators()
+    # Once for practice: OpenSSL makes its generators at the first use, which takes a millisecond.
+    apply_identity(os.urandom(IDENTITY_LEN), generators)
     ready = json.dumps(ready).encode()
     # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
     gc.collect()
@@ -682,6 +727,8 @@ def main():
         options, ready, generators = prepare(sys.argv[1:])
         if options["--fork-server"] is not None:
             fork_server(options["--fork-server"], int(options["--fork-fd"]))
+            # The pages that the identity writes to get copied now, while this fork waits in a pool.
+            apply_identity(os.urandom(IDENTITY_LEN), generators)
     except RunnerError as error:
         fail(error)
     except BaseException as error:

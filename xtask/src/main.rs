@@ -4,11 +4,15 @@
 use std::process::ExitCode;
 
 mod nested;
+mod suite;
 
 const USAGE: &str = "\
 cargo xtask nested [OPTION...] -- COMMAND [ARG...]
     Runs COMMAND in a Linux machine that QEMU emulates, AMD SVM and nested paging included: /dev/kvm in it is
     the real kvm_amd. `cargo xtask nested --help` says more.
+
+cargo xtask nested-suite [OPTION...] [FILTER]
+    Builds zeroboot and its templates and runs all tests that need a real /dev/kvm, in that machine.
 ";
 
 fn main() -> ExitCode {
@@ -16,6 +20,7 @@ fn main() -> ExitCode {
     let task = args.next().unwrap_or_default();
     match task.to_str() {
         Some("nested") => nested::main(args),
+        Some("nested-suite") => suite::main(args),
         Some(nested::CHILD) => nested::child(args),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");

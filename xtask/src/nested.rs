@@ -97,6 +97,15 @@ impl Run {
         }
     }
 
+    pub(crate) fn set_memory(&mut self, size: &str) {
+        size.clone_into(&mut self.memory);
+    }
+
+    pub(crate) fn set_kernel(&mut self, version: &str) -> Result<()> {
+        self.flavour = Flavour::parse(version)?;
+        Ok(())
+    }
+
     /// Sets a variable in the command's environment.
     pub(crate) fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
         self.env.push((name.into(), value.into()));
@@ -113,7 +122,12 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Task::FetchOnly(flavour) => Parts::get(&cache_dir()?, flavour).map(|_| 0),
         Task::Run { mut run, debug } => {
             if run.command[0] == "zeroboot" {
-                run.command[0] = build_zeroboot(debug)?.into();
+                let zeroboot = build_zeroboot(debug)?;
+                if let Err(error) = assemble_templates(&zeroboot) {
+                    // The command may need none.
+                    eprintln!("nested lane: {error:#}");
+                }
+                run.command[0] = zeroboot.into();
             }
             self::run(&run)
         }
@@ -159,9 +173,9 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Task> {
             Some("--console") => run.show_console = true,
             Some("--fetch-only") => fetch_only = true,
             Some("--timeout") => run.timeout = Duration::from_secs(number(&value()?)?),
-            Some("--memory") => run.memory = text(value()?)?,
+            Some("--memory") => run.set_memory(&text(value()?)?),
             Some("--cpus") => run.cpus = number(&value()?)?.to_string(),
-            Some("--kernel") => run.flavour = Flavour::parse(&text(value()?)?)?,
+            Some("--kernel") => run.set_kernel(&text(value()?)?)?,
             Some("--share") => run.shares.push(fs::canonicalize(value()?).context("--share")?),
             Some("--env") => {
                 let pair = value()?;
@@ -229,6 +243,15 @@ pub(crate) fn build_zeroboot(debug: bool) -> Result<PathBuf> {
     }
     ensure!(command.status().context("cannot run cargo")?.success(), "zeroboot does not build");
     Ok(target_dir()?.join(if debug { "debug" } else { "release" }).join("zeroboot"))
+}
+
+/// What the templates are made from is fetched here: there is no network in the lane. Then it is in the cache.
+pub(crate) fn assemble_templates(zeroboot: &Path) -> Result<()> {
+    for name in ["python", "node"] {
+        let status = Command::new(zeroboot).args(["template", "assemble", name]).stdout(Stdio::null()).status();
+        ensure!(status.context("cannot run zeroboot")?.success(), "zeroboot template assemble {name} failed");
+    }
+    Ok(())
 }
 
 /// Runs a command in the lane and gives its exit status.
@@ -385,6 +408,11 @@ fn environment(run: &Run, home: &Path) -> Vec<(OsString, OsString)> {
     env.push(("ZEROBOOT_TCG_TR9".into(), "1".into()));
     env.extend(run.env.iter().cloned());
     env
+}
+
+/// As [`quoted`].
+pub(crate) fn quoted_text(word: &str) -> Result<String> {
+    Ok(String::from_utf8(quoted(OsStr::new(word)))?)
 }
 
 /// A word for a POSIX shell.

@@ -312,6 +312,9 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             noted_out_of_memory: false,
             begun: false,
         };
+        // Input that came together with `Run` is in the decoder already.
+        self.take_stdin()?;
+        self.feed_stdin();
         while self.status.is_none() && run.stopped.is_none() {
             self.step(&mut run)?;
         }
@@ -385,7 +388,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             self.receive()?;
             self.take_stdin()?;
         }
-        if seen.stdin || (self.stdin_ended && self.stdin.is_empty()) {
+        if seen.stdin || seen.front {
             self.feed_stdin();
         }
         if !self.out.is_empty() {
@@ -441,7 +444,18 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
 
     /// What the runner says during the run: `Started` once, or `Failure` instead; then at most a note.
     fn notes(&mut self, run: &mut Run) -> Result<(), Stop> {
-        while let Some((kind, payload)) = next(&mut self.from_runner)? {
+        loop {
+            let (kind, payload) = match self.from_runner.next_frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Ok(()),
+                Err(error) if !run.begun => return Err(Stop::Failed(error.to_string())),
+                Err(_) => {
+                    // The program got hold of the socket and wrote garbage: it is not listened to any more.
+                    self.control_ended = true;
+                    self.from_runner = Decoder::new();
+                    return Ok(());
+                }
+            };
             match Message::decode(kind, payload) {
                 Ok(Message::Started) if !run.begun => {
                     run.begun = true;
@@ -454,7 +468,6 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                 _ => {}
             }
         }
-        Ok(())
     }
 
     // ---- output

@@ -31,6 +31,15 @@ pub fn write_id_maps(proc: BorrowedFd<'_>, child: Pid, outside: u32) -> io::Resu
     write("uid_map", &format!("{SANDBOX_UID} {outside} 1\n"))
 }
 
+/// Makes a child, and all that it will start, the first to go when the host runs out of memory: before the
+/// server and before the zygote.
+pub fn prefer_for_oom(proc: BorrowedFd<'_>, child: Pid) -> io::Result<()> {
+    let pid = child.as_raw_nonzero();
+    let fd = rustix::fs::openat(proc, format!("{pid}/oom_score_adj"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let written = rustix::io::write(&fd, b"1000")?;
+    if written == 4 { Ok(()) } else { Err(io::Error::other("short write of the out-of-memory score")) }
+}
+
 /// Becomes [`SANDBOX_UID`] in a user namespace whose map [`write_id_maps`] wrote. Capabilities stay: no id 0
 /// exists here, so the kernel sees no change from root.
 pub fn become_sandbox_user() -> io::Result<()> {
@@ -97,7 +106,8 @@ pub fn landlock(writable: &[&Path]) -> Result<bool, JailError> {
 /// A seccomp filter compiled from policy data.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// In the order of installation; of two equally strict answers the kernel takes the later filter's.
+    /// In the order of installation. The strictest answer of all counts; an allow-list comes last, because it
+    /// forbids to install another.
     programs: Vec<BpfProgram>,
 }
 
@@ -135,4 +145,12 @@ pub enum JailError {
     /// The kernel did not take the filter.
     #[error("apply the seccomp filter: {0}")]
     Seccomp(String),
+}
+
+/// The kernel's Landlock version; 0 where it has none.
+pub fn landlock_version() -> u32 {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel takes no attributes and returns a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, VERSION) };
+    u32::try_from(version).unwrap_or(0)
 }

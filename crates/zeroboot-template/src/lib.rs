@@ -10,10 +10,14 @@ pub mod kernel;
 pub mod paths;
 
 mod assemble;
+mod manifest;
 mod recipe;
 mod rootfs;
+mod store;
 mod tree;
 
 pub use assemble::{AssembleError, Assembled, KernelSource, Progress, Provenance, RootfsSource, Sources, assemble};
+pub use manifest::{FileFacts, Manifest, ManifestError, WarmUp};
 pub use recipe::{Recipe, RecipeError, Runtime};
 pub use rootfs::RootfsError;
+pub use store::{Built, Draft, Listed, MEMORY_FILE, STATE_FILE, Store, StoreError, Template, memory_hash};

@@ -43,7 +43,7 @@ impl Runtime {
     pub fn runner(self) -> &'static str {
         match self {
             Runtime::Python => "usr/lib/zeroboot/runner.py",
-            Runtime::Node => "usr/lib/zeroboot/runner.mjs",
+            Runtime::Node => "usr/lib/zeroboot/runner.cjs",
         }
     }
 }
@@ -138,11 +138,16 @@ impl Recipe {
     /// The runner's command in the guest.
     pub fn runner_argv(&self) -> Vec<String> {
         let mut argv = vec![format!("/{}", self.runtime.interpreter())];
-        if self.runtime == Runtime::Python {
+        let options: &[&str] = match self.runtime {
             // No PYTHON* variables, no user site directory; UTF-8 whatever the locale.
-            argv.extend(["-E", "-s", "-X", "utf8"].map(str::to_owned));
-        }
+            Runtime::Python => &["-E", "-s", "-X", "utf8"],
+            // Node 18 lets code that the runner compiles call import() only with the second; later ones need it no more.
+            Runtime::Node => &["--no-deprecation", "--experimental-vm-modules"],
+        };
+        argv.extend(options.iter().map(|option| (*option).to_owned()));
         argv.push(format!("/{}", self.runtime.runner()));
+        // Its memory is going to be copied.
+        argv.push("--frozen".to_owned());
         if !self.warm.is_empty() {
             argv.push("--warm".to_owned());
             argv.push(self.warm.join(","));
@@ -234,9 +239,18 @@ mod tests {
     fn the_runner_is_told_what_to_warm() {
         let python = Recipe::embedded("python").unwrap();
         let argv = python.runner_argv().join(" ");
-        assert_eq!(argv, "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/runner.py --warm numpy,pandas");
+        assert_eq!(argv, "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/runner.py --frozen --warm numpy,pandas");
         let node = Recipe::embedded("node").unwrap();
-        assert_eq!(node.runner_argv(), ["/usr/bin/node", "/usr/lib/zeroboot/runner.mjs"]);
+        assert_eq!(
+            node.runner_argv(),
+            [
+                "/usr/bin/node",
+                "--no-deprecation",
+                "--experimental-vm-modules",
+                "/usr/lib/zeroboot/runner.cjs",
+                "--frozen"
+            ]
+        );
     }
 
     #[test]

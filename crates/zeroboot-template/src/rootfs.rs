@@ -355,7 +355,8 @@ fn compile(root: &Path) -> Result<(), String> {
     python.arg("--library-path").arg(libraries).arg(root.join(format!("usr/bin/python{version}")));
     python.env_clear().env("PYTHONHOME", root.join("usr")).env("LC_ALL", "C.UTF-8").env("PYTHONHASHSEED", "0");
     // Files carry the hash of their source, which nobody checks: times do not survive the image.
-    python.args(["-s", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]);
+    // -B: else what compileall itself imports is written with the time of its source, which is that of unpacking.
+    python.args(["-B", "-s", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]);
     python.arg("-s").arg(root).args(["-p", "/"]);
     let dirs =
         ["usr/lib/python3".to_owned(), format!("usr/lib/python{version}"), format!("usr/local/lib/python{version}")];

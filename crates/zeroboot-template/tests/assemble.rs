@@ -8,16 +8,24 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use zeroboot_template::{Assembled, Progress, Recipe, RootfsSource, Sources, assemble, paths};
+use zeroboot_template::{Assembled, Progress, Recipe, RootfsSource, Runtime, Sources, assemble, paths};
 
 const AGENT: &[u8] = b"not an agent";
-const RUNNER: &[u8] = b"# not a runner";
+const RUNNERS: [&[u8]; 2] =
+    [include_bytes!("../../../runtimes/python/runner.py"), include_bytes!("../../../runtimes/node/runner.cjs")];
+
+fn runner(runtime: Runtime) -> &'static [u8] {
+    match runtime {
+        Runtime::Python => RUNNERS[0],
+        Runtime::Node => RUNNERS[1],
+    }
+}
 
 fn assembled(recipe: &Recipe, sources: &Sources) -> Assembled {
     let cache = paths::cache_dir().expect("a cache directory");
     let mut said = String::new();
     let mut progress = |step: Progress<'_>| said.push_str(&format!("{step:?}\n"));
-    match assemble(recipe, sources, AGENT, RUNNER, &cache, &mut progress) {
+    match assemble(recipe, sources, AGENT, runner(recipe.runtime), &cache, &mut progress) {
         Ok(assembled) => assembled,
         Err(error) => panic!("{error:?}\nhint: {:?}\n{said}", error.hint()),
     }
@@ -51,6 +59,15 @@ fn says(root: &Path, command: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// Starts the runner as the agent does and gives what it says when it is warm. Then it ends: the other end of its control
+/// socket is a pipe, from which nothing can be read.
+fn runner_says(root: &Path) -> String {
+    let argv = fs::read_to_string(root.join("etc/zeroboot/argv")).unwrap();
+    let mut command = vec!["sh", "-c", "exec \"$0\" \"$@\" 3>&1"];
+    command.extend(argv.split_terminator('\0'));
+    String::from_utf8_lossy(&inside(root, &command).stdout).into_owned()
+}
+
 fn listing(initramfs: &Path) -> Vec<String> {
     let cpio = Command::new("cpio").args(["-t", "--quiet"]).stdin(fs::File::open(initramfs).unwrap()).output().unwrap();
     String::from_utf8(cpio.stdout).unwrap().lines().map(str::to_owned).collect()
@@ -78,9 +95,12 @@ fn the_python_recipe_becomes_a_working_root_file_system() {
     let root = unpacked(&assembled.initramfs);
     let root = root.path();
     assert_eq!(fs::read(root.join("init")).unwrap(), AGENT);
-    assert_eq!(fs::read(root.join("usr/lib/zeroboot/runner.py")).unwrap(), RUNNER);
+    assert_eq!(fs::read(root.join("usr/lib/zeroboot/runner.py")).unwrap(), runner(Runtime::Python));
     let argv = fs::read_to_string(root.join("etc/zeroboot/argv")).unwrap();
-    assert!(argv.starts_with("/usr/bin/python3\0-E\0") && argv.ends_with("--warm\0numpy,pandas\0"), "{argv:?}");
+    assert!(
+        argv.starts_with("/usr/bin/python3\0-E\0") && argv.ends_with("--frozen\0--warm\0numpy,pandas\0"),
+        "{argv:?}"
+    );
     assert!(root.join("usr/lib/x86_64-linux-gnu/libblas.so.3").exists());
 
     // One interpreter's start for all questions.
@@ -101,6 +121,8 @@ print('fine')
 ";
     assert_eq!(says(root, &["python3", "-c", code]), "fine");
     assert_eq!(says(root, &["locale", "charmap"]), "UTF-8");
+    let said = runner_says(root);
+    assert!(said.contains("\"version\"") && said.contains("numpy 1.") && said.contains("pandas 1."), "{said}");
     assert_eq!(says(root, &["bash", "-c", "find /etc/passwd | grep -c passwd; awk 'BEGIN { print 1 + 1 }'"]), "1\n2");
 }
 
@@ -115,6 +137,8 @@ fn the_node_recipe_becomes_a_working_root_file_system() {
     assert_eq!(says(root.path(), &["node", "-e", code]), "2,4,6 function 1.234,5");
     let code = "import { createHash } from 'node:crypto'; console.log(createHash('sha256').update('').digest('hex').slice(0, 8))";
     assert_eq!(says(root.path(), &["node", "--input-type=module", "-e", code]), "e3b0c442");
+    let said = runner_says(root.path());
+    assert!(said.contains("\"version\""), "{said}");
 }
 
 #[test]

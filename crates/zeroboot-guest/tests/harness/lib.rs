@@ -38,7 +38,7 @@ pub(crate) fn python() -> String {
 }
 
 /// What the front has got.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Answer {
     pub(crate) ready: String,
     pub(crate) stdout: Vec<u8>,
@@ -50,6 +50,19 @@ pub(crate) struct Answer {
     pub(crate) order: Vec<Kind>,
     /// Frames of standard output.
     pub(crate) stdout_frames: usize,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(2000).collect::<String>();
+        f.debug_struct("Answer")
+            .field("report", &self.report)
+            .field("failure", &self.failure)
+            .field("order", &self.order)
+            .field("stdout", &text(&self.stdout))
+            .field("stderr", &text(&self.stderr))
+            .finish_non_exhaustive()
+    }
 }
 
 impl Answer {

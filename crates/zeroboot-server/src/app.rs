@@ -1,0 +1,186 @@
+//! What every route shares, the routes themselves, and what is done around each of them.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, MatchedPath, Request, State},
+    http::HeaderValue,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use tokio::sync::Notify;
+use tower_http::catch_panic::CatchPanicLayer;
+use uuid::Uuid;
+
+use crate::{
+    backend::Backend,
+    canary::Canaries,
+    client_addr::client_address,
+    config::ServerConfig,
+    error::ApiError,
+    gate::{Caller, Gate},
+    metrics::Metrics,
+    routes,
+    wire::Catalog,
+};
+
+/// What every route shares.
+#[derive(Debug)]
+pub(crate) struct App {
+    pub(crate) backend: Backend,
+    pub(crate) config: ServerConfig,
+    pub(crate) catalog: Catalog,
+    pub(crate) gate: Gate,
+    pub(crate) metrics: Metrics,
+    pub(crate) canaries: Canaries,
+    /// The shutdown signal came.
+    pub(crate) draining: AtomicBool,
+    pub(crate) started: Instant,
+}
+
+impl App {
+    pub(crate) fn new(backend: Backend, config: ServerConfig, gate: Gate) -> App {
+        let templates = backend.templates().into_iter().map(|status| (status.name, status.language)).collect();
+        let catalog = Catalog { templates };
+        App {
+            gate,
+            canaries: Canaries::new(&catalog),
+            catalog,
+            backend,
+            config,
+            metrics: Metrics::new(),
+            draining: AtomicBool::new(false),
+            started: Instant::now(),
+        }
+    }
+
+    /// Refuses new execs once the shutdown signal came.
+    pub(crate) fn check_open(&self) -> Result<(), ApiError> {
+        if self.draining.load(Ordering::Relaxed) {
+            Err(zeroboot_engine::ExecError::ShuttingDown.into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The other end of a connection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peer {
+    /// `None`: a Unix socket.
+    pub(crate) ip: Option<IpAddr>,
+    /// Ends the connection at once.
+    pub(crate) cut: Arc<Notify>,
+}
+
+/// The id of a request, also in its answer's headers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RequestId(pub(crate) Uuid);
+
+/// All routes.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let keyed = Router::new()
+        .route("/v1/exec", post(routes::exec::exec))
+        .route("/exec", post(routes::exec::exec))
+        .route("/v1/exec/batch", post(routes::batch::batch))
+        .route("/exec/batch", post(routes::batch::batch))
+        .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
+    let mut metrics = Router::new()
+        .route("/v1/metrics", get(routes::status::metrics))
+        .route("/metrics", get(routes::status::metrics));
+    if !app.config.metrics_public {
+        metrics = metrics.route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
+    }
+    Router::new()
+        .route("/v1/health", get(routes::status::health))
+        .route("/health", get(routes::status::health))
+        .route("/openapi.json", get(routes::docs::openapi))
+        .route("/docs", get(routes::docs::page))
+        .merge(keyed)
+        .merge(metrics)
+        .fallback(async || ApiError::new("not_found", "There is nothing at this path; see /docs"))
+        .method_not_allowed_fallback(async || {
+            ApiError::new("method_not_allowed", "This path has another method; see the Allow header")
+        })
+        // The body is read under our own limit and time, after authentication.
+        .layer(DefaultBodyLimit::disable())
+        .layer(CatchPanicLayer::custom(|_panic: Box<dyn std::any::Any + Send>| ApiError::internal().into_response()))
+        .layer(middleware::from_fn_with_state(app.clone(), around))
+        .with_state(app)
+}
+
+/// The outermost layer: gives the request its id, renders errors, counts and logs the answer. Never the path as it was
+/// sent, the query, a header or a body: they can hold code and keys.
+async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let id = Uuid::now_v7();
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or("none", |path| known_route(path.as_str()));
+    let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
+    let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
+    let caller = Caller { key: None, address: client };
+    request.extensions_mut().insert(peer);
+    request.extensions_mut().insert(RequestId(id));
+    request.extensions_mut().insert(caller.clone());
+
+    let mut response = next.run(request).await;
+    let caller = response.extensions_mut().remove::<Caller>().unwrap_or(caller);
+    let mut code = "";
+    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+        code = error.code;
+        response = error.render(id, response);
+    }
+    let mut text = Uuid::encode_buffer();
+    if let Ok(value) = HeaderValue::from_str(id.hyphenated().encode_lower(&mut text)) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    let status = response.status().as_u16();
+    let time = start.elapsed();
+    app.metrics.answered(route, status, time);
+    let client = client.map(tracing::field::display);
+    tracing::info!(
+        request_id = %id, %method, route, status, code, key = caller.key_id(), client,
+        ms = time.as_secs_f64() * 1e3, "answered"
+    );
+    response
+}
+
+/// Routes as they stand in logs and metrics: a fixed list, aliases under one name.
+fn known_route(path: &str) -> &'static str {
+    match path {
+        "/v1/exec" | "/exec" => "/v1/exec",
+        "/v1/exec/batch" | "/exec/batch" => "/v1/exec/batch",
+        "/v1/health" | "/health" => "/v1/health",
+        "/v1/metrics" | "/metrics" => "/v1/metrics",
+        "/openapi.json" => "/openapi.json",
+        "/docs" => "/docs",
+        _ => "none",
+    }
+}
+
+/// Lets only callers with a key through, where there are keys.
+async fn authenticate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let address = request.extensions().get::<Caller>().and_then(|caller| caller.address);
+    match app.gate.authenticate(request.headers(), address) {
+        Err(error) => error.into_response(),
+        Ok(caller) => {
+            request.extensions_mut().insert(caller.clone());
+            let mut response = next.run(request).await;
+            response.extensions_mut().insert(caller);
+            response
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "app_tests.rs"]
+mod tests;

@@ -1,0 +1,132 @@
+//! Whether a template can really run code: a small exec, and its cached result.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex;
+use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
+
+use crate::{backend::Backend, wire::Catalog};
+
+/// A canary that takes longer has failed.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// While every place is taken no canary can run. What worked this recently is believed to work still.
+const BUSY_GRACE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Debug)]
+pub(crate) struct Health {
+    pub(crate) at: Instant,
+    /// Why it failed.
+    pub(crate) result: Result<(), String>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Canaries {
+    each: Vec<Canary>,
+}
+
+#[derive(Debug)]
+struct Canary {
+    template: String,
+    code: &'static str,
+    /// Locked while it runs: whoever asks meanwhile waits for the same result.
+    last: Mutex<Option<Health>>,
+    /// When an exec last came to an outcome; also what the caller's code did says that the template works.
+    worked: std::sync::Mutex<Option<Instant>>,
+}
+
+impl Canaries {
+    pub(crate) fn new(catalog: &Catalog) -> Canaries {
+        let one = |(name, language): &(String, String)| Canary {
+            template: name.clone(),
+            code: match language.as_str() {
+                "node" => "console.log('zeroboot-canary', 6 * 7)",
+                _ => "print('zeroboot-canary', 6 * 7)",
+            },
+            last: Mutex::default(),
+            worked: std::sync::Mutex::default(),
+        };
+        Canaries { each: catalog.templates.iter().map(one).collect() }
+    }
+
+    /// An exec of this template just came to an outcome.
+    pub(crate) fn worked(&self, template: usize) {
+        if let Some(canary) = self.each.get(template) {
+            *canary.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
+        }
+    }
+
+    /// The result of each, in the order of the catalog; one that is older than `age` is run again.
+    pub(crate) async fn results(&self, backend: &Backend, age: Duration) -> Vec<Health> {
+        futures_util::future::join_all(self.each.iter().map(|canary| canary.result(backend, age))).await
+    }
+
+    /// The last results, without running anything.
+    pub(crate) async fn last(&self) -> Vec<bool> {
+        let mut all = Vec::with_capacity(self.each.len());
+        for canary in &self.each {
+            all.push(canary.last.lock().await.as_ref().is_some_and(|health| health.result.is_ok()));
+        }
+        all
+    }
+}
+
+impl Canary {
+    async fn result(&self, backend: &Backend, age: Duration) -> Health {
+        let mut last = self.last.lock().await;
+        let passed = |health: &Health| health.result.is_ok();
+        // A failure is never served from the cache for long: recovery must show at once.
+        if let Some(health) = &*last
+            && health.at.elapsed() < if passed(health) { age } else { age.min(Duration::from_secs(1)) }
+        {
+            return health.clone();
+        }
+        let outcome = tokio::time::timeout(TIMEOUT, self.run(backend)).await;
+        let mut result = outcome.unwrap_or_else(|_| Err(Failure::Failed("the canary took too long".into())));
+        if let Err(Failure::Busy) = result {
+            let worked = *self.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let passed = last.as_ref().filter(|health| passed(health)).map(|health| health.at);
+            if worked.max(passed).is_some_and(|at| at.elapsed() < BUSY_GRACE) {
+                result = Ok(());
+            }
+        }
+        let result = result.map_err(|failure| match failure {
+            Failure::Busy => "every sandbox is in use, and nothing came to an outcome lately".to_owned(),
+            Failure::Failed(reason) => reason,
+        });
+        if let Err(reason) = &result {
+            tracing::warn!(template = self.template, reason, "the canary failed");
+        }
+        last.insert(Health { at: Instant::now(), result }).clone()
+    }
+
+    async fn run(&self, backend: &Backend) -> Result<(), Failure> {
+        let failed = |error: ExecError| match error {
+            ExecError::Busy { .. } => Failure::Busy,
+            other => Failure::Failed(other.to_string()),
+        };
+        let mut request = ExecRequest::new(self.template.clone(), self.code);
+        request.limits.timeout = TIMEOUT;
+        let mut run = backend.exec(request).await.map_err(failed)?;
+        let mut output = Vec::new();
+        while let Some(event) = run.next().await.map_err(failed)? {
+            match event {
+                Event::Stdout(bytes) if output.len() < 100 => output.extend_from_slice(&bytes),
+                Event::End(report) if report.outcome == (Outcome::Exited { code: 0 }) => {}
+                Event::End(report) => {
+                    return Err(Failure::Failed(format!("the canary ended as {}", report.outcome.as_str())));
+                }
+                _ => {}
+            }
+        }
+        if output == b"zeroboot-canary 42\n" {
+            Ok(())
+        } else {
+            Err(Failure::Failed("the canary's output is wrong".into()))
+        }
+    }
+}
+
+enum Failure {
+    Busy,
+    Failed(String),
+}

@@ -1,0 +1,187 @@
+//! Errors as callers see them: one JSON shape, one stable code each, and the one map from the engine's errors.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use uuid::Uuid;
+use zeroboot_engine::{ExecError, InvalidRequest};
+
+/// Every code that an answer can carry, with its status and meaning: for the reference and the tests.
+pub const ERROR_CODES: &[(&str, u16, &str)] = &[
+    ("invalid_json", 400, "the body is not JSON"),
+    ("invalid_request", 400, "a field is missing, unknown or of the wrong type; the text names it"),
+    ("empty_code", 400, "there is no code"),
+    ("invalid_code", 400, "the code is too long, has a NUL byte, or is not text"),
+    ("invalid_timeout", 400, "the timeout is zero, negative or above the maximum"),
+    ("invalid_limits", 400, "a limit is zero or above the maximum"),
+    ("invalid_env", 400, "an environment variable or argument cannot be passed to a process"),
+    ("invalid_files", 400, "a path leaves the working directory, or the files are too many or too large"),
+    ("unknown_language", 400, "no template serves this language"),
+    ("unknown_template", 400, "no template has this name"),
+    ("batch_too_large", 400, "more executions than one batch may have"),
+    ("unauthorized", 401, "the key is missing, unknown, revoked or expired"),
+    ("forbidden_origin", 403, "a web page may not use a server without keys"),
+    ("not_found", 404, "no such path"),
+    ("method_not_allowed", 405, "the path exists, with another method"),
+    ("body_timeout", 408, "the body took too long to arrive"),
+    ("body_too_large", 413, "the body is above the limit"),
+    ("unsupported_media_type", 415, "the body is not marked as application/json"),
+    ("rate_limited", 429, "too many executions a second; see Retry-After"),
+    ("concurrency_limited", 429, "too many executions of this key at once; see Retry-After"),
+    ("internal", 500, "a fault of the server"),
+    ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
+    ("batch_output_limit", 500, "the batch had brought back its maximum of output before this item ended"),
+    ("busy", 503, "every sandbox is in use; see Retry-After"),
+    ("not_ready", 503, "the template is being made ready; see Retry-After"),
+    ("shutting_down", 503, "the server is shutting down; see Retry-After"),
+];
+
+/// An answer that is not 200.
+#[derive(Clone, Debug)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) retry_after: Option<Duration>,
+}
+
+/// The body of such an answer.
+#[derive(Serialize, utoipa::ToSchema)]
+#[schema(as = Error)]
+pub(crate) struct ErrorBody<'a> {
+    /// What went wrong, for people.
+    pub(crate) error: &'a str,
+    /// What went wrong, for programs; stable.
+    pub(crate) code: &'a str,
+    /// Also in the header `X-Request-Id` and in the server's log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required = true, nullable = false)]
+    pub(crate) request_id: Option<Uuid>,
+}
+
+impl ApiError {
+    /// The status is the one that [`ERROR_CODES`] has for the code.
+    pub(crate) fn new(code: &'static str, message: impl Into<String>) -> ApiError {
+        let known = ERROR_CODES.iter().find(|(known, ..)| *known == code);
+        debug_assert!(known.is_some(), "{code} is missing in ERROR_CODES");
+        let status = known.and_then(|(_, status, _)| StatusCode::from_u16(*status).ok());
+        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        ApiError { status, code, message: message.into(), retry_after: None }
+    }
+
+    pub(crate) fn retry_after(mut self, wait: Duration) -> ApiError {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    pub(crate) fn internal() -> ApiError {
+        ApiError::new("internal", "Internal error")
+    }
+
+    pub(crate) fn body(&self, request_id: Option<Uuid>) -> ErrorBody<'_> {
+        ErrorBody { error: &self.message, code: self.code, request_id }
+    }
+
+    /// The whole answer. Handlers return the error itself; the outermost layer, which knows the id, calls this.
+    pub(crate) fn render(&self, request_id: Uuid, mut response: Response) -> Response {
+        let body = serde_json::to_vec(&self.body(Some(request_id))).unwrap_or_default();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+        *response.body_mut() = Body::from(body);
+        response
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = self.status.into_response();
+        let headers = response.headers_mut();
+        if let Some(wait) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// Whole seconds, rounded up, at least one: what `Retry-After` can say.
+pub(crate) fn whole_seconds(wait: Duration) -> u64 {
+    (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
+}
+
+impl From<ExecError> for ApiError {
+    fn from(error: ExecError) -> ApiError {
+        match error {
+            ExecError::Invalid(invalid) => ApiError::new(invalid_code(&invalid), invalid.to_string()),
+            ExecError::UnknownTemplate(_) => ApiError::new("unknown_template", error.to_string()),
+            ExecError::Busy { retry_after, .. } => {
+                ApiError::new("busy", "All sandboxes are in use").retry_after(retry_after)
+            }
+            ExecError::NotReady { ref template, .. } => {
+                ApiError::new("not_ready", format!("Template {template} is not ready"))
+                    .retry_after(Duration::from_secs(1))
+            }
+            ExecError::ShuttingDown => {
+                ApiError::new("shutting_down", "The server is shutting down").retry_after(Duration::from_secs(1))
+            }
+            // The engine's words are for the log: they name processes and paths of the host.
+            ExecError::Sandbox(_) => {
+                ApiError::new("sandbox_failed", "The sandbox failed; the code may have run in part")
+            }
+            _ => ApiError::internal(),
+        }
+    }
+}
+
+fn invalid_code(error: &InvalidRequest) -> &'static str {
+    use InvalidRequest as E;
+    match error {
+        E::EmptyCode => "empty_code",
+        E::CodeTooLong(_) | E::CodeHasNul(_) | E::CodeNotUtf8(_) => "invalid_code",
+        E::ZeroTimeout => "invalid_timeout",
+        E::TooMuchMemory { .. } => "invalid_limits",
+        E::BadEnv(_) | E::EnvTooLong(_) | E::BadArgument => "invalid_env",
+        E::FilesTooLarge(_) | E::BadPath(_) => "invalid_files",
+        _ => "invalid_request",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_callers_mistakes_are_4xx_and_ours_5xx() {
+        let cases = [
+            (ExecError::Invalid(InvalidRequest::EmptyCode), 400, "empty_code"),
+            (ExecError::Invalid(InvalidRequest::BadPath("..".into())), 400, "invalid_files"),
+            (ExecError::UnknownTemplate("x".into()), 400, "unknown_template"),
+            (ExecError::Busy { live: 3, retry_after: Duration::from_millis(1500) }, 503, "busy"),
+            (ExecError::NotReady { template: "python".into(), reason: "/secret/path".into() }, 503, "not_ready"),
+            (ExecError::Sandbox("pid 3 /secret/path".into()), 500, "sandbox_failed"),
+            (ExecError::ShuttingDown, 503, "shutting_down"),
+        ];
+        for (error, status, code) in cases {
+            let api = ApiError::from(error);
+            assert_eq!((api.status.as_u16(), api.code), (status, code));
+            assert!(!api.message.contains("/secret"), "{}", api.message);
+            assert_eq!(api.retry_after.is_some(), status == 503);
+        }
+    }
+
+    #[test]
+    fn retry_after_is_never_zero_and_never_too_short() {
+        assert_eq!(whole_seconds(Duration::ZERO), 1);
+        assert_eq!(whole_seconds(Duration::from_millis(1)), 1);
+        assert_eq!(whole_seconds(Duration::from_millis(1001)), 2);
+        assert_eq!(whole_seconds(Duration::from_secs(2)), 2);
+    }
+}

@@ -1,0 +1,193 @@
+//! Who may run code, how often, and how much at once.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use axum::http::{HeaderMap, header};
+use jiff::Timestamp;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{
+    client_addr::limit_name,
+    config::RequestLimits,
+    error::ApiError,
+    keys::{Key, KeyFileError, KeyRing, Lookup},
+    limiter::{Limiter, Rate},
+};
+
+/// Client addresses that demo keys are counted for at once.
+const MOST_ADDRESSES: usize = 10_000;
+
+/// Whose request it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// `None`: the server has no keys.
+    pub(crate) key: Option<Arc<Key>>,
+    /// `None`: a Unix socket.
+    pub(crate) address: Option<IpAddr>,
+}
+
+impl Caller {
+    /// For logs.
+    pub(crate) fn key_id(&self) -> &str {
+        self.key.as_ref().map_or("-", |key| &key.id)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Gate {
+    ring: RwLock<Option<Arc<KeyRing>>>,
+    keys: Limiter<String>,
+    addresses: Limiter<(String, u128)>,
+    places: Mutex<HashMap<String, (u32, Arc<Semaphore>)>>,
+    rates: Rates,
+}
+
+#[derive(Debug)]
+struct Rates {
+    key: f64,
+    concurrency: Option<u32>,
+    anonymous: Option<f64>,
+    demo_per_minute: f64,
+}
+
+impl Gate {
+    pub(crate) fn new(ring: Option<KeyRing>, limits: &RequestLimits) -> Gate {
+        Gate {
+            ring: RwLock::new(ring.map(Arc::new)),
+            // One name for each key, and the keys come from our own file.
+            keys: Limiter::new(usize::MAX),
+            addresses: Limiter::new(MOST_ADDRESSES),
+            places: Mutex::default(),
+            rates: Rates {
+                key: limits.key_rate,
+                concurrency: limits.key_concurrency,
+                anonymous: limits.anonymous_rate,
+                demo_per_minute: limits.demo_per_minute,
+            },
+        }
+    }
+
+    /// Reads the keys again. What was there stays if the file cannot be used.
+    pub(crate) fn reload(&self, path: &Path) -> Result<usize, KeyFileError> {
+        let ring = KeyRing::load(path)?;
+        let count = ring.keys().count();
+        {
+            let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+            places.retain(|id, _| ring.keys().any(|key| key.id == *id));
+        }
+        *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(ring));
+        Ok(count)
+    }
+
+    /// Whether callers need a key.
+    pub(crate) fn has_keys(&self) -> bool {
+        self.ring.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Finds the caller's key.
+    pub(crate) fn authenticate(&self, headers: &HeaderMap, address: Option<IpAddr>) -> Result<Caller, ApiError> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(ring) = ring else {
+            return match headers.get(header::ORIGIN) {
+                Some(origin) if !is_local_origin(origin.as_bytes()) => Err(ApiError::new(
+                    "forbidden_origin",
+                    "This server has no keys, so it answers no web page: any page that you visit could use it",
+                )),
+                _ => Ok(Caller { key: None, address }),
+            };
+        };
+        let given = headers.get(header::AUTHORIZATION);
+        let given = given.ok_or_else(|| ApiError::new("unauthorized", "Missing Authorization header"))?;
+        let token = given.to_str().ok().and_then(|text| {
+            let (scheme, token) = text.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+        });
+        match ring.find(token.unwrap_or_default(), Timestamp::now()) {
+            Lookup::Valid(key) => Ok(Caller { key: Some(key), address }),
+            Lookup::Expired => Err(ApiError::new("unauthorized", "API key expired")),
+            Lookup::Unknown => Err(ApiError::new("unauthorized", "Invalid API key")),
+        }
+    }
+
+    /// Charges so many executions to the caller.
+    pub(crate) fn charge(&self, caller: &Caller, count: usize) -> Result<(), ApiError> {
+        let now = Instant::now();
+        let limited = |rate: f64, unit: &str, wait: Duration| {
+            ApiError::new("rate_limited", format!("Rate limit exceeded ({rate} req/{unit})")).retry_after(wait)
+        };
+        let Some(key) = &caller.key else {
+            let Some(rate) = self.rates.anonymous else { return Ok(()) };
+            let taken = self.keys.take(String::new(), Rate::per_second(rate), count, now);
+            return taken.map_err(|wait| limited(rate, "s", wait));
+        };
+        if key.demo {
+            let rate = self.rates.demo_per_minute;
+            let name = (key.id.clone(), limit_name(caller.address));
+            let taken = self.addresses.take(name, Rate::per_minute(rate), count, now);
+            taken.map_err(|wait| limited(rate, "min", wait))?;
+        }
+        let rate = key.rate.unwrap_or(self.rates.key);
+        self.keys.take(key.id.clone(), Rate::per_second(rate), count, now).map_err(|wait| limited(rate, "s", wait))
+    }
+
+    /// A place among the execs that the key may have at once; an error if all are taken.
+    pub(crate) fn place(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        let Some((most, places)) = self.places_of(caller) else { return Ok(None) };
+        places.try_acquire_owned().map(Some).map_err(|_| {
+            ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({most} at once)"))
+                .retry_after(Duration::from_secs(1))
+        })
+    }
+
+    /// The same, and waits: for the items of a batch, which wait for each other.
+    pub(crate) async fn wait_for_place(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        let Some((_, places)) = self.places_of(caller) else { return Ok(None) };
+        places.acquire_owned().await.map(Some).map_err(|_| ApiError::internal())
+    }
+
+    fn places_of(&self, caller: &Caller) -> Option<(u32, Arc<Semaphore>)> {
+        let key = caller.key.as_ref()?;
+        let most = key.concurrency.or(self.rates.concurrency)?;
+        let mut all = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = || (most, Arc::new(Semaphore::new(most as usize)));
+        let entry = all.entry(key.id.clone()).or_insert_with(fresh);
+        if entry.0 != most {
+            *entry = fresh(); // The key file changed the number; execs under way keep their old places.
+        }
+        Some(entry.clone())
+    }
+}
+
+/// A page that this machine itself serves.
+fn is_local_origin(origin: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(origin) else { return false };
+    let Some((_, host)) = text.split_once("://") else { return false };
+    let host = if host.starts_with('[') {
+        host.split_inclusive(']').next().unwrap_or(host)
+    } else {
+        host.split(':').next().unwrap_or(host)
+    };
+    host == "localhost" || host == "[::1]" || host.parse::<std::net::Ipv4Addr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pages_of_this_machine_are_local() {
+        for good in ["http://localhost:3000", "http://127.0.0.1", "https://[::1]:8080"] {
+            assert!(is_local_origin(good.as_bytes()), "{good}");
+        }
+        for bad in ["null", "http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", ""]
+        {
+            assert!(!is_local_origin(bad.as_bytes()), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+use std::time::Duration;
+
+use super::*;
+
+fn report(outcome: Outcome) -> Report {
+    Report {
+        outcome,
+        pooled: true,
+        fork_time: Duration::from_micros(300),
+        exec_time: Duration::from_millis(2),
+        total_time: Duration::from_millis(3),
+        cpu_time: Duration::ZERO,
+        peak_memory: 0,
+    }
+}
+
+fn status() -> TemplateStatus {
+    TemplateStatus {
+        name: "python".into(),
+        language: "python".into(),
+        isolation: Isolation::Process,
+        ready: true,
+        reason: None,
+        version: "Python 3".into(),
+        warmed: vec![],
+        memory: 1000,
+        pool_ready: 3,
+        pool_target: 4,
+        forks: 17,
+        restarts: 1,
+    }
+}
+
+#[test]
+fn the_originals_names_and_buckets_are_kept() {
+    let metrics = Metrics::new();
+    metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 0 }));
+    metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 1 }));
+    metrics.finished("python", Isolation::Process, &report(Outcome::DeadlinePassed));
+    metrics.failed("busy");
+    let _entered = metrics.enter();
+    for format in [Format::OpenMetrics, Format::Text] {
+        let text = metrics.encode(&[(status(), true)], EngineStats::default(), format);
+        for line in [
+            "zeroboot_total_executions{status=\"success\"} 1",
+            "zeroboot_total_executions{status=\"error\"} 2",
+            "zeroboot_total_executions{status=\"timeout\"} 1",
+            "zeroboot_concurrent_forks 1",
+            "zeroboot_fork_time_microseconds_total 900",
+            "zeroboot_exec_time_microseconds_total 6000",
+            "zeroboot_fork_time_milliseconds_bucket{le=\"0.25\"} 0",
+            "zeroboot_fork_time_milliseconds_bucket{le=\"0.5\"} 3",
+            "zeroboot_exec_time_milliseconds_bucket{le=\"1000.0\"} 3",
+            "zeroboot_total_time_milliseconds_count 3",
+            "zeroboot_pool_ready{template=\"python\"} 3",
+            "zeroboot_pool_refills_total{template=\"python\"} 17",
+            "zeroboot_template_canary_ok{template=\"python\"} 1",
+            "zeroboot_exec_errors_total{code=\"busy\"} 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+        }
+        assert_eq!(text.ends_with("# EOF\n"), format == Format::OpenMetrics);
+    }
+}
+
+#[test]
+fn the_older_format_names_each_family_as_its_samples() {
+    let metrics = Metrics::new();
+    metrics.failed("busy");
+    let text = metrics.encode(&[], EngineStats::default(), Format::Text);
+    assert!(text.contains("# TYPE zeroboot_exec_errors_total counter\n"), "{text}");
+    assert!(text.contains("# TYPE zeroboot_total_executions untyped\n"), "{text}");
+}
+
+#[test]
+fn a_panic_lowers_the_gauge_again() {
+    let metrics = Metrics::new();
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _entered = metrics.enter();
+        panic!("on purpose");
+    }));
+    assert!(caught.is_err());
+    let text = metrics.encode(&[], EngineStats::default(), Format::Text);
+    assert!(text.contains("\nzeroboot_concurrent_forks 0\n"));
+}

@@ -1,0 +1,227 @@
+//! The OpenAPI document, made from the wire types. It is committed as `openapi/zeroboot.json`.
+
+use utoipa::{
+    Modify, OpenApi,
+    openapi::{
+        Components, HeaderBuilder, Object, RefOr, Required, ResponseBuilder,
+        content::ContentBuilder,
+        path::{HttpMethod, OperationBuilder, PathItemBuilder, PathsBuilder},
+        request_body::RequestBodyBuilder,
+        schema::{Ref, SchemaFormat, Type},
+        security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
+        tag::TagBuilder,
+    },
+};
+
+use crate::{answer, error, routes, wire};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Zeroboot",
+        description = "Sandboxes in well under a millisecond for code that nobody vouches for. One request, one fresh \
+                       sandbox. 200 means that the code came to an outcome, whatever that is; errors are 4xx for the \
+                       caller's mistakes and 5xx for the server's.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(
+        wire::ExecBody,
+        wire::LimitsBody,
+        wire::BatchBody,
+        wire::DataSchema,
+        wire::DataObject,
+        answer::AnswerBody<'static>,
+        answer::EncodingBody,
+        answer::EncodingName,
+        answer::EndBody<'static>,
+        answer::OutcomeName,
+        answer::IsolationName,
+        answer::FileBody<'static>,
+        answer::BatchAnswerBody<'static>,
+        answer::BatchItem<'static>,
+        answer::Piece,
+        error::ErrorBody<'static>,
+        routes::status::HealthBody<'static>,
+        routes::status::HealthStatus,
+        routes::status::TemplateBody<'static>,
+        routes::StartBody<'static>,
+    )),
+    modifiers(&Paths)
+)]
+struct Document;
+
+/// The document as pretty JSON with a newline at its end.
+pub fn openapi_json() -> Result<String, serde_json::Error> {
+    let value = serde_json::to_value(Document::openapi())?;
+    let mut text = serde_json::to_string_pretty(&value)?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// Adds the paths. They are data here and not attributes of the handlers: all errors have one shape.
+struct Paths;
+
+impl Modify for Paths {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let key = SecurityScheme::Http(
+            HttpBuilder::new()
+                .scheme(HttpAuthScheme::Bearer)
+                .description(Some(
+                    "A key made by `zeroboot keys create`. A server without keys (loopback only) needs none.",
+                ))
+                .build(),
+        );
+        document.components.get_or_insert_with(Components::default).add_security_scheme("key", key);
+        document.tags = Some(vec![
+            TagBuilder::new().name("exec").description(Some("Running code")).build(),
+            TagBuilder::new().name("service").description(Some("The service itself")).build(),
+        ]);
+        let stream = "Events: `start` (schema Start), `stdout` and `stderr` (schema Chunk), `file` (schema File and a \
+                      `path`), then `end` (schema End) or `error` (schema Error).";
+        let exec = post(
+            "exec",
+            "Runs one piece of code in one fresh sandbox",
+            "ExecRequest",
+            &["400", "413", "415", "429", "500", "503"],
+        )
+        .description(Some(format!(
+            "With `Accept: text/event-stream` the answer is a stream of events as they happen. {stream}"
+        )))
+        .response(
+            "200",
+            response("The code came to an outcome")
+                .content("application/json", content("ExecAnswer"))
+                .content("text/event-stream", ContentBuilder::new().schema(Some(text())).build()),
+        );
+        let batch = post("batch", "Runs several pieces of code, each in a sandbox of its own", "BatchRequest", &["400", "413", "415", "429", "500", "503"])
+            .description(Some("They run in parallel. The results keep the order; each is an answer or an error of its own. Each is charged to the key's rate."))
+            .response("200", response("Every item came to a result").content("application/json", content("BatchAnswer")));
+        let health = get("health", "Whether code can be run")
+            .response("200", response("At least one template runs code").content("application/json", content("Health")))
+            .response("503", response("None does").content("application/json", content("Health")));
+        let metrics = get("metrics", "Prometheus metrics")
+            .security(SecurityRequirement::new("key", Vec::<String>::new()))
+            .security(SecurityRequirement::default())
+            .response(
+                "200",
+                response("The exposition").content("text/plain", ContentBuilder::new().schema(Some(text())).build()),
+            )
+            .response("401", failure("401"));
+        let openapi = get("openapi", "This document").response(
+            "200",
+            response("OpenAPI 3.1")
+                .content("application/json", ContentBuilder::new().schema(Some(Object::new())).build()),
+        );
+        let docs = get("docs", "The reference for people").response(
+            "200",
+            response("One page of HTML").content("text/html", ContentBuilder::new().schema(Some(text())).build()),
+        );
+        let path =
+            |method, operation: OperationBuilder| PathItemBuilder::new().operation(method, operation.build()).build();
+        document.paths = PathsBuilder::new()
+            .path("/v1/exec", path(HttpMethod::Post, exec))
+            .path("/v1/exec/batch", path(HttpMethod::Post, batch))
+            .path("/v1/health", path(HttpMethod::Get, health))
+            .path("/v1/metrics", path(HttpMethod::Get, metrics))
+            .path("/openapi.json", path(HttpMethod::Get, openapi))
+            .path("/docs", path(HttpMethod::Get, docs))
+            .build();
+    }
+}
+
+fn get(id: &str, summary: &str) -> OperationBuilder {
+    OperationBuilder::new().operation_id(Some(id)).summary(Some(summary)).tag("service")
+}
+
+fn post(id: &str, summary: &str, body: &str, failures: &[&str]) -> OperationBuilder {
+    let body =
+        RequestBodyBuilder::new().required(Some(Required::True)).content("application/json", content(body)).build();
+    let start = OperationBuilder::new()
+        .operation_id(Some(id))
+        .summary(Some(summary))
+        .tag("exec")
+        .security(SecurityRequirement::new("key", Vec::<String>::new()))
+        .security(SecurityRequirement::default())
+        .request_body(Some(body));
+    ["401", "403", "408"]
+        .iter()
+        .chain(failures)
+        .fold(start, |operation, status| operation.response(*status, failure(status)))
+}
+
+fn content(schema: &str) -> utoipa::openapi::Content {
+    ContentBuilder::new().schema(Some(Ref::from_schema_name(schema))).build()
+}
+
+fn text() -> Object {
+    utoipa::openapi::ObjectBuilder::new().schema_type(Type::String).build()
+}
+
+fn response(description: &str) -> ResponseBuilder {
+    let id = utoipa::openapi::ObjectBuilder::new()
+        .schema_type(Type::String)
+        .format(Some(SchemaFormat::KnownFormat(utoipa::openapi::KnownFormat::Uuid)))
+        .build();
+    let header = HeaderBuilder::new().schema(Some(id)).description(Some("Also in the server's log")).build();
+    ResponseBuilder::new().description(description).header("X-Request-Id", header)
+}
+
+/// An error answer with the codes that this status can carry.
+fn failure(status: &str) -> RefOr<utoipa::openapi::Response> {
+    let codes = error::ERROR_CODES.iter().filter(|(_, known, _)| known.to_string() == status);
+    let words: Vec<String> = codes.map(|(code, _, meaning)| format!("`{code}`: {meaning}")).collect();
+    let mut built = response(&words.join("; ")).content("application/json", content("Error"));
+    if matches!(status, "429" | "503") {
+        let seconds = utoipa::openapi::ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).build();
+        built = built
+            .header("Retry-After", HeaderBuilder::new().schema(Some(seconds)).description(Some("Seconds")).build());
+    }
+    RefOr::T(built.build())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_document_is_the_one_that_the_types_give() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../openapi/zeroboot.json");
+        let made = openapi_json().unwrap();
+        if std::env::var_os("ZEROBOOT_UPDATE_OPENAPI").is_some() {
+            std::fs::write(path, &made).unwrap();
+        }
+        let committed = std::fs::read_to_string(path).unwrap();
+        assert!(
+            committed == made,
+            "openapi/zeroboot.json is out of date; run this test with ZEROBOOT_UPDATE_OPENAPI=1"
+        );
+    }
+
+    #[test]
+    fn the_words_of_the_schema_are_those_of_the_engine() {
+        let value: serde_json::Value = serde_json::from_str(&openapi_json().unwrap()).unwrap();
+        let outcomes = &value["components"]["schemas"]["OutcomeName"]["enum"];
+        assert_eq!(*outcomes, serde_json::json!(zeroboot_engine::Outcome::NAMES));
+        assert_eq!(value["components"]["schemas"]["IsolationName"]["enum"], serde_json::json!(["vm", "process"]));
+        assert_eq!(value["components"]["schemas"]["ExecRequest"]["additionalProperties"], serde_json::json!(false));
+    }
+
+    #[test]
+    fn every_reference_leads_to_a_schema() {
+        let value: serde_json::Value = serde_json::from_str(&openapi_json().unwrap()).unwrap();
+        fn walk(value: &serde_json::Value, root: &serde_json::Value) {
+            match value {
+                serde_json::Value::Object(map) => {
+                    if let Some(serde_json::Value::String(to)) = map.get("$ref") {
+                        let at = to.strip_prefix('#').unwrap();
+                        assert!(root.pointer(at).is_some(), "{to}");
+                    }
+                    map.values().for_each(|value| walk(value, root));
+                }
+                serde_json::Value::Array(list) => list.iter().for_each(|value| walk(value, root)),
+                _ => {}
+            }
+        }
+        walk(&value, &value);
+    }
+}

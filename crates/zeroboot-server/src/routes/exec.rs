@@ -1,0 +1,203 @@
+//! `POST /v1/exec`.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Extension,
+    body::Body,
+    extract::State,
+    http::{HeaderMap, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use serde::{Serialize, de::DeserializeOwned};
+use tracing::Instrument as _;
+use uuid::Uuid;
+use zeroboot_engine::{Event, ExecRequest, OutputFile, Report};
+
+use crate::{
+    answer::{Finished, Text, is_truncated},
+    app::{App, Peer, RequestId},
+    backend::Run,
+    config::RequestLimits,
+    error::ApiError,
+    gate::Caller,
+    routes::stream,
+    wire::{self, ExecBody},
+};
+
+/// Runs one piece of code. The sandbox is taken only when the whole request is here.
+pub(crate) async fn exec(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(RequestId(request_id)): Extension<RequestId>,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    app.check_open()?;
+    app.gate.charge(&caller, 1)?;
+    let span = tracing::info_span!("http.exec", %request_id);
+    async {
+        let body: ExecBody = read_json(&headers, body, &app.config.limits).await?;
+        let (request, template) =
+            tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
+        app.check_open()?;
+        let place = app.gate.place(&caller)?;
+        let under_way = UnderWay::new(app.clone(), request_id, template, place);
+        if wants_stream(&headers) {
+            return stream::start(under_way, request, peer).await;
+        }
+        let finished = under_way.collect(request, None).await?;
+        tracing::debug_span!("exec.answer").in_scope(|| json(&finished))
+    }
+    .instrument(span)
+    .await
+}
+
+/// Whether the client asks for events.
+fn wants_stream(headers: &HeaderMap) -> bool {
+    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    accepts.flat_map(|line| line.split(',')).any(|word| {
+        let kind = word.split(';').next().unwrap_or_default().trim();
+        kind.eq_ignore_ascii_case("text/event-stream")
+    })
+}
+
+/// Reads and parses a body: the right type, below the limit, in time.
+pub(crate) async fn read_json<T: DeserializeOwned>(
+    headers: &HeaderMap,
+    body: Body,
+    limits: &RequestLimits,
+) -> Result<T, ApiError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    // Strict, because a web page can send a body of any other type to us without being asked by a preflight.
+    if !kind.eq_ignore_ascii_case("application/json") {
+        return Err(ApiError::new("unsupported_media_type", "The body must have Content-Type: application/json"));
+    }
+    let read = tokio::time::timeout(limits.body_timeout, Limited::new(body, limits.max_body).collect()).await;
+    let late = || ApiError::new("body_timeout", "The body took too long to arrive");
+    let bytes = match read.map_err(|_| late())? {
+        Ok(whole) => whole.to_bytes(),
+        Err(error)
+            if error.is::<LengthLimitError>()
+                || error.source().is_some_and(|source| source.is::<LengthLimitError>()) =>
+        {
+            let text = format!("The body is larger than {} bytes", limits.max_body);
+            return Err(ApiError::new("body_too_large", text));
+        }
+        Err(_) => return Err(ApiError::new("invalid_request", "The body did not arrive whole")),
+    };
+    wire::parse(&bytes)
+}
+
+pub(crate) fn json(value: &impl Serialize) -> Result<Response, ApiError> {
+    let text = serde_json::to_vec(value).map_err(|_| ApiError::internal())?;
+    let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    Ok((kind, Bytes::from(text)).into_response())
+}
+
+/// An exec that is counted and logged, however it ends. Dropping it gives back the key's place and lowers the gauge.
+pub(crate) struct UnderWay {
+    pub(crate) app: Arc<App>,
+    pub(crate) request_id: Uuid,
+    /// The template's place in the catalog.
+    pub(crate) template: usize,
+    _place: Option<tokio::sync::OwnedSemaphorePermit>,
+    _entered: crate::metrics::Entered,
+}
+
+impl UnderWay {
+    pub(crate) fn new(
+        app: Arc<App>,
+        request_id: Uuid,
+        template: usize,
+        place: Option<tokio::sync::OwnedSemaphorePermit>,
+    ) -> UnderWay {
+        let entered = app.metrics.enter();
+        UnderWay { app, request_id, template, _place: place, _entered: entered }
+    }
+
+    /// Takes a sandbox.
+    pub(crate) async fn begin(&self, request: ExecRequest) -> Result<Run, ApiError> {
+        self.app.backend.exec(request).await.map_err(|error| self.failed(error))
+    }
+
+    /// Counts and logs an exec that came to no outcome.
+    pub(crate) fn failed(&self, error: zeroboot_engine::ExecError) -> ApiError {
+        let reason = match &error {
+            // Words of our own; those of `Invalid` can quote the request.
+            zeroboot_engine::ExecError::Invalid(_) => "invalid request".to_owned(),
+            other => other.to_string(),
+        };
+        let api = ApiError::from(error);
+        if api.status.is_server_error() {
+            self.app.metrics.failed(api.code);
+            let (template, _) = self.app.catalog.get(self.template);
+            tracing::warn!(request_id = %self.request_id, template, code = api.code, reason, "no outcome");
+        }
+        api
+    }
+
+    /// Counts and logs an exec that came to an outcome.
+    pub(crate) fn ended(&self, run: &Run, report: &Report) {
+        let (template, _) = self.app.catalog.get(self.template);
+        self.app.canaries.worked(self.template);
+        self.app.metrics.finished(template, run.isolation(), report);
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        tracing::info!(
+            request_id = %self.request_id, exec_id = %run.id(), template, isolation = run.isolation().as_str(),
+            outcome = report.outcome.as_str(), exit_code = report.outcome.exit_code(), pooled = report.pooled,
+            fork_ms = ms(report.fork_time), exec_ms = ms(report.exec_time), total_ms = ms(report.total_time), "ended"
+        );
+    }
+
+    /// Runs it to its end and keeps everything. `budget`: bytes that this and others may still bring back together.
+    pub(crate) async fn collect(&self, request: ExecRequest, budget: Option<&AtomicU64>) -> Result<Finished, ApiError> {
+        let mut run = self.begin(request).await?;
+        let (mut stdout, mut stderr, mut files) = (Vec::new(), Vec::new(), Vec::<OutputFile>::new());
+        loop {
+            let event = run.next().await.map_err(|error| self.failed(error))?;
+            let size = match &event {
+                Some(Event::Stdout(bytes) | Event::Stderr(bytes)) => bytes.len(),
+                Some(Event::File(file)) => file.data.as_ref().map_or(0, Bytes::len),
+                _ => 0,
+            };
+            if let Some(budget) = budget {
+                let left =
+                    budget.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
+                left.map_err(|_| ApiError::new("batch_output_limit", "The batch brings back too much output"))?;
+            }
+            match event {
+                Some(Event::Started) => {}
+                Some(Event::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
+                Some(Event::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
+                Some(Event::File(file)) => files.push(file),
+                Some(Event::End(report)) => {
+                    self.ended(&run, &report);
+                    let (template, language) = self.app.catalog.get(self.template);
+                    let cut = is_truncated(report.outcome);
+                    return Ok(Finished {
+                        id: run.id(),
+                        template: template.into(),
+                        language: language.into(),
+                        isolation: run.isolation(),
+                        stdout: Text::of(stdout, cut),
+                        stderr: Text::of(stderr, cut),
+                        files,
+                        report,
+                    });
+                }
+                None => return Err(self.failed(zeroboot_engine::ExecError::Sandbox("no end event".into()))),
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! `GET /v1/health` and `GET /v1/metrics`.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
+
+use axum::{
+    extract::State,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{app::App, error::ApiError, metrics::Format, routes::exec::json};
+
+/// Whether code can be run.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Health)]
+pub(crate) struct HealthBody<'a> {
+    /// `ok`: every template runs code. `degraded`: some do; `reasons` says why. `unavailable`: none does (status 503).
+    /// `shutting_down`: the server ends (status 503).
+    status: HealthStatus,
+    /// Why it is not `ok`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    reasons: Vec<String>,
+    /// By name.
+    templates: BTreeMap<&'a str, TemplateBody<'a>>,
+    /// Sandboxes that serve a request now.
+    live: usize,
+    uptime_seconds: u64,
+    /// The server's version.
+    version: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum HealthStatus {
+    Ok,
+    Degraded,
+    Unavailable,
+    ShuttingDown,
+}
+
+/// One template.
+#[derive(Serialize, ToSchema)]
+#[schema(as = TemplateHealth)]
+pub(crate) struct TemplateBody<'a> {
+    /// It is up, and a canary exec just passed.
+    ready: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    reason: Option<&'a str>,
+    language: &'a str,
+    /// The engine: the same word as `isolation`.
+    #[schema(value_type = crate::answer::IsolationName)]
+    engine: &'static str,
+    #[schema(value_type = crate::answer::IsolationName)]
+    isolation: &'static str,
+    /// The runtime's own version.
+    version: &'a str,
+    /// Modules that are imported already.
+    warmed: &'a [String],
+    /// `numpy` is one of them; the original's field.
+    numpy: bool,
+    /// Resident memory of the template.
+    memory_mb: f64,
+    /// Sandboxes waiting.
+    pool_ready: usize,
+    /// Sandboxes that should wait.
+    pool_target: usize,
+    /// Sandboxes forked since the start.
+    forks: u64,
+    /// Restarts of its zygote since the start.
+    restarts: u64,
+    /// Age of the canary's result.
+    canary_age_seconds: f64,
+}
+
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds.
+    let canaries = app.canaries.results(&app.backend, app.config.canary_interval * 2).await;
+    let statuses = app.backend.templates();
+    let mut templates = BTreeMap::new();
+    let mut reasons = Vec::new();
+    for (status, canary) in statuses.iter().zip(&canaries) {
+        let reason = match (&status.reason, &canary.result) {
+            (reason, _) if !status.ready => Some(reason.as_deref().unwrap_or("its zygote is down")),
+            (_, Err(reason)) => Some(reason.as_str()),
+            _ => None,
+        };
+        if let Some(reason) = reason {
+            reasons.push(format!("template {}: {reason}", status.name));
+        }
+        let body = TemplateBody {
+            ready: reason.is_none(),
+            reason,
+            language: &status.language,
+            engine: status.isolation.as_str(),
+            isolation: status.isolation.as_str(),
+            version: &status.version,
+            warmed: &status.warmed,
+            numpy: status.warmed.iter().any(|module| module == "numpy"),
+            memory_mb: (status.memory as f64 / (1024.0 * 1024.0) * 10.0).round() / 10.0,
+            pool_ready: status.pool_ready,
+            pool_target: status.pool_target,
+            forks: status.forks,
+            restarts: status.restarts,
+            canary_age_seconds: (canary.at.elapsed().as_secs_f64() * 10.0).round() / 10.0,
+        };
+        templates.insert(status.name.as_str(), body);
+    }
+    let ready = templates.values().filter(|template| template.ready).count();
+    let status = match ready {
+        _ if app.draining.load(Ordering::Relaxed) => HealthStatus::ShuttingDown,
+        0 => HealthStatus::Unavailable,
+        _ if ready < templates.len() => HealthStatus::Degraded,
+        _ => HealthStatus::Ok,
+    };
+    let mut response = json(&HealthBody {
+        status,
+        reasons,
+        templates,
+        live: app.backend.stats().live,
+        uptime_seconds: app.started.elapsed().as_secs(),
+        version: env!("CARGO_PKG_VERSION"),
+    })?;
+    if matches!(status, HealthStatus::Unavailable | HealthStatus::ShuttingDown) {
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    Ok(response)
+}
+
+pub(crate) async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let format = if accept.contains("application/openmetrics-text") { Format::OpenMetrics } else { Format::Text };
+    let canaries = app.canaries.last().await;
+    let templates: Vec<_> = app.backend.templates().into_iter().zip(canaries).collect();
+    let text = app.metrics.encode(&templates, app.backend.stats(), format);
+    ([(header::CONTENT_TYPE, format.content_type())], text).into_response()
+}

@@ -1,0 +1,296 @@
+//! Requests as they come over the wire, and their way into the engine's words (step 1 of an exec).
+
+use std::{collections::BTreeMap, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer, de};
+use utoipa::ToSchema;
+use zeroboot_engine::{ExecRequest, InputFile, Stdin};
+
+use crate::{config::RequestLimits, error::ApiError};
+
+/// One piece of code to run in one fresh sandbox.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = ExecRequest)]
+pub(crate) struct ExecBody {
+    /// The code.
+    #[schema(min_length = 1, example = "print(1 + 1)")]
+    pub(crate) code: String,
+    /// The language; `python` if neither this nor `template` is given. `javascript` is another word for `node`.
+    #[schema(example = "python")]
+    pub(crate) language: Option<String>,
+    /// The template's name, instead of a language.
+    pub(crate) template: Option<String>,
+    /// Wall time of the run in seconds; the server's default and maximum are 30 and 300 unless configured otherwise.
+    #[schema(exclusive_minimum = 0)]
+    pub(crate) timeout_seconds: Option<f64>,
+    /// Standard input: text, or bytes as base64. Without it the input is at its end from the start.
+    #[schema(value_type = Option<DataSchema>)]
+    pub(crate) stdin: Option<Data>,
+    /// Environment variables, added to the template's.
+    pub(crate) env: Option<BTreeMap<String, String>>,
+    /// Arguments (`sys.argv[1:]`, `process.argv.slice(2)`).
+    pub(crate) args: Option<Vec<String>>,
+    /// Files to put into the working directory: path to content.
+    #[schema(value_type = Option<BTreeMap<String, DataSchema>>)]
+    pub(crate) files: Option<BTreeMap<String, Data>>,
+    /// Paths of files to bring back.
+    pub(crate) output_files: Option<Vec<String>>,
+    /// What the sandbox may use.
+    #[schema(value_type = Option<LimitsBody>)]
+    pub(crate) limits: Option<Object<LimitsBody>>,
+}
+
+/// What the sandbox may use. Each has a default and a maximum, none can be switched off.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Limits)]
+pub(crate) struct LimitsBody {
+    /// Memory of all its processes, MiB.
+    #[schema(minimum = 1)]
+    pub(crate) memory_mb: Option<u64>,
+    /// Processes and threads at once.
+    #[schema(minimum = 1)]
+    pub(crate) processes: Option<u32>,
+    /// Bytes of standard output and standard error together.
+    #[schema(minimum = 1)]
+    pub(crate) output_bytes: Option<u64>,
+    /// CPU time of all its processes, seconds.
+    #[schema(exclusive_minimum = 0)]
+    pub(crate) cpu_seconds: Option<f64>,
+}
+
+/// Several execs at once.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = BatchRequest)]
+pub(crate) struct BatchBody {
+    /// They run in parallel; the results keep this order.
+    #[schema(min_items = 1, value_type = Vec<ExecBody>)]
+    pub(crate) executions: Vec<Object<ExecBody>>,
+}
+
+/// A JSON object. (A derived `Deserialize` would take an array of the fields' values as well.)
+#[derive(Debug)]
+pub(crate) struct Object<T>(pub(crate) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Object<T>, D::Error> {
+        struct Visitor<T>(std::marker::PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Visitor<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Visitor(std::marker::PhantomData))
+    }
+}
+
+/// Text or bytes.
+#[derive(Debug)]
+pub(crate) struct Data {
+    pub(crate) bytes: Bytes,
+    pub(crate) executable: bool,
+}
+
+/// Text, or an object with text or base64.
+#[derive(ToSchema)]
+#[schema(as = Data)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is used; `Data` reads the same by hand, for better error texts")]
+pub(crate) enum DataSchema {
+    /// Text.
+    Text(String),
+    /// Text or base64, one of the two.
+    Object(DataObject),
+}
+
+/// Exactly one of `text` and `base64`.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DataObject {
+    /// Text.
+    text: Option<String>,
+    /// Bytes in base64 (RFC 4648, with padding).
+    base64: Option<String>,
+    /// Files only: executable by its owner.
+    executable: Option<bool>,
+}
+
+impl<'de> Deserialize<'de> for Data {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Data, D::Error> {
+        struct Visitor;
+
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Data;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string or {\"base64\": \"...\"}")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Data, E> {
+                self.visit_string(text.to_owned())
+            }
+
+            fn visit_string<E: de::Error>(self, text: String) -> Result<Data, E> {
+                Ok(Data { bytes: text.into(), executable: false })
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Data, A::Error> {
+                let object = DataObject::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                let bytes = match (object.text, object.base64) {
+                    (Some(text), None) => text.into(),
+                    (None, Some(text)) => STANDARD.decode(text).map_err(|_| de::Error::custom("invalid base64"))?,
+                    _ => return Err(de::Error::custom("exactly one of text and base64 is needed")),
+                };
+                Ok(Data { bytes: bytes.into(), executable: object.executable.unwrap_or(false) })
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// Reads a JSON body. The error names the field.
+pub(crate) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let Object(value) = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        match inner.classify() {
+            serde_json::error::Category::Data if path == "." => ApiError::new("invalid_request", blunt(&inner)),
+            serde_json::error::Category::Data => ApiError::new("invalid_request", format!("{path}: {}", blunt(&inner))),
+            _ => ApiError::new("invalid_json", format!("Invalid JSON: {}", blunt(&inner))),
+        }
+    })?;
+    json.end().map_err(|error| ApiError::new("invalid_json", format!("Invalid JSON: {}", blunt(&error))))?;
+    Ok(value)
+}
+
+/// The parser's words, at most 300 characters of them: they can quote the caller's own values, which can be long.
+fn blunt(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.char_indices().nth(300) {
+        Some((at, _)) => format!("{}… (line {}, column {})", &text[..at], error.line(), error.column()),
+        None => text,
+    }
+}
+
+/// The templates that can be asked for, as the engine has them: name and language.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Catalog {
+    pub(crate) templates: Vec<(String, String)>,
+}
+
+impl Catalog {
+    /// Its place in the list, from what the request says.
+    fn choose(&self, language: Option<&str>, template: Option<&str>) -> Result<usize, ApiError> {
+        let names = |of: fn(&(String, String)) -> &String| {
+            let mut names: Vec<&str> = self.templates.iter().map(|entry| of(entry).as_str()).collect();
+            names.dedup();
+            names.join(", ")
+        };
+        match (language, template) {
+            (Some(_), Some(_)) => Err(ApiError::new("invalid_request", "give either language or template, not both")),
+            (None, Some(name)) => self.templates.iter().position(|(known, _)| known == name).ok_or_else(|| {
+                ApiError::new(
+                    "unknown_template",
+                    format!("Unknown template {}; there are: {}", quoted(name), names(|entry| &entry.0)),
+                )
+            }),
+            (language, None) => {
+                let asked = language.unwrap_or("python");
+                let wanted = if asked == "javascript" { "node" } else { asked };
+                // A template that is called as the language is its default one.
+                let named = self.templates.iter().position(|(name, known)| known == wanted && name == wanted);
+                named.or_else(|| self.templates.iter().position(|(_, known)| known == wanted)).ok_or_else(|| {
+                    ApiError::new(
+                        "unknown_language",
+                        format!("Unknown language {}; there are: {}", quoted(asked), names(|entry| &entry.1)),
+                    )
+                })
+            }
+        }
+    }
+
+    pub(crate) fn get(&self, at: usize) -> (&str, &str) {
+        self.templates.get(at).map_or(("", ""), |(name, language)| (name, language))
+    }
+}
+
+fn quoted(word: &str) -> String {
+    format!("{:?}", word.chars().take(60).collect::<String>())
+}
+
+impl ExecBody {
+    /// Step 1 of an exec: what the engine is asked, and the template's place in the catalog.
+    pub(crate) fn into_request(
+        self,
+        catalog: &Catalog,
+        bounds: &RequestLimits,
+    ) -> Result<(ExecRequest, usize), ApiError> {
+        let at = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
+        let mut request = ExecRequest::new(catalog.get(at).0, self.code);
+        request.limits.timeout = match self.timeout_seconds {
+            None => bounds.default_timeout,
+            Some(given) => {
+                let time = Duration::try_from_secs_f64(given)
+                    .ok()
+                    .filter(|time| !time.is_zero() && *time <= bounds.max_timeout);
+                time.ok_or_else(|| {
+                    let most = bounds.max_timeout.as_secs_f64();
+                    ApiError::new("invalid_timeout", format!("timeout_seconds must be above 0 and at most {most}"))
+                })?
+            }
+        };
+        let limits = self.limits.map(|Object(limits)| limits).unwrap_or_default();
+        let mib = 1024 * 1024;
+        let memory = limits.memory_mb.map(|count| count.saturating_mul(mib));
+        request.limits.memory = within("limits.memory_mb", memory, bounds.default_memory, bounds.max_memory, mib)?;
+        let (processes, most) = (limits.processes.map(u64::from), bounds.max_processes.into());
+        let processes = within("limits.processes", processes, bounds.default_processes.into(), most, 1)?;
+        request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
+        request.limits.output =
+            within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
+        request.limits.cpu = match limits.cpu_seconds {
+            None => None,
+            Some(given) => {
+                let time = Duration::try_from_secs_f64(given).ok().filter(|time| !time.is_zero());
+                Some(time.ok_or_else(|| ApiError::new("invalid_limits", "limits.cpu_seconds must be above 0"))?)
+            }
+        };
+        request.args = self.args.unwrap_or_default();
+        request.env = self.env.unwrap_or_default().into_iter().collect();
+        request.output_files = self.output_files.unwrap_or_default();
+        if let Some(data) = self.stdin {
+            request.stdin = Stdin::Bytes(data.bytes);
+        }
+        let files = self.files.unwrap_or_default().into_iter();
+        request.files =
+            files.map(|(path, Data { bytes: data, executable })| InputFile { path, data, executable }).collect();
+        request.check().map_err(zeroboot_engine::ExecError::from)?;
+        Ok((request, at))
+    }
+}
+
+fn within(name: &str, given: Option<u64>, default: u64, most: u64, unit: u64) -> Result<u64, ApiError> {
+    match given {
+        None => Ok(default),
+        Some(value) if value > 0 && value <= most => Ok(value),
+        Some(_) => Err(ApiError::new("invalid_limits", format!("{name} must be above 0 and at most {}", most / unit))),
+    }
+}
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

@@ -1,0 +1,127 @@
+use super::*;
+
+fn catalog() -> Catalog {
+    let pair = |name: &str, language: &str| (name.to_owned(), language.to_owned());
+    Catalog { templates: vec![pair("science", "python"), pair("python", "python"), pair("node", "node")] }
+}
+
+fn request(json: &str) -> Result<(ExecRequest, usize), ApiError> {
+    parse::<ExecBody>(json.as_bytes())?.into_request(&catalog(), &RequestLimits::default())
+}
+
+fn refused(json: &str) -> (&'static str, String) {
+    let error = request(json).expect_err(json);
+    (error.code, error.message)
+}
+
+#[test]
+fn the_shortest_request_takes_every_default() {
+    let (request, at) = request(r#"{"code": "print(1)"}"#).unwrap();
+    assert_eq!(request, ExecRequest::new("python", "print(1)"));
+    assert_eq!(at, 1);
+}
+
+#[test]
+fn a_full_request_arrives_whole() {
+    let (request, _) = request(
+        r#"{"code": "1", "template": "science", "timeout_seconds": 0.25, "stdin": {"base64": "AP8="},
+            "env": {"A": "b"}, "args": ["x", "y"], "files": {"a/b.txt": "text", "c.sh": {"text": "t", "executable": true}},
+            "output_files": ["out"], "limits": {"memory_mb": 64, "processes": 3, "output_bytes": 5, "cpu_seconds": 0.5}}"#,
+    )
+    .unwrap();
+    assert_eq!(request.template, "science");
+    assert_eq!(request.limits.timeout, Duration::from_millis(250));
+    assert_eq!(request.stdin, Stdin::Bytes(Bytes::from_static(b"\x00\xff")));
+    assert_eq!(request.env, [("A".into(), "b".into())]);
+    assert_eq!(request.args, ["x", "y"]);
+    assert_eq!(request.files.len(), 2);
+    assert!(request.files[1].executable);
+    assert_eq!(request.output_files, ["out"]);
+    assert_eq!((request.limits.memory, request.limits.processes, request.limits.output), (64 << 20, 3, 5));
+    assert_eq!(request.limits.cpu, Some(Duration::from_millis(500)));
+}
+
+#[test]
+fn null_is_the_same_as_absent() {
+    let (with, _) = request(
+        r#"{"code": "1", "language": null, "template": null, "timeout_seconds": null, "stdin": null, "env": null,
+            "args": null, "files": null, "output_files": null, "limits": null}"#,
+    )
+    .unwrap();
+    assert_eq!(with, request(r#"{"code": "1"}"#).unwrap().0);
+}
+
+#[test]
+fn languages_and_templates_are_looked_up_and_never_guessed() {
+    let template = |json: &str| request(json).unwrap().0.template;
+    assert_eq!(template(r#"{"code": "1", "language": "python"}"#), "python");
+    assert_eq!(template(r#"{"code": "1", "language": "node"}"#), "node");
+    assert_eq!(template(r#"{"code": "1", "language": "javascript"}"#), "node");
+    let (code, text) = refused(r#"{"code": "1", "language": "ruby"}"#);
+    assert_eq!((code, text.as_str()), ("unknown_language", "Unknown language \"ruby\"; there are: python, node"));
+    assert_eq!(refused(r#"{"code": "1", "template": "python3"}"#).0, "unknown_template");
+    assert_eq!(refused(r#"{"code": "1", "template": "a", "language": "python"}"#).0, "invalid_request");
+}
+
+#[test]
+fn errors_name_the_field() {
+    let cases = [
+        (r#"{"code": 3}"#, "invalid_request", "code: invalid type: integer `3`, expected a string"),
+        (r#"{}"#, "invalid_request", "missing field `code`"),
+        (r#"[]"#, "invalid_request", "invalid type: sequence, expected an object"),
+        (
+            r#"{"code": "1", "limits": [1, 2, 3, 4]}"#,
+            "invalid_request",
+            "limits: invalid type: sequence, expected an object",
+        ),
+        (r#"{"code": "1", "cod": 2}"#, "invalid_request", "cod: unknown field `cod`"),
+        (r#"{"code": "1", "limits": {"memory": 2}}"#, "invalid_request", "limits.memory: unknown field `memory`"),
+        (r#"{"code": "1", "files": {"a": {"base64": "%"}}}"#, "invalid_request", "files.a: invalid base64"),
+        (r#"{"code": "1", "files": {"a": {}}}"#, "invalid_request", "files.a: exactly one of text and base64"),
+        (r#"{"code": "1", "stdin": 5}"#, "invalid_request", "stdin: invalid type: integer `5`, expected a string or"),
+        (r#"{"code": "1", "env": {"A": 1}}"#, "invalid_request", "env.A: invalid type"),
+        (r#"{"code": "1""#, "invalid_json", "Invalid JSON: EOF"),
+        (r#"{"code": "1"} x"#, "invalid_json", "Invalid JSON: trailing characters"),
+        ("", "invalid_json", "Invalid JSON: EOF"),
+        (r#"{"code": "\ud800"}"#, "invalid_json", "Invalid JSON"),
+    ];
+    for (json, code, start) in cases {
+        let (got, text) = refused(json);
+        assert_eq!(got, code, "{json}: {text}");
+        assert!(text.starts_with(start), "{json}: {text}");
+    }
+    let batch = parse::<BatchBody>(br#"{"executions": [{"code": "1"}, {"code": null}]}"#).unwrap_err();
+    assert!(batch.message.starts_with("executions[1].code: "), "{}", batch.message);
+}
+
+#[test]
+fn numbers_that_no_sandbox_can_have_are_refused() {
+    for (fields, code) in [
+        (r#""timeout_seconds": 0"#, "invalid_timeout"),
+        (r#""timeout_seconds": -1"#, "invalid_timeout"),
+        (r#""timeout_seconds": 300.1"#, "invalid_timeout"),
+        (r#""timeout_seconds": 1e300"#, "invalid_timeout"),
+        (r#""timeout_seconds": 1e-300"#, "invalid_timeout"),
+        (r#""limits": {"memory_mb": 0}"#, "invalid_limits"),
+        (r#""limits": {"memory_mb": 18446744073709551615}"#, "invalid_limits"),
+        (r#""limits": {"processes": 100000}"#, "invalid_limits"),
+        (r#""limits": {"output_bytes": 0}"#, "invalid_limits"),
+        (r#""limits": {"cpu_seconds": -0.5}"#, "invalid_limits"),
+        (r#""limits": {"memory_mb": -1}"#, "invalid_request"),
+        (r#""files": {"../x": "a"}"#, "invalid_files"),
+        (r#""output_files": ["/etc/passwd"]"#, "invalid_files"),
+        (r#""env": {"A=B": "a"}"#, "invalid_env"),
+        (r#""args": ["\u0000"]"#, "invalid_env"),
+    ] {
+        let json = format!(r#"{{"code": "1", {fields}}}"#);
+        assert_eq!(refused(&json).0, code, "{json}");
+    }
+    assert_eq!(refused(r#"{"code": " \n"}"#).0, "empty_code");
+    assert_eq!(refused(r#"{"code": "a\u0000"}"#).0, "invalid_code");
+}
+
+#[test]
+fn a_long_value_is_not_echoed_whole() {
+    let json = format!(r#"{{"code": "1", "timeout_seconds": "{}"}}"#, "x".repeat(10_000));
+    assert!(refused(&json).1.len() < 500);
+}

@@ -1,0 +1,129 @@
+//! `zeroboot bench`: each measurement checks the answers that it times, and compares two ways in one run.
+
+mod density;
+mod exec;
+mod stats;
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde::Serialize;
+use zeroboot_engine::{Engine, ExecRequest, Outcome};
+
+use crate::{
+    cli::{BenchArgs, BenchWhat, Runtime},
+    printer, resolve,
+};
+use stats::Summary;
+
+/// One line of the table: a distribution, in milliseconds unless said otherwise.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    name: String,
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// One figure.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    name: String,
+    value: f64,
+    unit: &'static str,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Results {
+    rows: Vec<Row>,
+    figures: Vec<Figure>,
+}
+
+impl Results {
+    pub(crate) fn row(&mut self, name: impl Into<String>, times: Vec<Duration>) -> f64 {
+        let summary = Summary::of(times);
+        let p50 = summary.p50;
+        self.rows.push(Row { name: name.into(), summary });
+        p50
+    }
+
+    pub(crate) fn figure(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
+        self.figures.push(Figure { name: name.into(), value, unit });
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Document<'a> {
+    zeroboot: &'static str,
+    host: stats::HostFacts,
+    engine: &'static str,
+    results: &'a Results,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
+    let (_choice, why) = resolve::choose_engine(args.from.engine)?;
+    let host = stats::HostFacts::read();
+    printer::line(&host)?;
+    printer::line(format_args!("engine process ({why})\n"))?;
+    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let mut results = Results::default();
+    let wants = |what| args.what.is_empty() || args.what.contains(&what);
+    tokio.block_on(async {
+        if wants(BenchWhat::Exec) {
+            exec::first_output(args, &mut results).await?;
+        }
+        if wants(BenchWhat::Fork) {
+            exec::pooled_and_not(args, &mut results).await?;
+        }
+        if wants(BenchWhat::Density) {
+            density::alive_at_once(args, &mut results).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    tokio.shutdown_background();
+    print_table(&results)?;
+    if let Some(path) = &args.json {
+        let document = Document { zeroboot: env!("CARGO_PKG_VERSION"), host, engine: "process", results: &results };
+        std::fs::write(path, serde_json::to_vec_pretty(&document)?)
+            .with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(0)
+}
+
+fn print_table(results: &Results) -> anyhow::Result<()> {
+    printer::line(format_args!("{:<52} {:>6} {:>9} {:>9} {:>9} {:>9}  (ms)", "", "n", "p50", "p95", "p99", "worst"))?;
+    for Row { name, summary: s } in &results.rows {
+        printer::line(format_args!(
+            "{name:<52} {:>6} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
+            s.n, s.p50, s.p95, s.p99, s.worst
+        ))?;
+    }
+    for Figure { name, value, unit } in &results.figures {
+        printer::line(format_args!("{name:<52} {value:>16.2} {unit}"))?;
+    }
+    Ok(())
+}
+
+/// An engine with the host's Python, numpy warmed where it is there.
+pub(crate) async fn python_engine(args: &BenchArgs, pool: usize, live: usize) -> anyhow::Result<Engine> {
+    let template = resolve::process_template(Runtime::Python, &args.from, None, pool)?;
+    let mut config = resolve::engine_config(vec![template], live, (live as u64) << 30)?;
+    config.admission_wait = Duration::from_secs(60);
+    Ok(Engine::start(config).await?)
+}
+
+/// Runs `code` and checks what it prints.
+pub(crate) async fn checked(
+    engine: &Engine,
+    code: &'static str,
+    expected: &[u8],
+) -> anyhow::Result<zeroboot_engine::Report> {
+    let done = engine.exec(ExecRequest::new("python", code)).await?.collect().await?;
+    ensure!(
+        done.report.outcome == Outcome::Exited { code: 0 } && done.stdout == expected,
+        "a measured exec gave a wrong answer: {:?}, {:?}, {:?}",
+        done.report.outcome,
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
+    Ok(done.report)
+}

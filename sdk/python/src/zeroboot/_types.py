@@ -1,0 +1,78 @@
+"""The words of the API. `tests/test_openapi.py` holds them against `openapi/zeroboot.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Optional, TypedDict, Union
+
+Language = Literal["python", "node", "javascript"]
+Isolation = Literal["vm", "process"]
+Outcome = Literal[
+    "exited",
+    "signaled",
+    "deadline_passed",
+    "cpu_limit",
+    "output_limit",
+    "out_of_memory",
+    "crashed",
+]
+
+#: What goes into a sandbox: text or exact bytes.
+Data = Union[str, bytes]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file with more than its content."""
+
+    data: Data
+    executable: bool = False
+
+
+#: A file for a sandbox: its content, or the path of a local file to send.
+FileData = Union[str, bytes, "os.PathLike[str]", InputFile]
+
+
+class Limits(TypedDict, total=False):
+    """Limits of one exec; each may only lower what the server allows."""
+
+    memory_mb: int
+    processes: int
+    output_bytes: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Exec:
+    """One exec of a batch. What is None is left to the batch's own arguments, then the server."""
+
+    code: str
+    language: Optional[Language] = None
+    template: Optional[str] = None
+    timeout: Optional[float] = None
+    stdin: Optional[Data] = None
+    env: Optional[Mapping[str, str]] = None
+    args: Optional[Sequence[str]] = None
+    files: Optional[Mapping[str, FileData]] = None
+    output_files: Optional[Sequence[str]] = None
+    limits: Optional[Limits] = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `GET /v1/health` says. `raw` is the whole answer."""
+
+    status: str
+    templates: Mapping[str, Mapping[str, Any]]
+    raw: Mapping[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def ready(self) -> bool:
+        """Whether something can run: `ok` or `degraded`."""
+        return self.status in ("ok", "degraded")

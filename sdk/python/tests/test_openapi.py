@@ -1,0 +1,116 @@
+"""The types of this package against `openapi/zeroboot.json`. Fails when either side moves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stub
+
+import zeroboot
+from zeroboot import Exec, Result
+from zeroboot._core import exec_body
+from zeroboot._errors import RATE_CODES, SERVER_CODES
+
+FILE = Path(
+    os.environ.get("ZEROBOOT_OPENAPI")
+    or Path(__file__).resolve().parents[3] / "openapi" / "zeroboot.json"
+)
+
+
+@pytest.fixture(scope="module")
+def api() -> Any:
+    if not FILE.is_file():
+        if os.environ.get("ZEROBOOT_REQUIRE_SERVER") == "1":
+            pytest.fail(f"{FILE} is missing")
+        pytest.skip(f"{FILE} is missing")
+    return json.loads(FILE.read_text())
+
+
+def resolve(api: Any, schema: Any) -> Any:
+    while "$ref" in schema:
+        found = api
+        for step in schema["$ref"].removeprefix("#/").split("/"):
+            found = found[step]
+        schema = found
+    return schema
+
+
+def properties(api: Any, schema: Any) -> dict[str, Any]:
+    """All properties of an object, those of its parts and alternatives included."""
+    schema = resolve(api, schema)
+    found = dict(schema.get("properties", {}))
+    for part in (*schema.get("allOf", ()), *schema.get("oneOf", ()), *schema.get("anyOf", ())):
+        found.update(properties(api, part))
+    return found
+
+
+def words(api: Any, schema: Any) -> set[str]:
+    """The strings that an enumeration allows."""
+    schema = resolve(api, schema)
+    if "const" in schema:
+        return {schema["const"]}
+    found = {word for word in schema.get("enum", ()) if word is not None}
+    for part in (*schema.get("allOf", ()), *schema.get("oneOf", ()), *schema.get("anyOf", ())):
+        found |= words(api, part)
+    return found
+
+
+def request_schema(api: Any, path: str) -> Any:
+    return api["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+
+
+def answer_schema(api: Any, path: str, method: str = "post") -> Any:
+    content = api["paths"][path][method]["responses"]["200"]["content"]
+    return content["application/json"]["schema"]
+
+
+def test_every_field_of_a_request_can_be_sent_and_no_other(api: Any) -> None:
+    known = set(properties(api, request_schema(api, "/v1/exec")))
+    full = Exec("x", "node", "t", 1.0, "s", {"A": "b"}, ["a"], {"f": "c"}, ["o"], {"memory_mb": 1})
+    assert set(exec_body(full, 1.0)) == known
+    assert len(fields(Exec)) == len(known)
+
+
+def test_limits_are_the_same(api: Any) -> None:
+    limits = properties(api, request_schema(api, "/v1/exec"))["limits"]
+    assert set(properties(api, limits)) == set(zeroboot.Limits.__annotations__)
+
+
+def test_every_field_of_an_answer_is_in_the_result_and_no_other(api: Any) -> None:
+    known = set(properties(api, answer_schema(api, "/v1/exec")))
+    own = {"stdout_bytes", "stderr_bytes", "request_id", "raw"}
+    assert set(Result.__annotations__) - own == known
+    # The recorded answer that the other tests use has them all, too.
+    assert set(stub.OK) == known
+
+
+def test_the_words_are_the_same(api: Any) -> None:
+    answer = properties(api, answer_schema(api, "/v1/exec"))
+    assert words(api, answer["outcome"]) == set(typing.get_args(zeroboot.Outcome))
+    assert words(api, answer["isolation"]) == set(typing.get_args(zeroboot.Isolation))
+
+
+def test_a_batch_is_made_of_the_same_parts(api: Any) -> None:
+    executions = properties(api, request_schema(api, "/v1/exec/batch"))["executions"]
+    assert set(properties(api, executions["items"])) == set(
+        properties(api, request_schema(api, "/v1/exec"))
+    )
+    results = properties(api, answer_schema(api, "/v1/exec/batch"))["results"]
+    assert set(properties(api, results["items"])) >= {"exit_code", "error", "code"}
+
+
+def test_health_has_what_the_client_reads(api: Any) -> None:
+    health = properties(api, answer_schema(api, "/v1/health", "get"))
+    assert {"status", "templates"} <= set(health)
+
+
+def test_error_codes_are_known_where_only_the_code_tells(api: Any) -> None:
+    text = json.dumps(api)
+    for code in SERVER_CODES | RATE_CODES | {"unauthorized"}:
+        assert f'"{code}"' in text or f"`{code}`" in text, f"{code} is not in {FILE.name}"

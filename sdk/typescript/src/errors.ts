@@ -1,0 +1,129 @@
+import type { Result } from "./result.js";
+
+export interface ErrorFacts {
+  /** The server's stable error code. */
+  code?: string | undefined;
+  /** The HTTP status. */
+  status?: number | undefined;
+  /** What to quote to whoever runs the server. */
+  requestId?: string | undefined;
+  /** Seconds, from the Retry-After header. */
+  retryAfter?: number | undefined;
+  /** Whether the code can have run: false only where it certainly did not. */
+  mayHaveRun?: boolean;
+  cause?: unknown;
+}
+
+/** Base of every error that this package throws on purpose. Code that fails is a `Result` instead. */
+export class ZerobootError extends Error {
+  override name = "ZerobootError";
+  readonly code: string | undefined;
+  readonly status: number | undefined;
+  readonly requestId: string | undefined;
+  readonly retryAfter: number | undefined;
+  readonly mayHaveRun: boolean;
+
+  constructor(message: string, facts: ErrorFacts = {}) {
+    const { code, status, requestId } = facts;
+    const said = [
+      status === undefined ? "" : `HTTP ${status}`,
+      code ?? "",
+      requestId === undefined ? "" : `request ${requestId}`,
+    ].filter((fact) => fact !== "");
+    super(said.length > 0 ? `${message} (${said.join(", ")})` : message);
+    // Not through super's options: the types of ES2020 do not know them.
+    if (facts.cause !== undefined) (this as { cause?: unknown }).cause = facts.cause;
+    this.code = code;
+    this.status = status;
+    this.requestId = requestId;
+    this.retryAfter = facts.retryAfter;
+    this.mayHaveRun = facts.mayHaveRun ?? false;
+  }
+}
+
+/** The key is missing, wrong, revoked or expired (401, 403). */
+export class AuthenticationError extends ZerobootError {
+  override name = "AuthenticationError";
+}
+
+/** The key, or the address, has used up its rate (429). `retryAfter` says when to come back. */
+export class RateLimitError extends ZerobootError {
+  override name = "RateLimitError";
+}
+
+/** The request is wrong and would be wrong again (400, 404, 413, 415 ...). */
+export class BadRequestError extends ZerobootError {
+  override name = "BadRequestError";
+}
+
+/** The server could not do its part (5xx), or answered with what is not an answer. */
+export class ServerError extends ZerobootError {
+  override name = "ServerError";
+}
+
+/** No connection, or it broke. `mayHaveRun` tells the two apart. */
+export class ConnectionError extends ZerobootError {
+  override name = "ConnectionError";
+}
+
+/** This client gave up waiting. (An exec that passed its own deadline is a `Result`.) */
+export class TimeoutError extends ZerobootError {
+  override name = "TimeoutError";
+}
+
+/** Thrown by `result.check()` when the code did not end well. */
+export class ExecutionError extends ZerobootError {
+  override name = "ExecutionError";
+  readonly result: Result;
+
+  constructor(message: string, result: Result) {
+    super(message, { mayHaveRun: true });
+    this.result = result;
+  }
+}
+
+/** Some items of a batch were refused or failed. `results` has all of them, in order. */
+export class BatchError extends ZerobootError {
+  override name = "BatchError";
+  readonly results: readonly (Result | ZerobootError)[];
+
+  constructor(
+    message: string,
+    results: readonly (Result | ZerobootError)[],
+    facts: ErrorFacts = {},
+  ) {
+    super(message, { ...facts, mayHaveRun: true });
+    this.results = results;
+  }
+
+  get errors(): ZerobootError[] {
+    return this.results.filter((item): item is ZerobootError => item instanceof ZerobootError);
+  }
+}
+
+// Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
+// batch, an `error` event in a stream.
+export const SERVER_CODES = new Set([
+  "batch_output_limit",
+  "busy",
+  "internal",
+  "not_ready",
+  "sandbox_failed",
+  "shutting_down",
+]);
+const RATE_CODES = new Set(["concurrency_limited", "rate_limited"]);
+
+export function errorFor(message: string, facts: ErrorFacts): ZerobootError {
+  const { status, code } = facts;
+  if (status === 401 || status === 403 || (status === undefined && code === "unauthorized")) {
+    return new AuthenticationError(message, facts);
+  }
+  if (status === 429 || (status === undefined && code !== undefined && RATE_CODES.has(code))) {
+    return new RateLimitError(message, facts);
+  }
+  const ours =
+    status === undefined
+      ? code !== undefined && !SERVER_CODES.has(code)
+      : status >= 400 && status < 500;
+  return ours ? new BadRequestError(message, facts) : new ServerError(message, facts);
+}

@@ -1,0 +1,196 @@
+//! The nested suite: everything that needs a real `/dev/kvm`, in the lane, in one boot of it.
+//!
+//! 1. here: `zeroboot` is built, the templates' kernel and root file systems are assembled (network, no KVM), the test
+//!    programs are compiled
+//! 2. in the lane: the templates are booted and frozen, a first exec in each, then every test program
+//!
+//! A test program belongs to the lane when its file is `crates/*/tests/nested*.rs`, or is listed in [`ALSO`]. It finds
+//! `ZEROBOOT_BIN` (the binary), `ZEROBOOT_HOME` (a store with the templates `python` and `node`, in memory),
+//! `ZEROBOOT_NESTED=1` and `ZEROBOOT_REQUIRE_KVM=1` (fail, do not skip) in its environment.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::nested::{self, Run};
+
+/// Test programs that run elsewhere too, and mean more here.
+const ALSO: [(&str, &str); 1] = [("zeroboot-vm", "byte_guests")];
+const TEMPLATES: [&str; 2] = ["python", "node"];
+/// What a first exec in each template must print.
+const FIRST_EXECS: [(&str, &str, &str); 2] = [
+    ("python", "import numpy as np; print(int((np.arange(6).reshape(2,3) @ np.ones(3)).sum()))", "15"),
+    ("node", "console.log([1,2,3].map(x => x * 14)[2])", "42"),
+];
+
+const USAGE: &str = "\
+cargo xtask nested-suite [OPTION...] [FILTER]
+
+Builds zeroboot, assembles its templates, and runs in the nested lane: the templates' builds, a first exec in each,
+and every test program for the lane (crates/*/tests/nested*.rs and byte_guests), those tests that match FILTER.
+
+  --debug            the debug build of zeroboot
+  --kernel VERSION   of the lane (6.1)
+  --timeout SECONDS  of the lane (1500)
+  --memory SIZE      of the lane (5G)
+  --no-templates     neither assemble nor build templates
+";
+
+/// `cargo xtask nested-suite`.
+pub(crate) fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match run(args) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("nested suite: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
+    let (mut debug, mut templates, mut filter) = (false, true, None);
+    let mut lane = Run::new(Vec::new());
+    lane.timeout = Duration::from_secs(1500);
+    lane.set_memory("5G");
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().and_then(|value| value.into_string().ok()).context("an option needs a value");
+        match arg.to_str() {
+            Some("--help" | "-h") => {
+                print!("{USAGE}");
+                return Ok(0);
+            }
+            Some("--debug") => debug = true,
+            Some("--no-templates") => templates = false,
+            Some("--kernel") => lane.set_kernel(&value()?)?,
+            Some("--memory") => lane.set_memory(&value()?),
+            Some("--timeout") => lane.timeout = Duration::from_secs(value()?.parse().context("--timeout")?),
+            Some(word) if !word.starts_with('-') && filter.is_none() => filter = Some(word.to_owned()),
+            _ => bail!("what is {}?\n\n{USAGE}", arg.display()),
+        }
+    }
+
+    let zeroboot = timed("zeroboot is built", || nested::build_zeroboot(debug))?;
+    if templates {
+        timed("the templates are assembled", || nested::assemble_templates(&zeroboot))?;
+    }
+    let programs = timed("the test programs are built", test_programs)?;
+    lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];
+    lane.env("ZEROBOOT_BIN", &zeroboot);
+    lane.env("ZEROBOOT_HOME", "/dev/shm/zeroboot");
+    lane.env("ZEROBOOT_REQUIRE_KVM", "1");
+    timed("the lane is done", || nested::run(&lane))
+}
+
+fn timed<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let start = Instant::now();
+    let done = work()?;
+    eprintln!("nested suite: {what} ({:.1} s)", start.elapsed().as_secs_f64());
+    Ok(done)
+}
+
+struct Program {
+    name: String,
+    executable: PathBuf,
+    directory: PathBuf,
+}
+
+/// Compiles the lane's test programs and says where they are.
+fn test_programs() -> Result<Vec<Program>> {
+    let repository = nested::repository()?;
+    let mut wanted: Vec<(String, String)> =
+        ALSO.iter().map(|(package, test)| ((*package).to_owned(), (*test).to_owned())).collect();
+    for package in names_in(&repository.join("crates"))? {
+        for file in names_in(&repository.join("crates").join(&package).join("tests"))? {
+            if let Some(test) = file.strip_suffix(".rs").filter(|test| test.starts_with("nested")) {
+                wanted.push((package.clone(), test.to_owned()));
+            }
+        }
+    }
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]).current_dir(&repository);
+    for (package, test) in &wanted {
+        cargo.args(["--package", package, "--test", test]);
+    }
+    let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the test programs do not build");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let programs: Vec<Program> = text.lines().filter_map(program).collect();
+    for (package, test) in wanted {
+        ensure!(programs.iter().any(|program| program.name == test), "cargo built no test {test} of {package}");
+    }
+    Ok(programs)
+}
+
+/// A test program, out of a line of cargo's.
+fn program(line: &str) -> Option<Program> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    let target = message.get("target")?;
+    let is_test = target.get("kind")?.as_array()?.iter().any(|kind| kind == "test");
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    Some(Program {
+        name: text(target.get("name")).filter(|_| is_test)?,
+        executable: text(message.get("executable"))?.into(),
+        directory: Path::new(&text(message.get("manifest_path"))?).parent()?.to_owned(),
+    })
+}
+
+/// The names in a directory, sorted; none when it is not there.
+fn names_in(dir: &Path) -> Result<Vec<String>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
+        names.extend(entry?.file_name().into_string().ok());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What runs in the lane. Every step runs, whatever became of those before; the status says whether all succeeded.
+fn script(templates: bool, programs: &[Program], filter: Option<&str>) -> Result<String> {
+    let quote = nested::quoted_text;
+    let mut script = String::from(
+        "failed=
+step() {
+    name=$1; shift
+    started=$(cut -d. -f1 /proc/uptime)
+    if \"$@\"; then word=passed; else word=FAILED; failed=\"$failed $name\"; fi
+    echo \"== $name: $word ($(($(cut -d. -f1 /proc/uptime) - started)) s)\"
+}
+exec_prints() {
+    got=$(\"$ZEROBOOT_BIN\" run --engine vm --runtime \"$1\" -c \"$2\") && [ \"$got\" = \"$3\" ] && return
+    echo \"printed '$got', not '$3'\"
+    return 1
+}
+",
+    );
+    if templates {
+        for name in TEMPLATES {
+            script += &format!("step template-{name} \"$ZEROBOOT_BIN\" template build {name} --offline\n");
+        }
+        for (runtime, code, expected) in FIRST_EXECS {
+            script +=
+                &format!("step first-exec-{runtime} exec_prints {runtime} {} {}\n", quote(code)?, quote(expected)?);
+        }
+    }
+    for Program { name, executable, directory } in programs {
+        let text = |path: &Path| quote(path.to_str().context("a path is not UTF-8")?);
+        script += &format!("cd {} || exit 125\n", text(directory)?);
+        script += &format!("step {name} {}", text(executable)?);
+        if let Some(filter) = filter {
+            script += &format!(" {}", quote(filter)?);
+        }
+        // Two CPUs that are emulated: tests that measure time must not disturb each other.
+        script += " --test-threads=1\n";
+    }
+    script += "[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n";
+    Ok(script)
+}
