@@ -3,6 +3,7 @@
 //! One machine has one vCPU, a local APIC, memory and the doorbell. The order of a fork's steps is
 //! [`Machine::new`], then [`VmState`]'s restore, then the clocks, then the mailbox.
 
+pub mod bench;
 mod boot;
 mod build;
 mod cpuid;

@@ -61,7 +61,9 @@ impl KvmProbe {
             KvmProbe::Absent => Some(
                 "turn on virtualisation in the firmware, or nested virtualisation for this VM, and load kvm_intel or kvm_amd",
             ),
-            KvmProbe::NoPermission => Some("add the user to the kvm group: sudo usermod -aG kvm $USER, then log in again"),
+            KvmProbe::NoPermission => {
+                Some("add the user to the kvm group: sudo usermod -aG kvm $USER, then log in again")
+            }
             KvmProbe::Unusable { .. } => Some("look for kvm in the kernel's log: sudo dmesg | grep -i kvm"),
             KvmProbe::SoftwareOnly { .. } => Some("use --engine process here, or a host with VT-x or SVM"),
         }
