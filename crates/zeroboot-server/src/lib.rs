@@ -24,6 +24,7 @@ mod routes;
 mod serve;
 mod wire;
 
+pub use answer::answer;
 pub use config::{
     ConfigError, DEFAULT_LISTEN, Listen, Overrides, RequestLimits, ServerConfig, TlsFiles, env, read_config,
 };
