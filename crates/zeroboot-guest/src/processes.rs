@@ -4,8 +4,10 @@
 //! agent is a subreaper and the sandbox is its descendants.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
 use crate::sys;
@@ -15,8 +17,17 @@ const KERNEL_THREAD: u64 = 0x0020_0000;
 /// How long to wait for killed processes (one can hang in the kernel).
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
+/// File systems in memory that the program writes to: they are its memory.
+const IN_MEMORY: [&str; 3] = ["/home/sandbox", "/tmp", "/dev/shm"];
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// Above this much address space that no limit counts (shared, read-only, reserved), page tables are looked at:
+/// reading empty pages costs nothing else.
+const WIDE: u64 = 1 << 30;
+
 /// The sandbox's processes as a whole.
 pub(crate) struct Processes {
+    /// [`IN_MEMORY`], each with what it held at the start.
+    files: Vec<(OwnedFd, u64)>,
     everything: bool,
     me: u32,
     page: u64,
@@ -28,7 +39,8 @@ pub(crate) struct Processes {
 pub(crate) struct Usage {
     /// CPU time of live processes and of those that they have reaped.
     pub(crate) cpu: Duration,
-    /// Resident memory that no file backs, bytes. Pages that processes share count for each.
+    /// Resident memory that no file backs, large page tables, and files in memory; bytes. Pages that processes share
+    /// count for each.
     pub(crate) memory: u64,
 }
 
@@ -36,6 +48,8 @@ struct Stat {
     ppid: u32,
     flags: u64,
     ticks: u64,
+    /// The first thread has ended, others run on: `/proc/PID` itself then shows no memory.
+    headless: bool,
 }
 
 impl Processes {
@@ -48,7 +62,9 @@ impl Processes {
             rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         }
         let ticks = rustix::param::clock_ticks_per_second().max(1);
-        Ok(Processes { everything, me, page: rustix::param::page_size() as u64, tick_ns: 1_000_000_000 / ticks })
+        // In tests these are the host's.
+        let files = if everything { in_memory()? } else { Vec::new() };
+        Ok(Processes { files, everything, me, page: rustix::param::page_size() as u64, tick_ns: 1_000_000_000 / ticks })
     }
 
     /// What is in use now.
@@ -56,14 +72,23 @@ impl Processes {
         let mut usage = Usage { cpu: sys::reaped_cpu(), memory: 0 };
         for (pid, stat) in self.list() {
             usage.cpu += Duration::from_nanos(stat.ticks.saturating_mul(self.tick_ns));
-            usage.memory += self.anonymous(pid);
+            usage.memory += self.anonymous(pid, &stat);
         }
+        usage.memory += self.files();
         usage
     }
 
     /// Memory with shared pages divided among their users. Exact and slow: it walks page tables.
     pub(crate) fn proportional_memory(&self) -> u64 {
-        self.list().iter().map(|(pid, _)| proportional(*pid).unwrap_or_else(|| self.anonymous(*pid))).sum()
+        let of = |(pid, stat): &(u32, Stat)| {
+            let exact = if stat.headless { None } else { proportional(*pid) };
+            exact.unwrap_or_else(|| self.anonymous(*pid, stat))
+        };
+        self.list().iter().map(of).sum::<u64>() + self.files()
+    }
+
+    fn files(&self) -> u64 {
+        self.files.iter().map(|(fd, before)| used(fd).unwrap_or(0).saturating_sub(*before)).sum()
     }
 
     /// Kills them all and waits until they are gone. Hands each status that it reaped to `reaped`.
@@ -96,11 +121,23 @@ impl Processes {
         }
     }
 
-    fn anonymous(&self, pid: u32) -> u64 {
-        let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/statm")) else { return 0 };
-        let mut fields = text.split_ascii_whitespace().skip(1).map(|f| f.parse::<u64>().unwrap_or(0));
-        let (resident, shared) = (fields.next().unwrap_or(0), fields.next().unwrap_or(0));
-        resident.saturating_sub(shared) * self.page
+    fn anonymous(&self, pid: u32, stat: &Stat) -> u64 {
+        if !stat.headless {
+            return self.anonymous_of(&format!("/proc/{pid}")).unwrap_or(0);
+        }
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
+        // All live threads show the same memory.
+        threads.flatten().filter_map(|thread| self.anonymous_of(thread.path().to_str()?)).max().unwrap_or(0)
+    }
+
+    fn anonymous_of(&self, dir: &str) -> Option<u64> {
+        let text = std::fs::read_to_string(format!("{dir}/statm")).ok()?;
+        // proc(5): size, resident, shared, text, lib, data.
+        let mut fields = text.split_ascii_whitespace().map(|f| f.parse::<u64>().unwrap_or(0) * self.page);
+        let (size, resident, shared) = (fields.next()?, fields.next()?, fields.next()?);
+        let data = fields.nth(2)?;
+        let tables = if size.saturating_sub(data) > WIDE { status_field(dir, "VmPTE:").unwrap_or(0) } else { 0 };
+        Some(resident.saturating_sub(shared) + tables)
     }
 
     fn list(&self) -> Vec<(u32, Stat)> {
@@ -142,7 +179,29 @@ fn stat(pid: u32) -> Option<Stat> {
     let number = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok());
     // proc(5): state is field 3, here 0; ppid 4, flags 9, utime to cstime 14 to 17.
     let ticks = (11..=14).filter_map(number).sum();
-    Some(Stat { ppid: u32::try_from(number(1)?).ok()?, flags: number(6)?, ticks })
+    // num_threads is field 20.
+    let headless = fields.first() == Some(&"Z") && number(17)? > 1;
+    Some(Stat { ppid: u32::try_from(number(1)?).ok()?, flags: number(6)?, ticks, headless })
+}
+
+/// The file systems of [`IN_MEMORY`] that are there, each once.
+fn in_memory() -> std::io::Result<Vec<(OwnedFd, u64)>> {
+    let (mut found, mut seen) = (Vec::new(), HashSet::new());
+    for path in IN_MEMORY {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let Ok(fd) = rustix::fs::open(path, flags, Mode::empty()) else { continue };
+        if rustix::fs::fstatfs(&fd)?.f_type as u64 == TMPFS_MAGIC && seen.insert(rustix::fs::fstat(&fd)?.st_dev) {
+            let before = used(&fd).unwrap_or(0);
+            found.push((fd, before));
+        }
+    }
+    Ok(found)
+}
+
+/// Bytes that a file system holds, those of deleted files that are still open included.
+fn used(fd: &OwnedFd) -> Option<u64> {
+    let stat = rustix::fs::fstatfs(fd).ok()?;
+    Some(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(u64::try_from(stat.f_bsize).ok()?))
 }
 
 fn proportional(pid: u32) -> Option<u64> {
@@ -162,7 +221,12 @@ pub(crate) fn oom_kills() -> Option<u64> {
 
 /// `VmData` of a process, bytes: what RLIMIT_DATA counts.
 pub(crate) fn data_size(pid: Pid) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmData:"))?;
+    status_field(&format!("/proc/{pid}"), "VmData:")
+}
+
+/// A field of a `status` file that is in kB, as bytes.
+fn status_field(dir: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("{dir}/status")).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     Some(line.split_ascii_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }

@@ -11,7 +11,7 @@ pub const PYFORK: &str = "/.zeroboot/pyfork.so";
 /// The Python runner.
 pub const RUNNER_PYTHON: &str = "/.zeroboot/runner.py";
 /// The Node runner.
-pub const RUNNER_NODE: &str = "/.zeroboot/runner.mjs";
+pub const RUNNER_NODE: &str = "/.zeroboot/runner.cjs";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
 
@@ -63,10 +63,12 @@ fn present(path: &Path) -> bool {
 fn may_be_shared(path: &Path) -> bool {
     let depth = path.components().count();
     let is_home = std::env::var_os("HOME").is_some_and(|home| Path::new(&home).starts_with(path));
+    // Somebody else's home, where sudo or a service made HOME another.
+    let a_home = path.parent() == Some(Path::new("/home"));
     let kernel = ["/proc", "/sys", "/dev", "/run", "/boot", "/etc", "/tmp", "/home", "/root", "/var"]
         .iter()
         .any(|p| path == Path::new(p));
-    path.is_absolute() && depth > 1 && !is_home && !kernel
+    path.is_absolute() && depth > 1 && !is_home && !a_home && !kernel
 }
 
 #[cfg(test)]
@@ -75,7 +77,7 @@ mod tests {
 
     #[test]
     fn the_root_the_home_and_the_kernels_trees_are_never_shared() {
-        for path in ["/", "/proc", "/etc", "/home", "/tmp", "relative"] {
+        for path in ["/", "/proc", "/etc", "/home", "/home/somebody", "/tmp", "relative"] {
             assert!(!may_be_shared(Path::new(path)), "{path}");
         }
         if let Some(home) = std::env::var_os("HOME") {

@@ -32,6 +32,8 @@ const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
 
 const RUNNER_POLICY: &str = include_str!("../../../policy/process-runner.json");
 const AGENT_POLICY: &str = include_str!("../../../policy/process-agent.json");
+/// On top of the runner's where there is no cgroup.
+const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
 
 /// Why serving ended or never began.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +63,7 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
     let zygote = Zygote {
         runner_filter: Filter::parse(RUNNER_POLICY)?,
         agent_filter: Filter::parse(AGENT_POLICY)?,
+        uncounted_filter: Filter::parse(UNCOUNTED_POLICY)?,
         proc: rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| step("open /proc")(e.into()))?,
         as_root: maps_sandbox_uids(),
@@ -110,6 +113,7 @@ fn maps_sandbox_uids() -> bool {
 struct Zygote {
     runner_filter: Filter,
     agent_filter: Filter,
+    uncounted_filter: Filter,
     /// Our own `/proc`, for the children's id maps.
     proc: OwnedFd,
     as_root: bool,
@@ -126,6 +130,10 @@ impl Zygote {
                 if let Err(error) = jail::write_id_maps(self.proc.as_fd(), pid, outside) {
                     kill(&pidfd);
                     return Err(step("write the id maps")(error));
+                }
+                if let Err(error) = jail::prefer_for_oom(self.proc.as_fd(), pid) {
+                    kill(&pidfd);
+                    return Err(step("set the out-of-memory score")(error));
                 }
                 // One byte lets the worker go on; a worker that is gone already shows on its socket.
                 if rustix::io::write(&mapping, b"x").is_err() {
@@ -151,6 +159,7 @@ impl Zygote {
 
     /// In the worker, pid 1 of its namespace. Returns in the runner only.
     fn worker(&self, mapped: &OwnedFd, socket: OwnedFd, cgroup: Option<OwnedFd>) -> Result<(), (OwnedFd, ServeError)> {
+        let counted = cgroup.is_some();
         let made = self.enter(mapped, cgroup).and_then(|()| {
             let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((pair, pipe()?, pipe()?, pipe()?))
@@ -174,7 +183,12 @@ impl Zygote {
                 }
                 let jailed = placed.map_err(step("place descriptors")).and_then(|()| {
                     process::close_from(4).map_err(step("close descriptors"))?;
+                    // A process group of its own: kill(0, …) of a program must not reach the agent.
+                    rustix::process::setsid().map_err(|e| step("make a session")(e.into()))?;
                     jail::landlock(&WRITABLE.map(Path::new))?;
+                    if !counted {
+                        self.uncounted_filter.apply()?;
+                    }
                     self.runner_filter.apply()?;
                     Ok(())
                 });
@@ -203,6 +217,9 @@ impl Zygote {
             return Err(io::Error::other("the zygote ended"));
         }
         process::reset_signals()?;
+        // A process group holds across pid namespaces: in the zygote's, kill(0, …) would reach the zygote and all
+        // other sandboxes wherever the user ids allow it.
+        rustix::process::setsid()?;
         jail::become_sandbox_user()?;
         // After the change of user, which clears it.
         process::die_with_parent()?;

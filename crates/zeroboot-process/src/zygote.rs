@@ -4,7 +4,7 @@ use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
 
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use zeroboot_proto::Kind;
-use zeroboot_sys::{control::CONTROL_FD, mount, process};
+use zeroboot_sys::{control::CONTROL_FD, jail::SANDBOX_UID, mount, process};
 
 use crate::{
     layout::{self, AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
@@ -85,7 +85,8 @@ fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
             args
         }
         _ => {
-            let mut args = vec!["node", RUNNER_NODE];
+            // The runner reads the code of ES modules itself; Node 18 wants to be told.
+            let mut args = vec!["node", "--no-deprecation", "--experimental-vm-modules", RUNNER_NODE];
             if !warm.is_empty() {
                 args.extend(["--warm", &warm]);
             }
@@ -149,8 +150,10 @@ fn own_user_namespace() -> io::Result<()> {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     process::unshare(UnshareFlags::NEWUSER)?;
     std::fs::write("/proc/self/setgroups", "deny")?;
-    std::fs::write("/proc/self/gid_map", format!("0 {gid} 1\n"))?;
-    std::fs::write("/proc/self/uid_map", format!("0 {uid} 1\n"))
+    // Not id 0: a sandbox's map would then hold our 0, which since Linux 5.12 only CAP_SETFCAP may give on
+    // (user_namespaces(7)). And a runtime that is not root keeps no capability when it is executed.
+    std::fs::write("/proc/self/gid_map", format!("{SANDBOX_UID} {gid} 1\n"))?;
+    std::fs::write("/proc/self/uid_map", format!("{SANDBOX_UID} {uid} 1\n"))
 }
 
 /// The zygote needs to give its children user ids and nothing else.

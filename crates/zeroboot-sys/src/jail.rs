@@ -31,6 +31,15 @@ pub fn write_id_maps(proc: BorrowedFd<'_>, child: Pid, outside: u32) -> io::Resu
     write("uid_map", &format!("{SANDBOX_UID} {outside} 1\n"))
 }
 
+/// Makes a child, and all that it will start, the first to go when the host runs out of memory: before the
+/// server and before the zygote.
+pub fn prefer_for_oom(proc: BorrowedFd<'_>, child: Pid) -> io::Result<()> {
+    let pid = child.as_raw_nonzero();
+    let fd = rustix::fs::openat(proc, format!("{pid}/oom_score_adj"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let written = rustix::io::write(&fd, b"1000")?;
+    if written == 4 { Ok(()) } else { Err(io::Error::other("short write of the out-of-memory score")) }
+}
+
 /// Becomes [`SANDBOX_UID`] in a user namespace whose map [`write_id_maps`] wrote. Capabilities stay: no id 0
 /// exists here, so the kernel sees no change from root.
 pub fn become_sandbox_user() -> io::Result<()> {

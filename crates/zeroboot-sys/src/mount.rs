@@ -58,8 +58,8 @@ pub struct RootPlan {
     pub directories: Vec<PathBuf>,
 }
 
-/// Device nodes that a sandbox has.
-const DEVICES: [&str; 5] = ["null", "zero", "full", "random", "urandom"];
+/// Device nodes that a sandbox has. No `zero`: mapping it shared makes memory that only a cgroup counts.
+const DEVICES: [&str; 4] = ["null", "full", "random", "urandom"];
 
 /// Moves this process into a mount namespace whose root is what `plan` says and nothing else. It must have
 /// CAP_SYS_ADMIN over its user namespace. `/proc` stays the caller's own until a sandbox mounts its own.
@@ -119,7 +119,8 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
         fs::write(dev.join(name), b"")?;
         let source = Path::new("/dev").join(name);
         mount_bind_recursive(&source, dev.join(name)).map_err(io::Error::from).map_err(at("bind", &source))?;
-        set_attributes(&dev.join(name), MOUNT_ATTR_NOSUID)?;
+        // Devices take writes on a read-only mount; the host's node cannot be touched or changed.
+        set_attributes(&dev.join(name), MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID)?;
     }
     for (link, to) in [
         ("fd", "/proc/self/fd"),
