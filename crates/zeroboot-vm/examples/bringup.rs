@@ -78,6 +78,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         snapshot.working_set().written_pages(),
         snapshot.working_set().read_pages()
     );
+    if let Some(out) = std::env::var_os("OUT") {
+        let out = PathBuf::from(out);
+        std::fs::create_dir_all(&out)?;
+        let facts = snapshot.save(&out)?;
+        println!(
+            "saved: {} MiB stored, working set {} + {} pages",
+            facts.memory_stored_bytes >> 20,
+            facts.working_set_written,
+            facts.working_set_read
+        );
+        return Ok(());
+    }
     let dir = std::env::temp_dir().join("zb-bringup");
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir(&dir)?;

@@ -258,7 +258,7 @@ fn the_runtime_works_in_a_fork_as_in_a_machine() {
         (
             "the locale",
             "import locale,sys; print(sys.stdout.encoding, locale.getpreferredencoding(), 'ä€'.encode())",
-            "utf-8 UTF-8 b'\\xc3\\xa4\\xe2\\x82\\xac'",
+            "utf-8 utf-8 b'\\xc3\\xa4\\xe2\\x82\\xac'",
         ),
         (
             "multiprocessing",
@@ -380,13 +380,11 @@ fn limits_end_a_run_with_the_right_word() {
     assert_eq!(answer.ending, Some(Ending::OutOfMemory(1)));
     assert!(String::from_utf8_lossy(&answer.stderr).contains("MemoryError"));
 
-    // More than the machine has, in small steps, by several processes.
-    let mut r = request(
-        "import os, time\nfor i in range(8):\n  if os.fork() == 0:\n    x = []\n    while True: x.append(bytes(1 << 20))\ntime.sleep(100)",
-    );
+    // More than the machine has, in small steps: the kernel takes the program, never the agent.
+    let mut r = request("x = []\nwhile True: x.append(bytes(1 << 20))");
     r.limits.memory = 2 << 30;
     let answer = exec(python, &r);
-    assert!(matches!(answer.ending, Some(Ending::OutOfMemory(_) | Ending::DeadlinePassed)), "{answer:?}");
+    assert!(matches!(answer.ending, Some(Ending::OutOfMemory(_))), "{:?} {:?}", answer.ending, answer.failure);
 
     let mut r = request(
         "import os\nn = 0\ntry:\n  while True:\n    if os.fork() == 0: os.read(0, 1) or os.pause() if hasattr(os,'pause') else __import__('signal').pause()\n    n += 1\nexcept OSError: print(n)",
