@@ -111,19 +111,42 @@ pub(crate) struct Data {
 pub(crate) enum DataSchema {
     /// Text.
     Text(String),
-    /// Text or base64, one of the two.
-    Object(DataObject),
+    /// Text, with more to say about it.
+    TextObject(TextObject),
+    /// Bytes.
+    BytesObject(BytesObject),
+}
+
+/// Text of a file or of standard input.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TextData)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct TextObject {
+    text: String,
+    /// Files only: executable by its owner.
+    executable: Option<bool>,
+}
+
+/// Bytes of a file or of standard input.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = BytesData)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct BytesObject {
+    /// Base64 (RFC 4648, with padding).
+    #[schema(pattern = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$")]
+    base64: String,
+    /// Files only: executable by its owner.
+    executable: Option<bool>,
 }
 
 /// Exactly one of `text` and `base64`.
-#[derive(Deserialize, ToSchema)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct DataObject {
-    /// Text.
+struct DataObject {
     text: Option<String>,
-    /// Bytes in base64 (RFC 4648, with padding).
     base64: Option<String>,
-    /// Files only: executable by its owner.
     executable: Option<bool>,
 }
 
@@ -244,9 +267,7 @@ impl ExecBody {
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {
-                let time = Duration::try_from_secs_f64(given)
-                    .ok()
-                    .filter(|time| !time.is_zero() && *time <= bounds.max_timeout);
+                let time = positive(given).filter(|time| *time <= bounds.max_timeout);
                 time.ok_or_else(|| {
                     let most = bounds.max_timeout.as_secs_f64();
                     ApiError::new("invalid_timeout", format!("timeout_seconds must be above 0 and at most {most}"))
@@ -265,7 +286,7 @@ impl ExecBody {
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {
-                let time = Duration::try_from_secs_f64(given).ok().filter(|time| !time.is_zero());
+                let time = positive(given);
                 Some(time.ok_or_else(|| ApiError::new("invalid_limits", "limits.cpu_seconds must be above 0"))?)
             }
         };
@@ -281,6 +302,12 @@ impl ExecBody {
         request.check().map_err(zeroboot_engine::ExecError::from)?;
         Ok((request, at))
     }
+}
+
+/// Seconds above zero. What is too short for our clock is its shortest time, not zero.
+fn positive(seconds: f64) -> Option<Duration> {
+    let time = Duration::try_from_secs_f64(seconds).ok()?;
+    (seconds > 0.0).then(|| time.max(Duration::from_nanos(1)))
 }
 
 fn within(name: &str, given: Option<u64>, default: u64, most: u64, unit: u64) -> Result<u64, ApiError> {

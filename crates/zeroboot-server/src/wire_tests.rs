@@ -101,7 +101,6 @@ fn numbers_that_no_sandbox_can_have_are_refused() {
         (r#""timeout_seconds": -1"#, "invalid_timeout"),
         (r#""timeout_seconds": 300.1"#, "invalid_timeout"),
         (r#""timeout_seconds": 1e300"#, "invalid_timeout"),
-        (r#""timeout_seconds": 1e-300"#, "invalid_timeout"),
         (r#""limits": {"memory_mb": 0}"#, "invalid_limits"),
         (r#""limits": {"memory_mb": 18446744073709551615}"#, "invalid_limits"),
         (r#""limits": {"processes": 100000}"#, "invalid_limits"),
