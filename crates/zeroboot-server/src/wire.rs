@@ -49,17 +49,51 @@ pub(crate) struct ExecBody {
 #[schema(as = Limits)]
 pub(crate) struct LimitsBody {
     /// Memory of all its processes, MiB.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     pub(crate) memory_mb: Option<u64>,
     /// Processes and threads at once.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
-    pub(crate) processes: Option<u32>,
+    pub(crate) processes: Option<u64>,
     /// Bytes of standard output and standard error together.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     pub(crate) output_bytes: Option<u64>,
     /// CPU time of all its processes, seconds.
     #[schema(exclusive_minimum = 0)]
     pub(crate) cpu_seconds: Option<f64>,
+}
+
+/// A whole number. In JSON 64.0 is one as well, and some languages write it so.
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<u64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a whole number that is not negative")
+        }
+
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<Option<u64>, E> {
+            Ok(Some(value))
+        }
+
+        fn visit_f64<E: de::Error>(self, value: f64) -> Result<Option<u64>, E> {
+            // Up to here every whole f64 is exact; a larger one is above every maximum anyway.
+            if value.fract() != 0.0 || value < 0.0 {
+                return Err(E::invalid_value(de::Unexpected::Float(value), &self));
+            }
+            Ok(Some(if value < 2_f64.powi(53) { value as u64 } else { u64::MAX }))
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Option<u64>, E> {
+            Ok(None)
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
 }
 
 /// Several execs at once.
@@ -278,7 +312,7 @@ impl ExecBody {
         let mib = 1024 * 1024;
         let memory = limits.memory_mb.map(|count| count.saturating_mul(mib));
         request.limits.memory = within("limits.memory_mb", memory, bounds.default_memory, bounds.max_memory, mib)?;
-        let (processes, most) = (limits.processes.map(u64::from), bounds.max_processes.into());
+        let (processes, most) = (limits.processes, bounds.max_processes.into());
         let processes = within("limits.processes", processes, bounds.default_processes.into(), most, 1)?;
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
         request.limits.output =

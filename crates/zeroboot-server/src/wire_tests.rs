@@ -120,6 +120,14 @@ fn numbers_that_no_sandbox_can_have_are_refused() {
 }
 
 #[test]
+fn a_whole_number_may_have_a_point() {
+    let (request, _) = request(r#"{"code": "1", "limits": {"memory_mb": 64.0, "processes": null}}"#).unwrap();
+    assert_eq!(request.limits.memory, 64 << 20);
+    assert_eq!(refused(r#"{"code": "1", "limits": {"memory_mb": 64.5}}"#).0, "invalid_request");
+    assert_eq!(refused(r#"{"code": "1", "limits": {"memory_mb": 1e300}}"#).0, "invalid_limits");
+}
+
+#[test]
 fn a_long_value_is_not_echoed_whole() {
     let json = format!(r#"{{"code": "1", "timeout_seconds": "{}"}}"#, "x".repeat(10_000));
     assert!(refused(&json).1.len() < 500);
