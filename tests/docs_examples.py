@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -46,7 +47,7 @@ LANGUAGES = {
     "javascript": "mjs", "js": "mjs", "mjs": "mjs",
 }  # fmt: skip
 FENCE = re.compile(r"^( *)(```+|~~~+) *([\w+-]*)[^\n]*\n(.*?)^\1\2 *$", re.M | re.S)
-MARK = re.compile(r"<!-- *example: *(skip|continues) *:? *(.*?) *-->\s*\Z", re.S)
+MARK = re.compile(r"<!-- *example: *(skip|continues)\b *:? *([^\n]*?) *-->\s*\Z")
 SHOWN = re.compile(r'^\s*(?:print|console\.log)\(.*\);?\s*(?:#|//)\s*"(.*)"\s*$', re.M)
 ADDRESS = re.compile(r"https://api\.zeroboot\.dev|http://(?:127\.0\.0\.1|localhost):8080")
 KEY = re.compile(r"zb_(?:live|demo)_[A-Za-z0-9_]*")
@@ -158,6 +159,8 @@ def make_node(directory: Path) -> Path:
 
 def compile_typescript(examples: list[Example], node: Path) -> dict[str, Path]:
     """All at once: the compiler's start is most of its time. Errors stop the run."""
+    if not examples:
+        return {}
     sources = node / "examples"
     shutil.rmtree(sources, ignore_errors=True)
     sources.mkdir()
@@ -192,7 +195,8 @@ def run(example: Example, server: Server, python: Path, node: Path, compiled: di
         elif example.kind == "ts":
             command = ["node", str(compiled[example.name])]
         elif example.kind == "mjs":
-            script = node / "example.mjs"
+            # Beside the packages, or it would not find them.
+            script = node / f"{Path(directory).name}.mjs"
             script.write_text(example.code)
             command = ["node", str(script)]
         else:
@@ -242,14 +246,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zeroboot-examples-") as scratch:
         python = given.python or make_python(Path(scratch) / "python")
         node = given.node or make_node(Path(scratch))
-        options = given.engine
-        with Server(options) as server:
+        with Server(given.engine) as server:
             for example in examples:
                 example.code = KEY.sub(server.key, ADDRESS.sub(server.url, example.code))
             wanted = [e for e in examples if e.skip is None]
             compiled = compile_typescript([e for e in wanted if e.kind == "ts"], node)
-            for example in wanted:
-                wrong = run(example, server, python.absolute(), node.resolve(), compiled)
+            # Mostly waiting: a few at a time, said in order.
+            with ThreadPoolExecutor(4) as pool:
+                answers = pool.map(lambda e: run(e, server, python.absolute(), node.resolve(), compiled), wanted)
+            for example, wrong in zip(wanted, answers):
                 failed += wrong is not None
                 print(f"{'FAILED' if wrong else 'ok'} {example.name}" + (f": {wrong}" if wrong else ""), flush=True)
     skipped = [e for e in examples if e.skip is not None]
