@@ -59,9 +59,7 @@ fn without_an_identity_they_would_be_alike_so_the_test_sees_it() {
 
 #[test]
 fn a_frozen_node_refuses_to_run_when_openssl_would_not_seed_itself_again() {
-    let runner = harness::repository().join("runtimes/node/runner.cjs");
-    let frozen = ["node", "--no-deprecation", runner.to_str().unwrap(), "--frozen"];
-    let answer = Sandbox::start(&[], &frozen).run(Request::new("console.log(1)"));
+    let answer = Sandbox::node(&[], &["--frozen"]).run(Request::new("console.log(1)"));
     assert!(answer.failure.as_ref().is_some_and(|f| f.contains("clock")), "{answer:?}");
     assert!(!answer.order.contains(&Kind::Started) && answer.stdout.is_empty());
 }
@@ -71,8 +69,7 @@ fn a_frozen_node_has_numbers_of_its_own() {
     // The clock that jumps by two hours at the identity, as the agent of a VM makes it.
     let dir = tempfile::TempDir::new().unwrap();
     let shim = dir.path().join("clock.cjs");
-    std::fs::write(&shim, "const now = Date.now, read = require('fs').readSync;\nlet jump = 0;\nDate.now = () => now() + jump;\nrequire('fs').readSync = (...a) => { jump = 7200e3; return read(...a); };\n").unwrap();
-    let runner = harness::repository().join("runtimes/node/runner.cjs");
+    std::fs::write(&shim, "const now = Date.now, read = require('fs').readSync;\nlet jump = 0;\nDate.now = () => now() + jump;\nrequire('fs').readSync = (...a) => { if (a[0] === 3) jump = 7200e3; return read(...a); };\n").unwrap();
     let code = "const a = Array.from({length: 20000}, Math.random);
 const mean = a.reduce((x, y) => x + y) / a.length;
 const d = Object.getOwnPropertyDescriptor(Math, 'random');
@@ -80,8 +77,7 @@ console.log(a[0], a[1], new Set(a).size === a.length, a.every((x) => x >= 0 && x
   Math.random.name, Math.random.length, d.enumerable, d.writable, d.configurable)";
     let mut seen = HashSet::new();
     for _ in 0..3 {
-        let frozen = ["node", "--require", shim.to_str().unwrap(), runner.to_str().unwrap(), "--frozen"];
-        let answer = Sandbox::start(&[], &frozen).run(Request::new(code));
+        let answer = Sandbox::node(&["--require", shim.to_str().unwrap()], &["--frozen"]).run(Request::new(code));
         let words: Vec<&str> = answer.good().split_whitespace().collect();
         assert_eq!(words[2..], ["true", "true", "true", "random", "0", "false", "true", "true"]);
         assert!(seen.insert(words[0].to_string()) && seen.insert(words[1].to_string()));

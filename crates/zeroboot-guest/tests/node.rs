@@ -8,7 +8,7 @@ use harness::{Answer, Request, Sandbox};
 use zeroboot_proto::{Ending, Kind};
 
 fn node(code: impl AsRef<[u8]>) -> Answer {
-    Sandbox::node().run(Request::new(code))
+    Sandbox::node(&[], &[]).run(Request::new(code))
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn files_and_packages_beside_the_program_can_be_imported() {
         (script, "main.js"),
         (module, "main.js"),
     ] {
-        let answer = Sandbox::node().run(put(Request::new(code).named(name)));
+        let answer = Sandbox::node(&[], &[]).run(put(Request::new(code).named(name)));
         assert_eq!((answer.ending(), answer.out()), (Ending::Exited(0), "1 2 3\n"), "{name}: {answer:?}");
     }
 }
@@ -87,9 +87,9 @@ fn files_and_packages_beside_the_program_can_be_imported() {
 #[test]
 fn a_script_has_its_name_and_arguments() {
     let code = "console.log(require.main === module, require('path').basename(__filename), process.argv.slice(2), process.env.A)";
-    let answer = Sandbox::node().run(Request::new(code).named("/x/job.js").arg("a b").arg("").env("A", "1=ž"));
+    let answer = Sandbox::node(&[], &[]).run(Request::new(code).named("/x/job.js").arg("a b").arg("").env("A", "1=ž"));
     assert_eq!(answer.good(), "true job.js [ 'a b', '' ] 1=ž\n");
-    let answer = Sandbox::node().run(Request::new("console.log(process.argv.slice(1))").arg("x"));
+    let answer = Sandbox::node(&[], &[]).run(Request::new("console.log(process.argv.slice(1))").arg("x"));
     assert_eq!(answer.good(), "[ 'x' ]\n");
 }
 
@@ -153,7 +153,7 @@ fn a_large_output_is_whole_after_process_exit() {
 
 #[test]
 fn standard_input_streams_while_the_program_runs() {
-    let mut sandbox = Sandbox::node();
+    let mut sandbox = Sandbox::node(&[], &[]);
     sandbox.wait_for(Kind::Ready);
     let code = "require('readline').createInterface({ input: process.stdin }).on('line', (l) => console.log(l.length)).on('close', () => console.log('end'))";
     sandbox.send(&Request::new(code).keep_stdin_open());
@@ -163,7 +163,7 @@ fn standard_input_streams_while_the_program_runs() {
     sandbox.wait_for_output("1\n");
     sandbox.send_frame(Kind::StdinEnd, b"");
     assert_eq!(sandbox.finish().good(), "3\n1\nend\n");
-    let answer = Sandbox::node()
+    let answer = Sandbox::node(&[], &[])
         .run(Request::new("console.log(require('fs').readFileSync(0, 'utf8').length)").stdin("x".repeat(1 << 20)));
     assert_eq!(answer.good(), "1048576\n");
 }
@@ -195,8 +195,8 @@ fn a_full_heap_is_out_of_memory() {
 
 #[test]
 fn an_endless_loop_is_stopped_at_its_deadline() {
-    let answer =
-        Sandbox::node().run(Request::new("console.log('before'); for (;;);").limits(|l| l.wall_ns = 500_000_000));
+    let answer = Sandbox::node(&[], &[])
+        .run(Request::new("console.log('before'); for (;;);").limits(|l| l.wall_ns = 500_000_000));
     assert_eq!((answer.ending(), answer.out()), (Ending::DeadlinePassed, "before\n"));
 }
 
@@ -211,8 +211,7 @@ fn ten_megabytes_of_code_run() {
 
 #[test]
 fn a_module_that_cannot_be_warmed_is_a_failure_that_names_it() {
-    let runner = harness::repository().join("runtimes/node/runner.cjs");
-    let start = |warm| Sandbox::start(&[], &["node", runner.to_str().unwrap(), "--warm", warm]);
+    let start = |warm| Sandbox::node(&[], &["--warm", warm]);
     let mut sandbox = start("no-such-thing");
     sandbox.wait_for(Kind::Failure);
     let failure = sandbox.finish().failure.unwrap();

@@ -39,6 +39,7 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     } else {
         resolve::process_template(runtime, &args.from, Some(&request.code), 0)?
     };
+    let language = template.language.clone();
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
