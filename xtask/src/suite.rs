@@ -22,7 +22,7 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 1] = [("zeroboot-vm", "byte_guests")];
+const ALSO: [(&str, &str); 2] = [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers")];
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [

@@ -37,6 +37,8 @@ const LISTS_FRESH: Duration = Duration::from_secs(24 * 3600);
 const KERNELS: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"];
 /// Above those of any root file system: it is one archive in the end.
 const OVERLAY_INODES: u32 = 1 << 24;
+/// What a guest's memory has to hold besides its root file system, at the least.
+const KERNEL_AND_MORE: u64 = 128 << 20;
 const KERNEL_FILE: &str = "vmlinux";
 const INITRAMFS_FILE: &str = "initramfs.cpio";
 const PROVENANCE_FILE: &str = "provenance.toml";
@@ -141,6 +143,14 @@ pub enum AssembleError {
     /// A kernel that is none.
     #[error("cannot use the kernel {0}")]
     Kernel(PathBuf, #[source] KernelError),
+    /// The guest could not unpack it.
+    #[error("memory_mib = {has} is too little for a root file system of {size} MiB")]
+    Memory {
+        /// The recipe's, MiB.
+        has: u32,
+        /// The initramfs's, MiB.
+        size: u64,
+    },
     /// The cache.
     #[error("cannot {what} {path}")]
     Io {
@@ -164,6 +174,9 @@ impl AssembleError {
             AssembleError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("the disk is full; XDG_CACHE_HOME moves the cache directory")
             }
+            AssembleError::Memory { .. } => Some(
+                "memory_mib must be at least twice that and 128 more: the image and what is unpacked of it are there at once",
+            ),
             AssembleError::Io { .. } => None,
         }
     }
@@ -245,6 +258,10 @@ impl Setup<'_> {
         // One archive: the tools that list one stop at the first end.
         let base = base.strip_suffix(cpio::END.as_slice()).unwrap_or(&base);
         let parts: [&[u8]; 2] = [base, overlay];
+        let size = (base.len() + overlay.len()) as u64;
+        if 2 * size + KERNEL_AND_MORE > u64::from(recipe.memory_mib) << 20 {
+            return Err(AssembleError::Memory { has: recipe.memory_mib, size: size.div_ceil(1 << 20) });
+        }
         put(&partial.path().join(INITRAMFS_FILE), &parts)?;
         let mut hasher = blake3::Hasher::new();
         parts.iter().for_each(|part| {

@@ -1,6 +1,7 @@
 //! A server with the process engine, in this process; its zygotes are the real program.
 
 use std::{
+    io::{BufReader, Write},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -28,7 +29,8 @@ impl Default for Setup {
     fn default() -> Setup {
         let listen = vec![Listen::Tcp(([127, 0, 0, 1], 0).into())];
         Setup {
-            config: ServerConfig { listen, ..ServerConfig::default() },
+            // No canary but the first: it would be counted among the live sandboxes.
+            config: ServerConfig { listen, canary_interval: Duration::from_secs(3600), ..ServerConfig::default() },
             node: false,
             pool: 2,
             max_live: 16,
@@ -92,8 +94,14 @@ impl Setup {
             Listen::Tcp(address) => Some(*address),
             Listen::Unix(_) => None,
         });
-        let address = tcp.unwrap_or_else(|| ([127, 0, 0, 1], 0).into());
-        Fixture { address, engine, stop, server: Some(server) }
+        let address = tcp.expect("a TCP address");
+        let fixture = Fixture { address, engine, stop, server: Some(server) };
+        // Anything is answered only after the first canary. (A TLS server answers this with an end of the connection.)
+        let mut stream = client::connect(address);
+        stream.write_all(&client::request("GET", "/v1/health", &[], b"")).unwrap();
+        let _answered = client::read_answer(&mut BufReader::new(stream));
+        fixture.wait_for_live(0, Duration::from_secs(20));
+        fixture
     }
 }
 

@@ -35,7 +35,11 @@ impl<'a> MakeWriter<'a> for Captured {
 fn code_output_environment_and_keys_are_never_logged() {
     // The whole test program logs into this: the other tests' requests hold no secret.
     let captured = Captured::default();
-    tracing_subscriber::fmt().with_ansi(false).with_writer(captured.clone()).with_env_filter(EnvFilter::new("trace")).init();
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(captured.clone())
+        .with_env_filter(EnvFilter::new("trace"))
+        .init();
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("keys.toml");

@@ -1,0 +1,158 @@
+//! `zeroboot run` as its user sees it, on the process engine with Python. Each run must leave nothing behind.
+
+#[path = "harness/lib.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use harness::{Cli, Who};
+
+fn python(code: &str) -> Cli {
+    Cli::run(Who::Me).code(code)
+}
+
+#[test]
+fn code_on_the_command_line_prints_its_result() {
+    assert_eq!(python("print(6 * 7)").go().good(), "42\n");
+}
+
+#[test]
+fn an_ordinary_user_gets_the_same() {
+    let Some(who) = Who::ordinary() else { return };
+    assert_eq!(Cli::run(who).code("print(6 * 7)").go().good(), "42\n");
+}
+
+#[test]
+fn a_file_runs_with_our_standard_input_and_its_arguments() {
+    let code = "import sys\nname = input()\nprint(name, sys.stdin.read(), sys.argv, __file__, __name__)\n";
+    let cli = Cli::run(Who::Me).file("script.py", code).args(["script.py", "a", "--b"]).stdin("one\ntwo");
+    assert_eq!(cli.go().good(), "one two ['script.py', 'a', '--b'] /home/sandbox/script.py __main__\n");
+}
+
+#[test]
+fn code_can_come_from_standard_input() {
+    assert_eq!(Cli::run(Who::Me).args(["-"]).stdin("print('from stdin')").go().good(), "from stdin\n");
+}
+
+#[test]
+fn the_streams_come_out_byte_for_byte_each_on_its_own() {
+    let code =
+        "import sys\nsys.stdout.buffer.write(bytes(range(256)))\nsys.stderr.buffer.write(b'\\xff\\x00no newline')";
+    let done = python(code).go();
+    assert_eq!(done.ended(0).out, (0..=255).collect::<Vec<u8>>());
+    assert_eq!(done.err, b"\xff\x00no newline");
+}
+
+#[test]
+fn the_exit_status_is_the_codes() {
+    python("import sys; sys.exit(3)").go().ended(3);
+    python("import os; os._exit(200)").go().ended(200);
+    let done = python("import sys; sys.exit('bye')").go();
+    assert_eq!(done.ended(1).err(), "bye\n");
+}
+
+#[test]
+fn an_exception_gives_a_clean_traceback_and_status_1() {
+    let done = python("def f():\n    return {}['k']\nf()\n").go();
+    let lines: Vec<&str> = done.ended(1).err().lines().filter(|l| !l.trim().starts_with(['^', '~'])).collect();
+    assert_eq!(
+        lines,
+        [
+            "Traceback (most recent call last):",
+            "  File \"<string>\", line 3, in <module>",
+            "    f()",
+            "  File \"<string>\", line 2, in f",
+            "    return {}['k']",
+            "KeyError: 'k'",
+        ]
+    );
+}
+
+#[test]
+fn a_signal_that_kills_the_code_is_128_and_its_number() {
+    python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").go().ended(139).says("killed by signal 11");
+}
+
+#[test]
+fn a_passed_time_limit_is_status_124_with_the_reason() {
+    let done = python("print('before', flush=True)\nwhile True: pass").args(["--timeout", "1s"]).go();
+    assert_eq!(done.ended(124).says("the time limit of 1s passed (--timeout)").out(), "before\n");
+    python("while True: pass").args(["--cpu-time", "300ms"]).go().ended(124).says("(--cpu-time)");
+}
+
+#[test]
+fn what_python_programs_use_works() {
+    let code = r#"
+import asyncio, multiprocessing, os, subprocess, sys, tempfile, threading
+def square(x):
+    return x * x
+async def later():
+    await asyncio.sleep(0.01)
+    return 'async'
+if __name__ == '__main__':
+    print(subprocess.run(['sh', '-c', 'echo sub; exit 4'], capture_output=True, text=True))
+    done = []
+    thread = threading.Thread(target=lambda: done.append('thread')); thread.start(); thread.join()
+    print(done, asyncio.run(later()))
+    with multiprocessing.Pool(2) as pool:
+        print(pool.map(square, [1, 2, 3]))
+    open('file.txt', 'w').write('héllo')
+    print(open('file.txt').read(), os.getcwd(), os.path.expanduser('~'))
+    with tempfile.TemporaryDirectory() as d:
+        open(d + '/x', 'w').write('x')
+    print('no newline', end='')
+"#;
+    assert_eq!(
+        python(code).go().good(),
+        "CompletedProcess(args=['sh', '-c', 'echo sub; exit 4'], returncode=4, stdout='sub\\n', stderr='')\n\
+         ['thread'] async\n[1, 4, 9]\nhéllo /home/sandbox /home/sandbox\nno newline"
+    );
+}
+
+#[test]
+fn an_environment_variable_is_given_or_passed_on_by_name_only() {
+    let cli = python("import os; print(os.environ['A'], os.environ['PASSED'], 'SECRET' in os.environ)");
+    let cli = cli.args(["--env", "A=1=2", "-e", "PASSED"]).env("PASSED", "yes").env("SECRET", "no");
+    assert_eq!(cli.go().good(), "1=2 yes False\n");
+}
+
+#[test]
+fn standard_input_can_be_a_file() {
+    let cli = python("print(input())").file("in.txt", "from a file\n").args(["--stdin", "in.txt"]).stdin("not this");
+    assert_eq!(cli.go().good(), "from a file\n");
+}
+
+#[test]
+fn files_go_in_and_come_back() {
+    let code = "open('out.bin', 'wb').write(open('in.bin', 'rb').read()[::-1]); open('second', 'w').write('2')";
+    let cli = python(code).file("data", b"\x00\xff12").makes("out.bin").makes("renamed");
+    let done = cli.args(["--put", "data:in.bin", "--get", "out.bin", "--get", "second:renamed"]).go();
+    done.good();
+    assert_eq!(done.made("out.bin").unwrap(), b"21\xff\x00");
+    assert_eq!(done.made("renamed").unwrap(), b"2");
+}
+
+#[test]
+fn verbose_says_what_it_cost() {
+    let done = python("print(1)").args(["-v"]).go();
+    assert_eq!(done.ended(0).out(), "1\n");
+    for word in ["engine process", "not pooled", "fork ", "exec ", "total "] {
+        done.says(word);
+    }
+}
+
+#[test]
+fn output_comes_out_while_the_code_runs() {
+    // The code waits for an answer to what it wrote: with buffered output both would wait for ever.
+    let code = "print('question', flush=True)\nprint('got', input())";
+    let script = "mkfifo answer && exec 3<>answer && \"$@\" <answer | { read q; echo \"$q-answer\" >&3; cat; }";
+    let done = python(code).through(&["sh", "-c", script, "sh"]).makes("answer").go();
+    assert_eq!(done.good(), "got question-answer\n");
+}
+
+#[test]
+fn many_at_once_do_not_disturb_each_other() {
+    let lives: Vec<_> = (0..6).map(|i| (i, python(&format!("print('{i}' * 3)")).start())).collect();
+    for (i, live) in lives {
+        assert_eq!(live.wait().good(), format!("{i}{i}{i}\n"));
+    }
+}
