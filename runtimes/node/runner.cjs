@@ -207,6 +207,17 @@ function startModule(url) {
   void running.finally(() => {});
 }
 
+/** For a module that has no file of its own. */
+function startFromText(source) {
+  const file = writeModule(source);
+  if (file === null) return startModule.bind(null, asDataUrl(source));
+  // The file is read when the graph is loaded and gone before the first line runs: its name is not the program's business.
+  const remove = asDataUrl(`import{unlinkSync}from'node:fs';try{unlinkSync(${JSON.stringify(file)})}catch{}`);
+  const entry = asDataUrl(`import ${JSON.stringify(remove)};import ${JSON.stringify(pathToFileURL(file).href)};`);
+  process.once('exit', () => { try { fs.unlinkSync(file); } catch { /* the usual case */ } });
+  return startModule.bind(null, entry);
+}
+
 /** Returns what to start from a fresh stack, where no frame of this file is below the program's. */
 function prepareEval(source, args) {
   const cwd = process.cwd();
@@ -227,14 +238,7 @@ function prepareEval(source, args) {
       error.stack = error.stack.split('\n').filter((line) => !line.includes(__filename)).join('\n');
       return () => { throw error; };
     }
-    const file = writeModule(source);
-    if (file === null) return startModule.bind(null, asDataUrl(source));
-    // The file is read when the graph is loaded and gone before the first line runs: its name is not the program's business.
-    const remove = asDataUrl(`import{unlinkSync}from'node:fs';try{unlinkSync(${JSON.stringify(file)})}catch{}`);
-    const url = pathToFileURL(file).href;
-    const entry = asDataUrl(`import ${JSON.stringify(remove)};import ${JSON.stringify(url)};`);
-    process.once('exit', () => { try { fs.unlinkSync(file); } catch { /* the usual case */ } });
-    return startModule.bind(null, entry);
+    return startFromText(source);
   }
   return script.runInThisContext.bind(script);
 }
@@ -253,7 +257,11 @@ function prepareScript(source, name, args) {
       module = isModule(error, source);
     }
   }
-  return module ? startModule.bind(null, pathToFileURL(file).href) : Module._load.bind(Module, file, null, true);
+  if (!module) return Module._load.bind(Module, file, null, true);
+  // Older ones (18, 20 up to 20.18, 22 up to 22.6) take the file's name for the answer.
+  const [major, minor] = process.versions.node.split('.').map(Number);
+  const detects = major > 22 || (major === 22 && minor >= 7) || (major === 20 && minor >= 19);
+  return extension === '.mjs' || detects ? startModule.bind(null, pathToFileURL(file).href) : startFromText(source);
 }
 
 // ---- life

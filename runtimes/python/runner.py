@@ -247,23 +247,37 @@ class Generators:
             # Unbound: a subclass may have made seed() do something else.
             kind = random.Random if isinstance(obj, random.Random) else random.Random.__mro__[1]
             kind.seed(obj, seeds.number())
-        if self.numpy_bits:
-            sequence = sys.modules["numpy.random"].SeedSequence
-            for obj in self.numpy_bits:
-                seed = sequence(seeds.number())
+        if not self.numpy_bits and not self.numpy_states:
+            return
+        numpy = sys.modules["numpy"]
+        mersenne = getattr(numpy.random, "MT19937", None)
+
+        def mersenne_key():
+            return numpy.frombuffer(hashlib.shake_256(seeds.take()).digest(4 * 624), dtype=numpy.uint32).copy()
+
+        for obj in self.numpy_bits:
+            seed = numpy.random.SeedSequence(seeds.number())
+            if type(obj) is mersenne:
+                # The one that is always there. Its own seeding takes five times as long.
+                state = {"bit_generator": "MT19937", "state": {"key": mersenne_key(), "pos": 624}}
+            else:
                 state = type(obj)(seed).state
-                try:
-                    # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
-                    obj.__setstate__((state, seed))
-                except Exception:
-                    type(obj).__init__(obj, seed)
-                if obj.state["state"] is None:
-                    raise RunnerError("a numpy bit generator has no state")
+            try:
+                # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
+                obj.__setstate__((state, seed))
+                whole = obj.seed_seq is seed
+            except Exception:
+                whole = False
+            if not whole:
+                type(obj).__init__(obj, seed)
         for obj in self.numpy_states:
-            state = obj.get_state(legacy=False)
-            # The second half of a Gaussian pair would survive.
-            state["has_gauss"], state["gauss"] = 0, 0.0
-            obj.set_state(state)
+            # Also drops the second half of a Gaussian pair, which would survive.
+            if type(obj._bit_generator) is mersenne:
+                obj.set_state(("MT19937", mersenne_key(), 624, 0, 0.0))
+            else:
+                state = obj.get_state(legacy=False)
+                state["has_gauss"], state["gauss"] = 0, 0.0
+                obj.set_state(state)
 
 
 def apply_identity(payload, generators):
@@ -591,6 +605,8 @@ def flush_std():
 def serve(ready, generators):
     """Waits for the one request and runs it; never returns."""
     try:
+        # Before Ready: in a pool of waiting forks this costs nobody anything.
+        open_stdio()
         send(CONTROL_FD, READY, ready)
         # Out of the program's way, and not inherited by what it executes.
         program, control_fd = read_request(generators)
@@ -632,7 +648,6 @@ def read_request(generators):
         os.environb[key] = value
         if key == b"TZ":
             time.tzset()
-    open_stdio()
     # Code and argv are the program's; everything else of this function goes.
     program = Program(b"".join(code), argv or ["-c"])
     program.hook_multiprocessing()
@@ -698,6 +713,8 @@ def prepare(arguments):
         ready["skipped"] = skipped
     gc.collect()
     generators = Generators()
+    # Once for practice: OpenSSL makes its generators at the first use, which takes a millisecond.
+    apply_identity(os.urandom(IDENTITY_LEN), generators)
     ready = json.dumps(ready).encode()
     # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
     gc.collect()
@@ -710,6 +727,8 @@ def main():
         options, ready, generators = prepare(sys.argv[1:])
         if options["--fork-server"] is not None:
             fork_server(options["--fork-server"], int(options["--fork-fd"]))
+            # The pages that the identity writes to get copied now, while this fork waits in a pool.
+            apply_identity(os.urandom(IDENTITY_LEN), generators)
     except RunnerError as error:
         fail(error)
     except BaseException as error:

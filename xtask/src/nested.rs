@@ -122,7 +122,12 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Task::FetchOnly(flavour) => Parts::get(&cache_dir()?, flavour).map(|_| 0),
         Task::Run { mut run, debug } => {
             if run.command[0] == "zeroboot" {
-                run.command[0] = build_zeroboot(debug)?.into();
+                let zeroboot = build_zeroboot(debug)?;
+                if let Err(error) = assemble_templates(&zeroboot) {
+                    // The command may need none.
+                    eprintln!("nested lane: {error:#}");
+                }
+                run.command[0] = zeroboot.into();
             }
             self::run(&run)
         }
@@ -238,6 +243,15 @@ pub(crate) fn build_zeroboot(debug: bool) -> Result<PathBuf> {
     }
     ensure!(command.status().context("cannot run cargo")?.success(), "zeroboot does not build");
     Ok(target_dir()?.join(if debug { "debug" } else { "release" }).join("zeroboot"))
+}
+
+/// What the templates are made from is fetched here: there is no network in the lane. Then it is in the cache.
+pub(crate) fn assemble_templates(zeroboot: &Path) -> Result<()> {
+    for name in ["python", "node"] {
+        let status = Command::new(zeroboot).args(["template", "assemble", name]).stdout(Stdio::null()).status();
+        ensure!(status.context("cannot run zeroboot")?.success(), "zeroboot template assemble {name} failed");
+    }
+    Ok(())
 }
 
 /// Runs a command in the lane and gives its exit status.

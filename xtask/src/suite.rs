@@ -22,7 +22,7 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 1] = [("zeroboot-vm", "byte_guests")];
+const ALSO: [(&str, &str); 2] = [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers")];
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [
@@ -78,13 +78,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
 
     let zeroboot = timed("zeroboot is built", || nested::build_zeroboot(debug))?;
     if templates {
-        for name in TEMPLATES {
-            timed(&format!("template {name} is assembled"), || {
-                let status = Command::new(&zeroboot).args(["template", "assemble", name]).status();
-                ensure!(status.context("cannot run zeroboot")?.success(), "zeroboot template assemble {name} failed");
-                Ok(())
-            })?;
-        }
+        timed("the templates are assembled", || nested::assemble_templates(&zeroboot))?;
     }
     let programs = timed("the test programs are built", test_programs)?;
     lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];

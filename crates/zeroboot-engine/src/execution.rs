@@ -56,7 +56,7 @@ impl Execution {
         fork_time: Duration,
     ) -> Result<Execution, ExecError> {
         let id = Uuid::now_v7();
-        let outgoing = frames(&request, id).map_err(|e| ExecError::Sandbox(format!("make its identity: {e}")))?;
+        let frames = request_frames(&request, id).map_err(|e| ExecError::Sandbox(format!("make its identity: {e}")))?;
         let (stdin_writer, stdin) = match request.stdin {
             Stdin::Stream => {
                 let (sender, receiver) = mpsc::channel(4);
@@ -75,7 +75,7 @@ impl Execution {
             kill_at: sent + request.limits.timeout + GRACE,
             limits: request.limits,
             worker: Some(worker),
-            outgoing,
+            outgoing: BytesMut::from(Bytes::from(frames)),
             stdin,
             stdin_writer,
             queue: VecDeque::new(),
@@ -354,8 +354,8 @@ async fn next_stdin(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> 
     }
 }
 
-/// The whole request as frames.
-fn frames(request: &ExecRequest, id: Uuid) -> io::Result<BytesMut> {
+/// The whole request as the frames that a sandbox takes, with a fresh identity.
+pub fn request_frames(request: &ExecRequest, id: Uuid) -> io::Result<Vec<u8>> {
     let mut entropy = [0; 64];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
@@ -410,7 +410,7 @@ fn frames(request: &ExecRequest, id: Uuid) -> io::Result<BytesMut> {
         }
         Stdin::Stream => {}
     }
-    Ok(BytesMut::from(out.as_slice()))
+    Ok(out)
 }
 
 /// Feeds a streamed standard input. Dropping it is the end of the input.

@@ -11,7 +11,7 @@ pub const PYFORK: &str = "/.zeroboot/pyfork.so";
 /// The Python runner.
 pub const RUNNER_PYTHON: &str = "/.zeroboot/runner.py";
 /// The Node runner.
-pub const RUNNER_NODE: &str = "/.zeroboot/runner.mjs";
+pub const RUNNER_NODE: &str = "/.zeroboot/runner.cjs";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
 

@@ -85,7 +85,8 @@ fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
             args
         }
         _ => {
-            let mut args = vec!["node", RUNNER_NODE];
+            // The runner reads the code of ES modules itself; Node 18 wants to be told.
+            let mut args = vec!["node", "--no-deprecation", "--experimental-vm-modules", RUNNER_NODE];
             if !warm.is_empty() {
                 args.extend(["--warm", &warm]);
             }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::{Serialize, Serializer};
 use utoipa::ToSchema;
 use uuid::Uuid;
-use zeroboot_engine::{Isolation, Outcome, OutputFile, Report};
+use zeroboot_engine::{Collected, Isolation, Outcome, OutputFile, Report};
 
 use crate::error::ErrorBody;
 
@@ -166,6 +166,21 @@ pub(crate) struct Finished {
     pub(crate) stderr: Text,
     pub(crate) files: Vec<OutputFile>,
     pub(crate) report: Report,
+}
+
+/// The answer of `POST /v1/exec` to a whole exec, for `zeroboot run --json`.
+pub fn answer(id: Uuid, isolation: Isolation, template: &str, language: &str, done: Collected) -> impl Serialize {
+    let cut = is_truncated(done.report.outcome);
+    Finished {
+        id,
+        template: template.into(),
+        language: language.into(),
+        isolation,
+        stdout: Text::of(done.stdout, cut),
+        stderr: Text::of(done.stderr, cut),
+        files: done.files,
+        report: done.report,
+    }
 }
 
 /// What an `end` event or an answer says.

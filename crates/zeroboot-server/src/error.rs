@@ -184,4 +184,12 @@ mod tests {
         assert_eq!(whole_seconds(Duration::from_millis(1001)), 2);
         assert_eq!(whole_seconds(Duration::from_secs(2)), 2);
     }
+
+    #[test]
+    fn the_reference_explains_every_code() {
+        let reference = include_str!("../../../docs/api.md");
+        for (code, status, meaning) in ERROR_CODES {
+            assert!(reference.contains(&format!("| `{code}` | {status} | {meaning} |")), "docs/api.md lacks {code}");
+        }
+    }
 }

@@ -15,13 +15,16 @@ mod gate;
 mod keys;
 mod limiter;
 mod listen;
+mod logging;
 mod metrics;
 mod notify;
 mod openapi;
+mod overhead;
 mod routes;
 mod serve;
 mod wire;
 
+pub use answer::answer;
 pub use config::{
     ConfigError, DEFAULT_LISTEN, Listen, Overrides, RequestLimits, ServerConfig, TlsFiles, env, read_config,
 };
@@ -29,8 +32,10 @@ pub use error::ERROR_CODES;
 pub use file_config::{EngineSection, FileConfig, LimitsSection, LogSection, TemplateSection, TlsSection};
 pub use keys::{DEMO_PREFIX, Key, KeyFileError, KeyRing, KeyStore, LIVE_PREFIX, Lookup, NewKey};
 pub use listen::TlsError;
+pub use logging::{DEFAULT_FILTER, LogError, LogGuard, init_logging};
 pub use metrics::names as metric_names;
 pub use openapi::openapi_json;
+pub use overhead::{Overhead, OverheadError, measure_overhead};
 pub use serve::{ServeError, Server, serve};
 
 /// How log lines look.

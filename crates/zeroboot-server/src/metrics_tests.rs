@@ -83,3 +83,47 @@ fn a_panic_lowers_the_gauge_again() {
     let text = metrics.encode(&[], EngineStats::default(), Format::Text);
     assert!(text.contains("\nzeroboot_concurrent_forks 0\n"));
 }
+
+#[test]
+fn the_dashboard_asks_only_for_metrics_that_exist() {
+    let metrics = Metrics::new();
+    // Families without a series are not shown: make one of each.
+    metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 0 }));
+    metrics.failed("busy");
+    metrics.answered("/v1/exec", 200, Duration::ZERO);
+    let text = metrics.encode(&[(status(), true)], EngineStats::default(), Format::Text);
+    let words = |text: &str| -> HashSet<String> {
+        let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+        text.split(word).filter(|word| word.starts_with("zeroboot_")).map(str::to_owned).collect()
+    };
+    let known = words(&text);
+    let dashboard: serde_json::Value =
+        serde_json::from_str(include_str!("../../../deploy/grafana/zeroboot.json")).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let queries = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
+    let asked: HashSet<String> = queries.flat_map(|target| words(target["expr"].as_str().unwrap())).collect();
+    let unknown: Vec<_> = asked.difference(&known).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    assert!(asked.len() > 15, "{asked:?}");
+}
+
+#[test]
+fn every_name_is_documented_and_every_documented_name_exists() {
+    let metrics = Metrics::new();
+    metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 0 }));
+    metrics.failed("busy");
+    metrics.answered("/v1/exec", 200, Duration::ZERO);
+    let text = metrics.encode(&[(status(), true)], EngineStats::default(), Format::Text);
+    let reference = include_str!("../../../docs/api.md");
+    let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    for family in families.clone() {
+        assert!(reference.contains(&format!("`{family}`")), "docs/api.md does not name {family}");
+    }
+    let families: Vec<&str> = families.collect();
+    let named = reference
+        .split('`')
+        .filter(|word| word.starts_with("zeroboot_") && word.chars().all(|c| c.is_ascii_lowercase() || c == '_'));
+    for name in named {
+        assert!(families.contains(&name), "docs/api.md names {name}, which does not exist");
+    }
+}

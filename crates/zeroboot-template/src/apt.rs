@@ -84,12 +84,11 @@ impl Package {
     }
 }
 
-/// apt with a private directory, locked for as long as this value lives.
+/// apt with a private directory, which is locked while apt runs in it.
 #[derive(Debug)]
 pub struct Apt {
     dir: PathBuf,
     sources: Option<PathBuf>,
-    _lock: File,
 }
 
 impl Apt {
@@ -111,8 +110,6 @@ impl Apt {
         for part in ["lists/partial", "archives/partial", "state"] {
             fs::create_dir_all(dir.join(part)).map_err(at)?;
         }
-        let lock = File::create(dir.join("lock")).map_err(at)?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|error| at(error.into()))?;
         // "Installed packages: none".
         fs::write(dir.join("state/status"), "").map_err(at)?;
         let sources = match sources {
@@ -123,7 +120,7 @@ impl Apt {
             }
             None => None,
         };
-        Ok(Apt { dir: dir.to_owned(), sources, _lock: lock })
+        Ok(Apt { dir: dir.to_owned(), sources })
     }
 
     /// Fetches the package lists when they are older than `age`. Old lists are good enough when the network is down.
@@ -235,6 +232,10 @@ impl Apt {
         }
         command.args(args).current_dir(self.dir.join("archives")).stdin(Stdio::null());
         command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
+        let at = |error| AptError::Directory(self.dir.clone(), error);
+        // Unlocked when it is closed.
+        let lock = File::create(self.dir.join("lock")).map_err(at)?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|error| at(error.into()))?;
         command.output().map_err(failed_to_run(program))
     }
 }

@@ -27,8 +27,8 @@ use crate::{
     tree::Tree,
 };
 
-/// Counts up when the same inputs give another image.
-const FORMAT: u32 = 1;
+/// Part of the names of what is in the cache: when the code that makes a root file system changes, so do they.
+const RULES: [&[u8]; 3] = [include_bytes!("rootfs.rs"), include_bytes!("tree.rs"), include_bytes!("cpio.rs")];
 /// An assembly is taken as it is for so long; then newer packages are looked for.
 const FRESH: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Package lists are taken as they are for so long.
@@ -37,6 +37,8 @@ const LISTS_FRESH: Duration = Duration::from_secs(24 * 3600);
 const KERNELS: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"];
 /// Above those of any root file system: it is one archive in the end.
 const OVERLAY_INODES: u32 = 1 << 24;
+/// What a guest's memory has to hold besides its root file system, at the least.
+const KERNEL_AND_MORE: u64 = 128 << 20;
 const KERNEL_FILE: &str = "vmlinux";
 const INITRAMFS_FILE: &str = "initramfs.cpio";
 const PROVENANCE_FILE: &str = "provenance.toml";
@@ -141,6 +143,14 @@ pub enum AssembleError {
     /// A kernel that is none.
     #[error("cannot use the kernel {0}")]
     Kernel(PathBuf, #[source] KernelError),
+    /// The guest could not unpack it.
+    #[error("memory_mib = {has} is too little for a root file system of {size} MiB")]
+    Memory {
+        /// The recipe's, MiB.
+        has: u32,
+        /// The initramfs's, MiB.
+        size: u64,
+    },
     /// The cache.
     #[error("cannot {what} {path}")]
     Io {
@@ -164,6 +174,9 @@ impl AssembleError {
             AssembleError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("the disk is full; XDG_CACHE_HOME moves the cache directory")
             }
+            AssembleError::Memory { .. } => Some(
+                "memory_mib must be at least twice that and 128 more: the image and what is unpacked of it are there at once",
+            ),
             AssembleError::Io { .. } => None,
         }
     }
@@ -188,8 +201,9 @@ pub fn assemble(
     cache: &Path,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Assembled, AssembleError> {
-    let name = format!("{}-{}", recipe.name, input_key(recipe, sources, agent, runner)?);
     let all = cache.join("assembled");
+    let overlay = overlay(recipe, agent, runner).map_err(io_err("write", &all))?;
+    let name = format!("{}-{}", recipe.name, input_key(recipe, sources, &overlay)?);
     let dir = all.join(&name);
     // A directory may have changed since, and to see that takes as long as to read it.
     let repeatable = sources.rootfs == RootfsSource::Packages;
@@ -200,7 +214,8 @@ pub fn assemble(
         }
     }
     let mut setup = Setup { cache, sources, apt: None };
-    let assembled = setup.assemble(recipe, agent, runner, &all, &dir, progress);
+    let hashes = (hash(agent), hash(runner));
+    let assembled = setup.assemble(recipe, &overlay, hashes, &all, &dir, progress);
     match (assembled, open(&dir)) {
         // The network is down: what was assembled before is still what was asked for.
         (Err(_), Some(older)) if repeatable && !sources.refresh => {
@@ -221,8 +236,8 @@ impl Setup<'_> {
     fn assemble(
         &mut self,
         recipe: &Recipe,
-        agent: &[u8],
-        runner: &[u8],
+        overlay: &[u8],
+        (agent_blake3, runner_blake3): (String, String),
         all: &Path,
         dir: &Path,
         progress: &mut dyn FnMut(Progress<'_>),
@@ -240,10 +255,13 @@ impl Setup<'_> {
             put(&kernel_file, &[&kernel_bytes])?;
         }
         let base = fs::read(base.path()).map_err(io_err("read", base.path()))?;
-        let overlay = overlay(recipe, agent, runner).map_err(io_err("write", dir))?;
         // One archive: the tools that list one stop at the first end.
         let base = base.strip_suffix(cpio::END.as_slice()).unwrap_or(&base);
-        let parts: [&[u8]; 2] = [base, &overlay];
+        let parts: [&[u8]; 2] = [base, overlay];
+        let size = (base.len() + overlay.len()) as u64;
+        if 2 * size + KERNEL_AND_MORE > u64::from(recipe.memory_mib) << 20 {
+            return Err(AssembleError::Memory { has: recipe.memory_mib, size: size.div_ceil(1 << 20) });
+        }
         put(&partial.path().join(INITRAMFS_FILE), &parts)?;
         let mut hasher = blake3::Hasher::new();
         parts.iter().for_each(|part| {
@@ -256,8 +274,8 @@ impl Setup<'_> {
             kernel_release: kernel::release(&kernel_bytes).unwrap_or_default(),
             kernel_blake3: hash(&kernel_bytes),
             initramfs_blake3: hasher.finalize().to_hex().to_string(),
-            agent_blake3: hash(agent),
-            runner_blake3: hash(runner),
+            agent_blake3,
+            runner_blake3,
             assembled_at: now(),
             packages: contents.packages,
             pip: contents.pip,
@@ -329,7 +347,9 @@ impl Setup<'_> {
         progress(Progress::Detail("choosing packages"));
         let packages = rootfs::packages(apt, recipe).map_err(RootfsError::from)?;
         let mut key = blake3::Hasher::new();
-        key.update(&FORMAT.to_le_bytes());
+        RULES.iter().for_each(|rules| {
+            key.update(blake3::hash(rules).as_bytes());
+        });
         for list in [&recipe.pip, &recipe.npm] {
             key.update(&(list.len() as u64).to_le_bytes());
             list.iter().for_each(|item| {
@@ -431,11 +451,10 @@ fn overlay(recipe: &Recipe, agent: &[u8], runner: &[u8]) -> io::Result<Vec<u8>> 
 }
 
 /// Names everything that was asked for.
-fn input_key(recipe: &Recipe, sources: &Sources, agent: &[u8], runner: &[u8]) -> Result<String, AssembleError> {
+fn input_key(recipe: &Recipe, sources: &Sources, overlay: &[u8]) -> Result<String, AssembleError> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&FORMAT.to_le_bytes());
     let recipe = toml::to_string(recipe).map_err(io::Error::other).map_err(io_err("write", Path::new("recipe")))?;
-    for part in [recipe.as_bytes(), agent, runner] {
+    for part in RULES.into_iter().chain([recipe.as_bytes(), overlay]) {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
     }
     if let RootfsSource::Directory(dir) = &sources.rootfs {
@@ -460,7 +479,7 @@ fn is_fresh(provenance: &Provenance) -> bool {
 /// Takes away what the same recipe's earlier assemblies left (they are large), but for the latest few: another version
 /// of the program may be using one.
 fn forget_older(all: &Path, name: &str) {
-    const KEPT: usize = 4;
+    const KEPT: usize = 2;
     let Ok(entries) = fs::read_dir(all) else { return };
     let ours = |name_of: &std::ffi::OsStr| {
         name_of.to_str().and_then(|known| known.rsplit_once('-')).is_some_and(|(known, _)| known == name)

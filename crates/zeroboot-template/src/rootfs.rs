@@ -67,7 +67,7 @@ const STRIPPED: [&str; 19] = [
 ];
 
 /// What `update-alternatives` would link: the first target that is there.
-const ALTERNATIVES: [(&str, &[&str]); 4] = [
+const ALTERNATIVES: [(&str, &[&str]); 5] = [
     (
         "usr/lib/x86_64-linux-gnu/libblas.so.3",
         &["openblas-pthread/libblas.so.3", "openblas-serial/libblas.so.3", "blas/libblas.so.3"],
@@ -75,6 +75,10 @@ const ALTERNATIVES: [(&str, &[&str]); 4] = [
     (
         "usr/lib/x86_64-linux-gnu/liblapack.so.3",
         &["openblas-pthread/liblapack.so.3", "openblas-serial/liblapack.so.3", "lapack/liblapack.so.3"],
+    ),
+    (
+        "usr/lib/x86_64-linux-gnu/libopenblas.so.0",
+        &["openblas-pthread/libopenblas.so.0", "openblas-serial/libopenblas.so.0"],
     ),
     ("usr/bin/awk", &["gawk", "mawk"]),
     ("usr/bin/python", &["python3"]),

@@ -172,6 +172,19 @@ fn the_second_time_is_from_the_cache_and_the_same() {
 
 #[test]
 #[ignore = "fetches a kernel"]
+fn too_little_memory_is_said_before_the_boot() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("usr/bin")).unwrap();
+    fs::write(dir.path().join("usr/bin/python3"), vec![1; 9 << 20]).unwrap();
+    let recipe = Recipe::from_toml("name = 'large-test'\nruntime = 'python'\nmemory_mib = 128\n").unwrap();
+    let sources = Sources { rootfs: RootfsSource::Directory(dir.path().to_owned()), ..Sources::default() };
+    let refused =
+        assemble(&recipe, &sources, AGENT, RUNNERS[0], &paths::cache_dir().unwrap(), &mut |_| ()).unwrap_err();
+    assert_eq!(refused.to_string(), "memory_mib = 128 is too little for a root file system of 10 MiB");
+}
+
+#[test]
+#[ignore = "fetches a kernel"]
 fn a_directory_is_a_root_file_system() {
     let dir = tempfile::tempdir().unwrap();
     let bin = dir.path().join("usr/bin");

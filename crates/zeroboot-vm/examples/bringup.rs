@@ -24,6 +24,9 @@ impl Front for Once {
     }
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.heard.extend_from_slice(bytes);
+        if std::env::var_os("STOP").is_some() && bytes.windows(4).any(|w| w == b"STOP") {
+            return Err(io::Error::other("stop"));
+        }
         Ok(())
     }
 }
@@ -107,7 +110,11 @@ fn main() -> Result<(), Box<dyn Error>> {
                 Once { request: request(code.as_bytes(), t0.elapsed().subsec_nanos() as u8), heard: Vec::new() };
             let kick = Kick::new()?;
             let t0 = Instant::now();
-            let (end, stats) = Session::new(&snapshot, &mut fork, &mut front, &kick).run()?;
+            let r = Session::new(&snapshot, &mut fork, &mut front, &kick).run();
+            if let Err(e) = &r {
+                println!("{code} stopped: {e}");
+            }
+            let (end, stats) = r.unwrap_or((zeroboot_vm::SessionEnd::Failed, Default::default()));
             println!(
                 "{code:?} {prefault:?}: {end:?} fork {forked:?} prefault {prefaulted:?} session {:?} run {:?} exits {:?}",
                 t0.elapsed(),
@@ -127,6 +134,51 @@ fn main() -> Result<(), Box<dyn Error>> {
                 );
             }
             let r = fork.machine().memory().resident()?;
+            if std::env::var_os("RANGES").is_some() {
+                let mut by = std::collections::BTreeMap::new();
+                for (p, n) in &r.private {
+                    for i in *p..*p + *n {
+                        *by.entry(i / 512).or_insert(0) += 1;
+                    }
+                }
+                println!("  private pages by 2 MiB: {by:?}");
+                let mut hist = std::collections::BTreeMap::new();
+                let mut shown = 0;
+                for (p, n) in &r.private {
+                    for i in *p..*p + *n {
+                        let (mut a, mut b) = (vec![0u8; 4096], vec![0u8; 4096]);
+                        let at = zeroboot_sys::memory::GuestPhys(u64::from(i) * 4096);
+                        fork.machine().memory().read(at, &mut a)?;
+                        snapshot.image().read(at, &mut b)?;
+                        let d: Vec<usize> = (0..512).filter(|w| a[w * 8..w * 8 + 8] != b[w * 8..w * 8 + 8]).collect();
+                        let zero = a.iter().all(|b| *b == 0);
+                        *hist
+                            .entry((
+                                if (58352..67584).contains(&i) { "heap" } else { "else" },
+                                if zero {
+                                    9999
+                                } else if d.len() < 4 {
+                                    d.len()
+                                } else {
+                                    d.len().next_power_of_two()
+                                },
+                            ))
+                            .or_insert(0) += 1;
+                        if (58352..67584).contains(&i) && !d.is_empty() && shown < 40 {
+                            shown += 1;
+                            let w = d[d.len() / 2];
+                            println!(
+                                "   page {i:#x} words {} at {:?}: {:x?} -> {:x?}",
+                                d.len(),
+                                &d[..d.len().min(6)],
+                                &b[w * 8..w * 8 + 8],
+                                &a[w * 8..w * 8 + 8]
+                            );
+                        }
+                    }
+                }
+                println!("  words changed: {hist:?}");
+            }
             println!(
                 "  private {} shared {} kvm {:?}",
                 r.private_pages(),

@@ -3,6 +3,7 @@
 //! One machine has one vCPU, a local APIC, memory and the doorbell. The order of a fork's steps is
 //! [`Machine::new`], then [`VmState`]'s restore, then the clocks, then the mailbox.
 
+pub mod bench;
 mod boot;
 mod build;
 mod cpuid;
@@ -11,6 +12,7 @@ mod exits;
 mod facts;
 mod jail;
 mod machine;
+mod probe;
 mod session;
 mod snapshot;
 mod state;
@@ -24,6 +26,7 @@ pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
 pub use jail::{POLICY, VmJailError};
 pub use machine::{Host, Machine};
+pub use probe::{KvmProbe, probe};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,

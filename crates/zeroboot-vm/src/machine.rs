@@ -29,6 +29,11 @@ impl Host {
         &self.kvm
     }
 
+    /// The same in the form that the kernel takes.
+    pub(crate) fn cpuid_table(&self) -> &CpuidTable {
+        &self.cpuid_table
+    }
+
     /// What guests of this host see of its CPU.
     pub fn cpuid(&self) -> &[CpuidEntry] {
         &self.cpuid

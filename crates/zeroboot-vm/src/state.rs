@@ -162,4 +162,14 @@ impl StateTables {
             clock_msrs: MsrTable::new(&[(MSR_TSC, state.tsc), (MSR_TSC_DEADLINE, state.tsc_deadline)])?,
         })
     }
+
+    /// All but the clock's.
+    pub(crate) fn msrs(&self) -> &MsrTable {
+        &self.msrs
+    }
+
+    /// The clock's two.
+    pub(crate) fn clock_msrs(&self) -> &MsrTable {
+        &self.clock_msrs
+    }
 }

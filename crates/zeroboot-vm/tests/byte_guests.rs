@@ -525,3 +525,21 @@ fn thousands_of_forks_that_end_or_fail_leave_nothing_behind() {
     let after = resources();
     assert!(after.0 < before.0 + 100 && after.1 < before.1 + 100, "{before:?} {after:?}");
 }
+
+#[test]
+fn the_probe_says_what_this_kvm_is_in_a_moment() {
+    let Some(_host) = host() else { return };
+    let start = Instant::now();
+    let found = zeroboot_vm::probe();
+    let took = start.elapsed();
+    eprintln!("{found:?} in {took:?}");
+    assert!(took < Duration::from_millis(500));
+    // In the nested lane KVM is the hardware kind; on a host with the software backend it is not.
+    if std::env::var_os("ZEROBOOT_NESTED").is_some() {
+        assert!(matches!(found, zeroboot_vm::KvmProbe::Works { .. }), "{found:?}");
+    }
+    if std::path::Path::new("/sys/module/kvm_pvm").exists() {
+        assert!(matches!(found, zeroboot_vm::KvmProbe::SoftwareOnly { .. }), "{found:?}");
+        assert!(found.verdict().is_err());
+    }
+}

@@ -51,9 +51,10 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 7] = [
+    let tests: [(&str, fn(&Host)); 8] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
+        ("a_waiting_worker_is_small", a_waiting_worker_is_small),
         ("a_worker_whose_front_is_gone_ends_at_once", a_worker_whose_front_is_gone_ends_at_once),
         ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
         ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
@@ -285,6 +286,25 @@ fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
         assert!(!open.iter().any(|name| name == "/dev/kvm"), "{open:?}");
         assert!(open.iter().filter(|name| name.starts_with("socket:")).count() <= 2, "{open:?}");
     }
+}
+
+fn a_waiting_worker_is_small(host: &Host) {
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let worker = zygote.fork();
+    let pid = worker.pid();
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+    let field = |text: &str, name: &str| -> u64 {
+        let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let (rollup, status) = (read("smaps_rollup"), read("status"));
+    let dirty = field(&rollup, "Private_Dirty:");
+    let tables = field(&status, "VmPTE:");
+    eprint!("private dirty {dirty} KiB, page tables {tables} KiB ... ");
+    // The goal of the design is 265 KB; a debug build has larger code and tables.
+    assert!(dirty + tables <= 512, "private dirty {dirty} KiB, page tables {tables} KiB");
 }
 
 fn a_worker_whose_front_is_gone_ends_at_once(host: &Host) {

@@ -7,5 +7,5 @@ pub(crate) const ASSETS: Assets = Assets {
     agent: include_bytes!(concat!(env!("OUT_DIR"), "/agent")),
     pyfork: include_bytes!(concat!(env!("OUT_DIR"), "/pyfork.so")),
     runner_python: include_bytes!("../../../runtimes/python/runner.py"),
-    runner_node: include_bytes!("../../../runtimes/node/runner.mjs"),
+    runner_node: include_bytes!("../../../runtimes/node/runner.cjs"),
 };

@@ -22,6 +22,17 @@ pub(crate) enum Command {
     /// killed sandbox, 125 for our own failure.
     Run(RunArgs),
 
+    /// Serve the HTTP API.
+    Serve(ServeArgs),
+
+    /// Make, list and revoke the API's keys.
+    #[command(subcommand)]
+    Keys(KeysCommand),
+
+    /// Build, list, inspect and remove templates of the VM engine.
+    #[command(subcommand)]
+    Template(TemplateCommand),
+
     /// Show what this host can do, what will be used, and what to fix.
     Doctor(DoctorArgs),
 
@@ -179,4 +190,129 @@ pub(crate) struct RunArgs {
     /// Say on standard error what it cost: engine, fork, exec, total.
     #[arg(short, long)]
     pub(crate) verbose: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// Where to listen: ADDRESS:PORT or unix:PATH. May be repeated [default: 127.0.0.1:8080].
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) listen: Vec<String>,
+
+    /// A configuration file (TOML).
+    #[arg(long, value_name = "FILE", env = "ZEROBOOT_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// The key file (see `zeroboot keys`). Without one, only local addresses are served.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) keys_file: Option<PathBuf>,
+
+    /// TLS: the certificate chain (PEM).
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// TLS: its private key (PEM).
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// A proxy (address or CIDR) whose forwarded headers count. May be repeated.
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) trusted_proxy: Vec<String>,
+
+    /// Sandboxes kept ready for each template [default: 4].
+    #[arg(long, value_name = "N")]
+    pub(crate) pool: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) from: TemplateArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct KeyFileArgs {
+    /// The key file.
+    #[arg(long, value_name = "FILE", env = "ZEROBOOT_API_KEYS_FILE")]
+    pub(crate) keys_file: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a key and print it. It is shown once: the file holds only its hash.
+    Create {
+        #[command(flatten)]
+        file: KeyFileArgs,
+        /// Whose it is.
+        name: String,
+        /// When it ends, such as 24h.
+        #[arg(long, value_name = "TIME", value_parser = units::duration)]
+        expires_in: Option<Duration>,
+        /// Requests a second.
+        #[arg(long, value_name = "N")]
+        rate: Option<f64>,
+        /// Requests at once.
+        #[arg(long, value_name = "N")]
+        concurrency: Option<u32>,
+        /// A demo key: 10 requests a minute for each client address.
+        #[arg(long)]
+        demo: bool,
+    },
+    /// List the keys.
+    List {
+        #[command(flatten)]
+        file: KeyFileArgs,
+    },
+    /// Revoke a key by its id. Running servers notice by themselves.
+    Revoke {
+        #[command(flatten)]
+        file: KeyFileArgs,
+        /// The id that `list` shows.
+        id: String,
+    },
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct AssembleArgs {
+    /// The template's name; `python` and `node` come with us.
+    pub(crate) name: String,
+
+    /// A recipe (TOML) of your own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) recipe: Option<PathBuf>,
+
+    /// A directory that holds a root file system, instead of packages.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) rootfs: Option<PathBuf>,
+
+    /// A kernel: vmlinux (ELF) or bzImage, instead of the distribution's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Take only what is cached; do not look at the network.
+    #[arg(long)]
+    pub(crate) offline: bool,
+
+    /// Look for newer packages, whatever is cached.
+    #[arg(long, conflicts_with = "offline")]
+    pub(crate) refresh: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// Put root file system and kernel together (needs the network, no KVM).
+    Assemble(AssembleArgs),
+    /// Assemble, boot, warm and freeze a template (needs KVM).
+    Build(AssembleArgs),
+    /// List the templates.
+    List,
+    /// Show all that a template says of itself.
+    Inspect {
+        /// Its name.
+        name: String,
+        /// Read all its memory and compare the hash.
+        #[arg(long)]
+        verify: bool,
+    },
+    /// Remove a template.
+    Rm {
+        /// Its name.
+        name: String,
+    },
 }

@@ -5,9 +5,12 @@ mod bench;
 mod cli;
 mod doctor;
 mod hint;
+mod keys;
 mod printer;
 mod resolve;
 mod run;
+mod serve;
+mod template;
 mod units;
 mod zygote;
 
@@ -32,15 +35,15 @@ fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("ZEROBOOT_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
-        )
-        .init();
+    // `serve` has a log of its own making.
+    if !matches!(cli.command, cli::Command::Serve(_)) {
+        logs(zeroboot_server::LogFormat::default(), "error");
+    }
     let result = match cli.command {
         cli::Command::Run(args) => run::run(args),
+        cli::Command::Serve(args) => serve::run(&args),
+        cli::Command::Keys(command) => keys::run(command),
+        cli::Command::Template(command) => template::run(command),
         cli::Command::Doctor(args) => doctor::run(&args),
         cli::Command::Bench(args) => bench::run(&args),
     };
@@ -50,5 +53,16 @@ fn main() -> ExitCode {
             printer::error(&error, hint::of(&error).as_deref());
             ExitCode::from(OWN_FAILURE)
         }
+    }
+}
+
+/// Logs on standard error; `ZEROBOOT_LOG` wins over `filter`.
+pub(crate) fn logs(format: zeroboot_server::LogFormat, filter: &str) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("ZEROBOOT_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
+    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    match format {
+        zeroboot_server::LogFormat::Json => builder.json().init(),
+        _ => builder.init(),
     }
 }

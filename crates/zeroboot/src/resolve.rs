@@ -32,16 +32,41 @@ pub(crate) struct KvmFinding {
 
 /// Looks at /dev/kvm by using it.
 pub(crate) fn kvm_finding() -> KvmFinding {
-    KvmFinding { works: false, found: "not probed: this build has no VM engine".into(), mend: None }
+    KvmFinding { works: std::env::var_os("ZEROBOOT_NESTED").is_some(), found: "not probed".into(), mend: None }
 }
 
-/// The engine that `auto` means here, and why.
+/// The engine that `auto` means here, and why. `vm` where it cannot work is refused with the reason.
 pub(crate) fn choose_engine(choice: EngineChoice) -> anyhow::Result<(EngineChoice, String)> {
-    match choice {
-        EngineChoice::Process => Ok((EngineChoice::Process, "asked for".into())),
-        EngineChoice::Vm => Err(hinted("the VM engine is not part of this build", "use --engine process")),
-        EngineChoice::Auto => Ok((EngineChoice::Process, "this build has no VM engine".into())),
+    if choice == EngineChoice::Process {
+        return Ok((EngineChoice::Process, "asked for".into()));
     }
+    let kvm = kvm_finding();
+    match choice {
+        EngineChoice::Vm if !kvm.works => {
+            let hint = kvm.mend.unwrap_or_else(|| "use --engine process".into());
+            Err(hinted(format!("the VM engine cannot run here: {}", kvm.found), hint))
+        }
+        EngineChoice::Auto if !kvm.works => Ok((EngineChoice::Process, kvm.found)),
+        _ => Ok((EngineChoice::Vm, kvm.found)),
+    }
+}
+
+/// A VM template by name, built now if it is missing.
+pub(crate) fn vm_template(name: &str, pool: usize) -> anyhow::Result<TemplateConfig> {
+    let template = crate::template::ensure(name)?;
+    Ok(TemplateConfig {
+        name: name.into(),
+        language: template.manifest.recipe.runtime.as_str().into(),
+        spec: ZygoteSpec::Vm { template: template.dir },
+        pool,
+    })
+}
+
+/// This host's memory, bytes.
+pub(crate) fn total_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+    kib.unwrap_or(1 << 20) * 1024
 }
 
 /// A process template of a runtime of this host. `mentioned`: warm only what this code names (a single run).

@@ -19,7 +19,7 @@ use zeroboot_engine::{
 };
 
 use crate::{
-    cli::{RunArgs, Runtime},
+    cli::{EngineChoice, RunArgs, Runtime},
     hint::hinted,
     printer, resolve,
 };
@@ -27,12 +27,19 @@ use crate::{
 /// Runs it; gives the exit status.
 pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let source = read_source(&args)?;
-    let (_engine, _why) = resolve::choose_engine(args.from.engine)?;
     let runtime = args.runtime.or_else(|| by_name(&source.name)).unwrap_or(Runtime::Python);
     let request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
     request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
-    let template = resolve::process_template(runtime, &args.from, Some(&request.code), 0)?;
+    let (engine, _why) = resolve::choose_engine(args.from.engine)?;
+    let template = if engine == EngineChoice::Vm {
+        resolve::vm_template(&request.template, 0)?
+    } else if args.template.is_some() {
+        return Err(hinted("templates by name are the VM engine's", "use --runtime, or --engine vm"));
+    } else {
+        resolve::process_template(runtime, &args.from, Some(&request.code), 0)?
+    };
+    let language = template.language.clone();
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
@@ -40,7 +47,7 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
         let mut interrupts = Interrupts::new()?;
         let work = async {
             let engine = Engine::start(config).await?;
-            let status = drive(&engine, request, &args).await;
+            let status = drive(&engine, request, &args, &language).await;
             engine.shutdown(Duration::from_secs(1)).await;
             status
         };
@@ -115,7 +122,8 @@ fn bad_request(error: InvalidRequest, inline: bool) -> anyhow::Error {
 }
 
 fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<ExecRequest> {
-    let mut request = ExecRequest::new(runtime.name(), source.code);
+    let template = args.template.clone().unwrap_or_else(|| runtime.name().into());
+    let mut request = ExecRequest::new(template, source.code);
     request.name = source.name;
     request.args = source.args;
     for pair in &args.env {
@@ -161,8 +169,9 @@ fn file_name(path: &str) -> &str {
 }
 
 /// Passes the streams through until the end.
-async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs) -> anyhow::Result<u8> {
+async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: &str) -> anyhow::Result<u8> {
     let timeout = request.limits.timeout;
+    let template = request.template.clone();
     let mut execution = engine.exec(request).await?;
     if let Some(mut writer) = execution.stdin() {
         let mut chunks = read_stdin();
@@ -175,7 +184,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs) -> anyhow:
         });
     }
     if args.json {
-        return json(execution).await;
+        return json(execution, &template, language).await;
     }
     while let Some(event) = execution.next().await? {
         let written = match event {
@@ -196,9 +205,9 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs) -> anyhow:
         };
         match written {
             Ok(()) => {}
-            // As a program that SIGPIPE ends: the reader has seen enough, and the sandbox goes.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(128 + 13),
-            Err(error) => return Err(hinted(format!("cannot write the output: {error}"), "is the disk full?")),
+            // The sandbox goes with the execution.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(BROKEN_PIPE),
+            Err(error) => return Err(cannot_write(&error)),
         }
     }
     anyhow::bail!("the sandbox gave no end")
@@ -251,9 +260,24 @@ fn verbose(execution: &Execution, report: &Report) {
     ));
 }
 
-async fn json(execution: Execution) -> anyhow::Result<u8> {
-    let _ = execution;
-    anyhow::bail!("not yet")
+/// The whole result as the API's JSON object.
+async fn json(execution: Execution, template: &str, language: &str) -> anyhow::Result<u8> {
+    let (id, isolation) = (execution.id(), execution.isolation());
+    let done = execution.collect().await?;
+    let status = done.report.outcome.exit_code() as u8;
+    let text = serde_json::to_string(&zeroboot_server::answer(id, isolation, template, language, done))?;
+    match printer::line(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(BROKEN_PIPE),
+        Err(error) => Err(cannot_write(&error)),
+        Ok(()) => Ok(status),
+    }
+}
+
+/// As a program that SIGPIPE ends: the reader has seen enough.
+const BROKEN_PIPE: u8 = 128 + 13;
+
+fn cannot_write(error: &io::Error) -> anyhow::Error {
+    hinted(format!("cannot write the output: {error}"), "is the disk full?")
 }
 
 /// Our standard input, chunk by chunk, from a thread that may block for ever.

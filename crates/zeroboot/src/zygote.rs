@@ -1,11 +1,15 @@
 //! The hidden `__zygote` command: one template, on the descriptors that the front placed.
 
-use std::io::Read;
+use std::{io::Read, path::Path};
 
 use zeroboot_engine::ZygoteSpec;
 use zeroboot_process::{ZygoteConfig, run_zygote};
 use zeroboot_proto::Kind;
-use zeroboot_sys::{control::REPORT_FD, process};
+use zeroboot_sys::{
+    control::{CONTROL_FD, REPORT_FD},
+    process,
+};
+use zeroboot_vm::Prefault;
 
 use crate::assets::ASSETS;
 
@@ -21,11 +25,22 @@ pub(crate) fn main() -> u8 {
         Ok(ZygoteSpec::Process { runtime, interpreter, paths, warm, env }) => {
             run_zygote(&ZygoteConfig { runtime, interpreter, paths, warm, env }, ASSETS).to_string()
         }
-        Ok(ZygoteSpec::Vm { template }) => format!("no VM engine yet for {}", template.display()),
+        Ok(ZygoteSpec::Vm { template }) => return vm(&template),
     };
     let mut frame = Vec::new();
     zeroboot_proto::encode(&mut frame, Kind::Failure, error.as_bytes());
     // Without a front there is nobody to tell.
     let _gone = rustix::io::write(process::borrow_fd(REPORT_FD), &frame);
     125
+}
+
+/// A zygote that holds a VM template. It reports its failures itself.
+fn vm(template: &Path) -> u8 {
+    let (Some(report), Some(control)) = (process::inherited_fd(REPORT_FD), process::inherited_fd(CONTROL_FD)) else {
+        return 125;
+    };
+    match zeroboot_vm::zygote(template, Prefault::Written, report, control) {
+        Ok(()) => 0,
+        Err(_reported) => 125,
+    }
 }

@@ -107,7 +107,11 @@ def test_a_batch_is_made_of_the_same_parts(api: Any) -> None:
 
 def test_health_has_what_the_client_reads(api: Any) -> None:
     health = properties(api, answer_schema(api, "/v1/health", "get"))
-    assert {"status", "templates"} <= set(health)
+    own = {"raw"}
+    assert {field.name for field in fields(zeroboot.Health)} - own == set(health)
+    assert words(api, health["status"]) == set(typing.get_args(zeroboot.HealthStatus))
+    template = properties(api, resolve(api, health["templates"])["additionalProperties"])
+    assert set(zeroboot.TemplateHealth.__annotations__) == set(template)
 
 
 def test_error_codes_are_known_where_only_the_code_tells(api: Any) -> None:

@@ -21,5 +21,5 @@ export {
   TimeoutError,
   ZerobootError,
 } from "./errors.js";
-export type { Data, FileData, Isolation, Language, Limits, Outcome } from "./wire.js";
+export type { Data, FileData, HealthAnswer, HealthStatus, Isolation, Language, Limits, Outcome, TemplateHealth } from "./wire.js";
 export { VERSION } from "./version.js";

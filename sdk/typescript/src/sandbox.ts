@@ -7,7 +7,7 @@ import type { Result } from "./result.js";
 import { Answer, ask, open, parse } from "./transport.js";
 import type { Transport } from "./transport.js";
 import { VERSION } from "./version.js";
-import type { Data, ExecRequest, FileData, Language, Limits, WireData } from "./wire.js";
+import type { Data, ExecRequest, FileData, HealthAnswer, Language, Limits, WireData } from "./wire.js";
 
 const DEFAULT_BASE_URL = "http://127.0.0.1:8080";
 
@@ -70,14 +70,11 @@ export interface BatchOptions {
   requestTimeout?: number | undefined;
 }
 
-export interface Health {
-  status: string;
+export interface Health extends HealthAnswer {
   /** Whether all is well. */
   ok: boolean;
   /** Whether something can run: `ok` or `degraded`. */
   ready: boolean;
-  templates: Record<string, Record<string, unknown>>;
-  raw: Record<string, unknown>;
 }
 
 /** A client of a Zeroboot server. Every `run` gets a sandbox of its own, gone with the answer. */
@@ -239,12 +236,12 @@ export class Sandbox {
     const raw = answer.status === 200 || answer.status === 503 ? parse(answer.text) : undefined;
     const status = raw?.["status"];
     if (raw === undefined || typeof status !== "string") throw answer.error();
+    const older = { templates: {}, live: 0, uptime_seconds: 0, version: "" };
     return {
-      status,
+      ...older,
+      ...(raw as unknown as HealthAnswer),
       ok: status === "ok",
       ready: status === "ok" || status === "degraded",
-      templates: (raw["templates"] ?? {}) as Health["templates"],
-      raw,
     };
   }
 

@@ -228,6 +228,8 @@ const NEVER_SENT = new Set([
 function neverSent(error: unknown): boolean {
   for (let at = error, depth = 0; isObject(at) && depth < 5; at = at["cause"], depth += 1) {
     if (typeof at["code"] === "string" && NEVER_SENT.has(at["code"])) return true;
+    // Deno has no code, but says at which stage it was.
+    if (String(at["message"]).includes("client error (Connect)")) return true;
   }
   return false;
 }

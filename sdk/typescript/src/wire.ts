@@ -72,6 +72,39 @@ export interface ExecAnswer {
   peak_memory_bytes: number;
 }
 
+export type HealthStatus = "ok" | "degraded" | "unavailable" | "shutting_down";
+
+/** One template. `ready` means that a canary exec just passed. */
+export interface TemplateHealth {
+  ready: boolean;
+  reason?: string;
+  language: string;
+  engine: Isolation;
+  isolation: Isolation;
+  version: string;
+  warmed: string[];
+  numpy: boolean;
+  memory_mb: number;
+  pool_ready: number;
+  pool_target: number;
+  forks: number;
+  restarts: number;
+  canary_age_seconds: number;
+}
+
+/** What `GET /v1/health` says. */
+export interface HealthAnswer {
+  status: HealthStatus;
+  templates: Record<string, TemplateHealth>;
+  /** Why it is not `ok`. */
+  reasons?: string[];
+  /** Sandboxes that serve a request now. */
+  live: number;
+  uptime_seconds: number;
+  /** The server's version. */
+  version: string;
+}
+
 // A Record must name every key of the type and no other, so a list made from its keys is complete.
 const names = <T extends string>(all: Record<T, true>): readonly string[] => Object.keys(all);
 
@@ -115,7 +148,36 @@ export const ANSWER_FIELDS = names<keyof ExecAnswer>({
   cpu_time_ms: true,
   peak_memory_bytes: true,
 });
-export const LANGUAGES = names<Language>({ python: true, node: true, javascript: true });
+export const HEALTH_FIELDS = names<keyof HealthAnswer>({
+  status: true,
+  templates: true,
+  reasons: true,
+  live: true,
+  uptime_seconds: true,
+  version: true,
+});
+export const TEMPLATE_FIELDS = names<keyof TemplateHealth>({
+  ready: true,
+  reason: true,
+  language: true,
+  engine: true,
+  isolation: true,
+  version: true,
+  warmed: true,
+  numpy: true,
+  memory_mb: true,
+  pool_ready: true,
+  pool_target: true,
+  forks: true,
+  restarts: true,
+  canary_age_seconds: true,
+});
+export const HEALTH_STATUSES = names<HealthStatus>({
+  ok: true,
+  degraded: true,
+  unavailable: true,
+  shutting_down: true,
+});
 export const ISOLATIONS = names<Isolation>({ vm: true, process: true });
 export const OUTCOMES = names<Outcome>({
   exited: true,

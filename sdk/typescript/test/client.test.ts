@@ -400,7 +400,7 @@ test("health is an answer even when the server is not well", async (t) => {
   const body = { status: "unavailable", templates: { python: { ready: false } } };
   const server = await stub(t, answer(503, body, { "retry-after": "1" }));
   const health = await new Sandbox("k", server.url).health();
-  assert(!health.ok && !health.ready && health.templates["python"]?.["ready"] === false);
+  assert(!health.ok && !health.ready && health.templates["python"]?.ready === false);
   assert.equal(server.seen.length, 1);
 });
 

@@ -4,7 +4,16 @@ import { existsSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 import type { TestContext } from "node:test";
 import { SERVER_CODES } from "../src/errors.js";
-import { ANSWER_FIELDS, ISOLATIONS, LIMIT_FIELDS, OUTCOMES, REQUEST_FIELDS } from "../src/wire.js";
+import {
+  ANSWER_FIELDS,
+  HEALTH_FIELDS,
+  HEALTH_STATUSES,
+  ISOLATIONS,
+  LIMIT_FIELDS,
+  OUTCOMES,
+  REQUEST_FIELDS,
+  TEMPLATE_FIELDS,
+} from "../src/wire.js";
 import { OK } from "./stub.js";
 
 interface Schema {
@@ -16,6 +25,7 @@ interface Schema {
   enum?: (string | null)[];
   const?: string;
   items?: Schema;
+  additionalProperties?: Schema;
 }
 interface Operation {
   requestBody: { content: Record<string, { schema: Schema }> };
@@ -71,9 +81,9 @@ function words(schema: Schema | undefined): string[] {
   return [...(whole.enum ?? []).filter((word) => word !== null), ...parts(whole).flatMap(words)];
 }
 
-function operation(): Operation {
-  const api = JSON.parse(text) as { paths: Record<string, { post: Operation }> };
-  const found = api.paths["/v1/exec"]?.post;
+function operation(path = "/v1/exec", method = "post"): Operation {
+  const api = JSON.parse(text) as { paths: Record<string, Record<string, Operation>> };
+  const found = api.paths[path]?.[method];
   assert(found);
   return found;
 }
@@ -100,6 +110,16 @@ compare("every field of an answer is in the result, and no other", () => {
 compare("the words are the same", () => {
   same(OUTCOMES, words(answer()["outcome"]));
   same(ISOLATIONS, words(answer()["isolation"]));
+});
+
+compare("health has the same fields and words", () => {
+  const health = properties(
+    operation("/v1/health", "get").responses["200"]?.content[json]?.schema ?? {},
+  );
+  same(HEALTH_FIELDS, Object.keys(health));
+  same(HEALTH_STATUSES, words(health["status"]));
+  const template = resolve(health["templates"] ?? {}).additionalProperties ?? {};
+  same(TEMPLATE_FIELDS, Object.keys(properties(template)));
 });
 
 compare("error codes are known where only the code tells", () => {

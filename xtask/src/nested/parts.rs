@@ -86,16 +86,16 @@ impl Parts {
     pub(crate) fn get(cache: &Path, flavour: Flavour) -> Result<Parts> {
         let qemu = cached(cache, "qemu", |dir| {
             let apt = apt(cache, &[BACKPORTS, SUITE])?;
-            unpack(&apt, &apt.closure(&QEMU)?, dir)
+            unpack(&apt, "QEMU", &apt.closure(&QEMU)?, dir)
         })?;
         let busybox = cached(cache, "busybox", |dir| {
             let apt = apt(cache, &[SUITE])?;
-            unpack(&apt, &[apt.candidate("busybox-static")?], dir)
+            unpack(&apt, "busybox", &[apt.candidate("busybox-static")?], dir)
         })?;
         let linux = cached(cache, &format!("linux-{}", flavour.name()), |dir| {
             let apt = apt(cache, &[flavour.suite()])?;
             let name = apt.stands_for("linux-image-amd64")?;
-            unpack(&apt, &[apt.candidate(&name)?], dir)?;
+            unpack(&apt, &name, &[apt.candidate(&name)?], dir)?;
             let image = fs::read(dir.join("boot").join(name.replacen("linux-image", "vmlinuz", 1)))?;
             fs::write(dir.join("vmlinux"), kernel::vmlinux(&image)?)?;
             // Most of the modules' 400 MB.
@@ -214,8 +214,8 @@ fn apt(cache: &Path, suites: &[&str]) -> Result<Apt> {
     Ok(apt)
 }
 
-fn unpack(apt: &Apt, packages: &[Package], into: &Path) -> Result<()> {
-    eprintln!("nested lane: fetching {} (once)", packages.last().map_or("nothing", |package| &package.name));
+fn unpack(apt: &Apt, what: &str, packages: &[Package], into: &Path) -> Result<()> {
+    eprintln!("nested lane: fetching {what} (once)");
     for file in explain(apt.fetch(packages))? {
         explain(apt::unpack(&file, into, &[]))?;
         // The archive is of no more use: the unpacked files are the cache.

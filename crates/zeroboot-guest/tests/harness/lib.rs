@@ -37,6 +37,11 @@ pub(crate) fn python() -> String {
     std::env::var("ZEROBOOT_TEST_PYTHON").unwrap_or_else(|_| "python3".into())
 }
 
+/// `ZEROBOOT_TEST_NODE`, or the first on the path.
+pub(crate) fn node() -> String {
+    std::env::var("ZEROBOOT_TEST_NODE").unwrap_or_else(|_| "node".into())
+}
+
 /// What the front has got.
 #[derive(Default)]
 pub(crate) struct Answer {
@@ -183,9 +188,14 @@ impl Sandbox {
         Sandbox::start(&[], &[&python(), "-E", "-s", "-X", "utf8", runner.to_str().unwrap(), "--warm", warm])
     }
 
-    pub(crate) fn node() -> Sandbox {
-        let runner = repository().join("runtimes/node/runner.cjs");
-        Sandbox::start(&[], &["node", runner.to_str().unwrap()])
+    pub(crate) fn node(options: &[&str], arguments: &[&str]) -> Sandbox {
+        let (node, runner) = (node(), repository().join("runtimes/node/runner.cjs"));
+        // The second is for import() in Node 18; later ones need it no more.
+        let mut command = vec![node.as_str(), "--no-deprecation", "--experimental-vm-modules"];
+        command.extend(options);
+        command.push(runner.to_str().unwrap());
+        command.extend(arguments);
+        Sandbox::start(&[], &command)
     }
 
     /// `wrapper` is a command that runs the agent, such as one that makes a pid namespace.

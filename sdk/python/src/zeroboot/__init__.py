@@ -20,7 +20,19 @@ from ._errors import (
 from ._events import End, Event, File, Start, Stderr, Stdout
 from ._result import OutputFile, Result
 from ._sync import ExecStream, Sandbox
-from ._types import Data, Exec, FileData, Health, InputFile, Isolation, Language, Limits, Outcome
+from ._types import (
+    Data,
+    Exec,
+    FileData,
+    Health,
+    HealthStatus,
+    InputFile,
+    Isolation,
+    Language,
+    Limits,
+    Outcome,
+    TemplateHealth,
+)
 from ._version import __version__
 
 __all__ = [
@@ -39,6 +51,7 @@ __all__ = [
     "File",
     "FileData",
     "Health",
+    "HealthStatus",
     "InputFile",
     "Isolation",
     "Language",
@@ -52,6 +65,7 @@ __all__ = [
     "Start",
     "Stderr",
     "Stdout",
+    "TemplateHealth",
     "TimeoutError",
     "ZerobootError",
     "__version__",

@@ -258,7 +258,15 @@ class Answer:
         # A 503 with a status is an answer to the question, not a failure to answer.
         if not isinstance(raw, dict) or "status" not in raw:
             raise self.error()
-        return Health(raw["status"], raw.get("templates") or {}, raw)
+        return Health(
+            status=raw["status"],
+            templates=raw.get("templates") or {},
+            reasons=raw.get("reasons") or [],
+            live=raw.get("live", 0),
+            uptime_seconds=raw.get("uptime_seconds", 0),
+            version=raw.get("version", ""),
+            raw=raw,
+        )
 
     def error(self) -> ZerobootError:
         """What this answer, which is not a 200, means."""

@@ -60,12 +60,41 @@ class Exec:
     limits: Optional[Limits] = None
 
 
+HealthStatus = Literal["ok", "degraded", "unavailable", "shutting_down"]
+
+
+class TemplateHealth(TypedDict, total=False):
+    """One template. `ready` means that a canary exec just passed."""
+
+    ready: bool
+    reason: str
+    language: str
+    engine: Isolation
+    isolation: Isolation
+    version: str
+    warmed: list[str]
+    numpy: bool
+    memory_mb: float
+    pool_ready: int
+    pool_target: int
+    forks: int
+    restarts: int
+    canary_age_seconds: float
+
+
 @dataclass(frozen=True)
 class Health:
     """What `GET /v1/health` says. `raw` is the whole answer."""
 
-    status: str
-    templates: Mapping[str, Mapping[str, Any]]
+    status: HealthStatus
+    templates: Mapping[str, TemplateHealth]
+    #: Why it is not `ok`.
+    reasons: Sequence[str]
+    #: Sandboxes that serve a request now.
+    live: int
+    uptime_seconds: int
+    #: The server's version.
+    version: str
     raw: Mapping[str, Any]
 
     @property

@@ -1,0 +1,85 @@
+//! No two forks of one warm runtime draw the same.
+
+#[path = "harness/lib.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use std::collections::{BTreeMap, HashSet};
+use std::process::Command;
+
+use harness::{Request, Sandbox};
+use zeroboot_proto::Kind;
+
+/// What each of `count` clones of one warm Python drew, by name.
+fn clones(count: usize, more: &[&str]) -> BTreeMap<String, Vec<String>> {
+    let root = harness::repository();
+    let python = harness::python();
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", &python, "-X", "utf8"])
+        .arg(root.join("crates/zeroboot-guest/tests/clones/clones.py"))
+        .arg(root.join("runtimes/python/runner.py"))
+        .arg(count.to_string())
+        .args(more)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut drawn: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for line in text.lines() {
+        // A flat object of numbers and strings without commas: no JSON library needed.
+        for pair in line.trim_matches(['{', '}']).split(", ") {
+            let (name, value) = pair.split_once(": ").unwrap();
+            drawn.entry(name.trim_matches('"').into()).or_default().push(value.into());
+        }
+    }
+    assert!(drawn.len() >= 18 && drawn.values().all(|v| v.len() == count), "{text}");
+    drawn
+}
+
+#[test]
+fn clones_of_a_warm_python_differ_in_every_generator() {
+    for (name, values) in clones(60, &[]) {
+        let different: HashSet<&String> = values.iter().collect();
+        assert_eq!(different.len(), values.len(), "{name} repeats");
+    }
+}
+
+#[test]
+fn without_an_identity_they_would_be_alike_so_the_test_sees_it() {
+    let drawn = clones(3, &["--no-identity"]);
+    for (name, values) in &drawn {
+        let alike = values.iter().all(|v| *v == values[0]);
+        // What the kernel gives each time differs in any process.
+        let from_kernel =
+            ["os.urandom", "secrets", "uuid4", "default_rng()", "uuid1", "uuid1.clock_seq", "mkdtemp", "tempfile"]
+                .contains(&name.as_str());
+        assert!(alike || from_kernel, "{name} differs although nothing was seeded: {values:?}");
+    }
+}
+
+#[test]
+fn a_frozen_node_refuses_to_run_when_openssl_would_not_seed_itself_again() {
+    let answer = Sandbox::node(&[], &["--frozen"]).run(Request::new("console.log(1)"));
+    assert!(answer.failure.as_ref().is_some_and(|f| f.contains("clock")), "{answer:?}");
+    assert!(!answer.order.contains(&Kind::Started) && answer.stdout.is_empty());
+}
+
+#[test]
+fn a_frozen_node_has_numbers_of_its_own() {
+    // The clock that jumps by two hours at the identity, as the agent of a VM makes it.
+    let dir = tempfile::TempDir::new().unwrap();
+    let shim = dir.path().join("clock.cjs");
+    std::fs::write(&shim, "const now = Date.now, read = require('fs').readSync;\nlet jump = 0;\nDate.now = () => now() + jump;\nrequire('fs').readSync = (...a) => { if (a[0] === 3) jump = 7200e3; return read(...a); };\n").unwrap();
+    let code = "const a = Array.from({length: 20000}, Math.random);
+const mean = a.reduce((x, y) => x + y) / a.length;
+const d = Object.getOwnPropertyDescriptor(Math, 'random');
+console.log(a[0], a[1], new Set(a).size === a.length, a.every((x) => x >= 0 && x < 1), Math.abs(mean - 0.5) < 0.02,
+  Math.random.name, Math.random.length, d.enumerable, d.writable, d.configurable)";
+    let mut seen = HashSet::new();
+    for _ in 0..3 {
+        let answer = Sandbox::node(&["--require", shim.to_str().unwrap()], &["--frozen"]).run(Request::new(code));
+        let words: Vec<&str> = answer.good().split_whitespace().collect();
+        assert_eq!(words[2..], ["true", "true", "true", "random", "0", "false", "true", "true"]);
+        assert!(seen.insert(words[0].to_string()) && seen.insert(words[1].to_string()));
+    }
+}

@@ -1,0 +1,265 @@
+//! What this host's KVM is good for, found out by running a few bytes of guest code on it.
+
+use std::{
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use zeroboot_sys::{
+    kick::Kick,
+    kvm::{Kvm, KvmError, Regs, Segment},
+    memory::{BootMemory, GuestPhys, MiB},
+};
+
+use crate::{Console, Exits, Host, Machine, Stop};
+
+/// What the probe found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvmProbe {
+    /// No `/dev/kvm`.
+    Absent,
+    /// There is one, and this user may not open it.
+    NoPermission,
+    /// It is there and cannot be used at all.
+    Unusable {
+        /// Why.
+        reason: String,
+    },
+    /// Guest code runs, but not as a processor would run it: no stock Linux can.
+    SoftwareOnly {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A stock Linux runs here.
+    Works {
+        /// Loop iterations of supervisor-mode code in a second.
+        loops_per_second: u64,
+        /// Time of one port exit to this program and back.
+        port_exit: Duration,
+    },
+}
+
+impl KvmProbe {
+    /// Whether the VM engine can be used, with the words for why not.
+    pub fn verdict(&self) -> Result<(), String> {
+        match self {
+            KvmProbe::Works { .. } => Ok(()),
+            KvmProbe::Absent => Err("this host has no /dev/kvm".into()),
+            KvmProbe::NoPermission => Err("/dev/kvm may not be opened by this user".into()),
+            KvmProbe::Unusable { reason } => Err(format!("/dev/kvm cannot be used: {reason}")),
+            KvmProbe::SoftwareOnly { reason } => {
+                Err(format!("this host's KVM is a software imitation that cannot run a stock Linux: {reason}"))
+            }
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn mend(&self) -> Option<&'static str> {
+        match self {
+            KvmProbe::Works { .. } => None,
+            KvmProbe::Absent => Some(
+                "turn on virtualisation in the firmware, or nested virtualisation for this VM, and load kvm_intel or kvm_amd",
+            ),
+            KvmProbe::NoPermission => {
+                Some("add the user to the kvm group: sudo usermod -aG kvm $USER, then log in again")
+            }
+            KvmProbe::Unusable { .. } => Some("look for kvm in the kernel's log: sudo dmesg | grep -i kvm"),
+            KvmProbe::SoftwareOnly { .. } => Some("use --engine process here, or a host with VT-x or SVM"),
+        }
+    }
+}
+
+/// The loop's iterations: half a millisecond on hardware, half a second in an instruction emulator.
+const LOOPS: u64 = 1_000_000;
+/// An emulator is stopped after this time; a slow but real processor has done its loop by then.
+const PATIENCE: Duration = Duration::from_millis(25);
+/// Below it supervisor code is not run by the processor. Emulators reach 3 million instructions; a real
+/// processor that is itself emulated (QEMU's TCG) some 100 million.
+const SLOWEST: u64 = 20_000_000;
+
+const DOORBELL_EAX: u32 = 0x0500_0004;
+
+/// Runs the probe. Takes about 10 ms, 50 at most.
+pub fn probe() -> KvmProbe {
+    let device = Path::new("/dev/kvm");
+    if let Err(error) = Kvm::open(device) {
+        return match error.source.kind() {
+            io::ErrorKind::NotFound => KvmProbe::Absent,
+            io::ErrorKind::PermissionDenied => KvmProbe::NoPermission,
+            // The device node without its module.
+            _ if matches!(error.source.raw_os_error(), Some(6 | 19)) => KvmProbe::Absent,
+            _ => unusable(&error),
+        };
+    }
+    match run() {
+        Ok(probe) => probe,
+        Err(error) => unusable(&error),
+    }
+}
+
+fn unusable(error: &KvmError) -> KvmProbe {
+    KvmProbe::Unusable { reason: format!("{error}: {}", error.source) }
+}
+
+fn run() -> Result<KvmProbe, KvmError> {
+    let host = Host::open()?;
+    let kick = Kick::new().map_err(|source| KvmError { call: "timer_create", source })?;
+    let speed = supervisor_loop(&host, &kick)?;
+    let (loops_per_second, port_exit) = match speed {
+        Ok(speed) => speed,
+        Err(reason) => return Ok(KvmProbe::SoftwareOnly { reason }),
+    };
+    Ok(match system_call(&host, &kick)? {
+        Ok(()) => KvmProbe::Works { loops_per_second, port_exit },
+        Err(reason) => KvmProbe::SoftwareOnly { reason },
+    })
+}
+
+const CODE: u64 = 0x1000;
+const STACK: u64 = 0x8000;
+const ENTRY: u64 = 0x3000;
+const USER: u64 = 0x4000;
+const TABLES: u64 = 0x1_0000;
+const GDT: u64 = 0x2_0000;
+
+/// A machine in 64-bit mode with 2 MiB mapped one to one for ring 3 as well, at the start of `CODE`.
+fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
+    let failed = |source| KvmError { call: "mmap", source };
+    let memory = BootMemory::new(MiB(2)).map_err(failed)?;
+    let mut machine = Machine::new(host, memory.map().map_err(failed)?)?;
+    let put = |at: u64, bytes: &[u8]| machine.memory().write(GuestPhys(at), bytes);
+    let written = (|| {
+        for (at, bytes) in code {
+            put(*at, bytes)?;
+        }
+        // Present, writable, user; the last level maps 2 MiB at once.
+        put(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes())?;
+        put(TABLES + 0x1000, &(TABLES + 0x2000 | 7).to_le_bytes())?;
+        put(TABLES + 0x2000, &(0x87u64).to_le_bytes())?;
+        // 0x08, 0x10: ring 0 code and data; 0x1b, 0x23: ring 3 data and code, in the order that STAR wants.
+        for (i, descriptor) in
+            [0, 0x00af_9b00_0000_ffffu64, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff]
+                .iter()
+                .enumerate()
+        {
+            put(GDT + 8 * i as u64, &descriptor.to_le_bytes())?;
+        }
+        Ok(())
+    })();
+    written.map_err(|e: zeroboot_sys::memory::OutOfBounds| KvmError { call: "write", source: io::Error::other(e) })?;
+    let vcpu = machine.vcpu();
+    let mut sregs = vcpu.sregs()?;
+    let base = &mut sregs.base;
+    base.cs = Segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
+    let data = Segment { limit: u32::MAX, selector: 16, type_: 3, present: 1, s: 1, db: 1, g: 1, ..Default::default() };
+    (base.ds, base.es, base.fs, base.gs, base.ss) = (data, data, data, data, data);
+    base.tr = Segment { limit: 0x67, selector: 0, type_: 11, present: 1, ..Default::default() };
+    (base.gdt.base, base.gdt.limit) = (GDT, 39);
+    base.cr3 = TABLES;
+    base.cr4 = 1 << 5;
+    base.cr0 = 0x8005_0033;
+    // LME, LMA and SCE: system calls on.
+    base.efer = 1 << 8 | 1 << 10 | 1;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&Regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
+    Ok(machine)
+}
+
+/// `mov dx, 0x510; mov eax, DOORBELL_EAX; out dx, eax`
+fn ring() -> Vec<u8> {
+    let mut code = vec![0x66, 0xba];
+    code.extend(zeroboot_proto::mailbox::DOORBELL_PORT.to_le_bytes());
+    code.push(0xb8);
+    code.extend(DOORBELL_EAX.to_le_bytes());
+    code.push(0xef);
+    code
+}
+
+type Found<T> = Result<Result<T, String>, KvmError>;
+
+/// The speed of a loop in ring 0, and the time of a port exit.
+fn supervisor_loop(host: &Host, kick: &Kick) -> Found<(u64, Duration)> {
+    let failed = |source| KvmError { call: "timer_settime", source };
+    // ring; mov ecx, LOOPS; 1: dec ecx; jnz 1b; ring; ring
+    let mut code = ring();
+    code.push(0xb9);
+    code.extend((LOOPS as u32).to_le_bytes());
+    code.extend([0xff, 0xc9, 0x75, 0xfc]);
+    code.extend(ring());
+    code.extend(ring());
+    let mut machine = machine(host, &[(CODE, &code)])?;
+    let (mut console, mut exits) = (Console::default(), Exits::default());
+    let mut next = |machine: &mut Machine| machine.run(&mut console, &mut exits);
+    // The first entry pays for mapping the page.
+    if let Some(reason) = wrong(next(&mut machine)?) {
+        return Ok(Err(reason));
+    }
+    kick.after(PATIENCE).map_err(failed)?;
+    let start = Instant::now();
+    let stop = next(&mut machine)?;
+    let elapsed = start.elapsed();
+    kick.disarm().map_err(failed)?;
+    let done = match stop {
+        Stop::Kicked => LOOPS.saturating_sub(machine.vcpu().regs()?.rcx & 0xffff_ffff),
+        stop => match wrong(stop) {
+            Some(reason) => return Ok(Err(reason)),
+            None => LOOPS,
+        },
+    };
+    let per_second = (done as f64 / elapsed.as_secs_f64()) as u64;
+    if per_second < SLOWEST {
+        return Ok(Err(format!(
+            "supervisor-mode code runs at {:.1} million loops a second, in an instruction emulator",
+            per_second as f64 / 1e6
+        )));
+    }
+    let start = Instant::now();
+    if let Some(reason) = wrong(next(&mut machine)?) {
+        return Ok(Err(reason));
+    }
+    Ok(Ok((per_second, start.elapsed())))
+}
+
+/// Whether `syscall` from ring 3 arrives in ring 0 with ring 0's code segment.
+fn system_call(host: &Host, kick: &Kick) -> Found<()> {
+    const EFER_STAR: u32 = 0xc000_0081;
+    const LSTAR: u32 = 0xc000_0082;
+    let failed = |source| KvmError { call: "timer_settime", source };
+    // Ring 0: go to USER in ring 3 by `sysretq`: rcx = USER, r11 = flags.
+    let mut start = vec![0x48, 0xc7, 0xc1];
+    start.extend((USER as u32).to_le_bytes());
+    start.extend([0x49, 0xc7, 0xc3, 2, 0, 0, 0]);
+    start.extend([0x48, 0x0f, 0x07]);
+    // Ring 3: syscall.
+    let user = [0x0f, 0x05, 0xeb, 0xfe];
+    // Ring 0 again: mov bx, cs; ring.
+    let mut entry = vec![0x8c, 0xcb];
+    entry.extend(ring());
+    let mut machine = machine(host, &[(CODE, &start), (USER, &user), (ENTRY, &entry)])?;
+    // sysretq takes CS from bits 63:48 plus 16 and SS plus 8; syscall takes CS from bits 47:32.
+    let star = 0x10u64 << 48 | 0x08u64 << 32;
+    let msrs = zeroboot_sys::kvm::MsrTable::new(&[(EFER_STAR, star), (LSTAR, ENTRY)])?;
+    machine.vcpu().set_msrs(&msrs)?;
+    kick.after(PATIENCE).map_err(failed)?;
+    let stop = machine.run(&mut Console::default(), &mut Exits::default())?;
+    kick.disarm().map_err(failed)?;
+    if let Some(reason) = wrong(stop) {
+        return Ok(Err(format!("a system call does not arrive: {reason}")));
+    }
+    let cs = machine.vcpu().regs()?.rbx & 0xffff;
+    if cs != 8 {
+        return Ok(Err(format!("a system call arrives with code segment {cs:#x} instead of the kernel's")));
+    }
+    Ok(Ok(()))
+}
+
+/// What is wrong with a stop that should have been the probe's ring.
+fn wrong(stop: Stop) -> Option<String> {
+    match stop {
+        Stop::Ring(..) => None,
+        Stop::Kicked => Some("guest code does not come to its end".into()),
+        Stop::Shutdown => Some("guest code ended in a triple fault".into()),
+        Stop::Broken { reason, detail } => Some(format!("KVM gave up (exit reason {reason}, {detail:#x})")),
+    }
+}

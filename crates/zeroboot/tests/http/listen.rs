@@ -1,0 +1,113 @@
+use std::{
+    io::{BufReader, Write},
+    os::unix::{fs::PermissionsExt, net::UnixStream},
+    process::Command,
+    time::Duration,
+};
+
+use serde_json::json;
+use zeroboot_server::{Listen, TlsFiles};
+
+use crate::{
+    client::{self, read_answer},
+    fixture::{JSON, Setup, wait_for},
+};
+
+#[test]
+fn a_unix_socket_answers_and_goes_with_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("zeroboot.sock");
+    let mut setup = Setup::default();
+    setup.config.listen.push(Listen::Unix(path.clone()));
+    let fixture = setup.start();
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o660);
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream
+        .write_all(&client::request("POST", "/v1/exec", &[JSON], json!({"code": "print(1)"}).to_string().as_bytes()))
+        .unwrap();
+    let answer = read_answer(&mut BufReader::new(stream)).unwrap();
+    assert_eq!(answer.json()["stdout"], "1\n");
+    fixture.stop();
+    fixture.join();
+    assert!(!path.exists());
+}
+
+fn certificate(folder: &std::path::Path, name: &str) -> TlsFiles {
+    let files = TlsFiles { cert: folder.join("cert.pem"), key: folder.join("key.pem") };
+    let done = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-subj", &format!("/CN={name}"), "-addext", "subjectAltName=IP:127.0.0.1"])
+        .arg("-keyout")
+        .arg(&files.key)
+        .arg("-out")
+        .arg(&files.cert)
+        .output()
+        .expect("openssl makes the test's certificate");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    files
+}
+
+#[test]
+fn tls_answers_over_http_1_and_2_and_takes_new_certificates() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = certificate(folder.path(), "first");
+    let mut setup = Setup::default();
+    setup.config.tls = Some(files.clone());
+    setup.config.reload_interval = Duration::from_millis(50);
+    let fixture = setup.start();
+    let curl = |version: &str| {
+        let done = Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "20", version, "--cacert"])
+            .arg(&files.cert)
+            .args(["--write-out", " %{http_version}", "--header", JSON, "--data", r#"{"code": "print(6*7)"}"#])
+            .arg(format!("https://{}/v1/exec", fixture.address))
+            .output()
+            .expect("curl");
+        (String::from_utf8_lossy(&done.stdout).into_owned(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    for (version, shown) in [("--http1.1", " 1.1"), ("--http2", " 2")] {
+        let (answer, error) = curl(version);
+        assert!(answer.contains(r#""stdout":"42\n""#) && answer.ends_with(shown), "{answer} {error}");
+    }
+    certificate(folder.path(), "second");
+    wait_for("new certificate", Duration::from_secs(10), || curl("--http1.1").0.contains("42"));
+    // Plain HTTP on the TLS port is no way around it.
+    let mut stream = client::connect(fixture.address);
+    stream.write_all(&client::request("GET", "/v1/health", &[], b"")).unwrap();
+    assert!(read_answer(&mut BufReader::new(stream)).is_err());
+}
+
+#[test]
+fn the_servers_end_waits_for_requests_and_refuses_new_ones() {
+    let fixture = Setup::default().start();
+    let slow = std::thread::spawn({
+        let request = client::request(
+            "POST",
+            "/v1/exec",
+            &[JSON],
+            json!({"code": "import time; time.sleep(1.5); print('done')"}).to_string().as_bytes(),
+        );
+        let address = fixture.address;
+        move || client::exchange(address, &request)
+    });
+    fixture.wait_for_live(1, Duration::from_secs(10));
+    fixture.stop();
+    let answer = slow.join().unwrap();
+    assert_eq!((answer.status, &answer.json()["stdout"]), (200, &json!("done\n")));
+    fixture.join();
+}
+
+#[test]
+fn the_wait_at_the_servers_end_is_bounded() {
+    let mut setup = Setup::default();
+    setup.config.drain = Duration::from_millis(500);
+    let fixture = setup.start();
+    let mut stream = client::connect(fixture.address);
+    let body = json!({"code": "import time; time.sleep(100)", "timeout_seconds": 120}).to_string();
+    stream.write_all(&client::request("POST", "/v1/exec", &[JSON], body.as_bytes())).unwrap();
+    fixture.wait_for_live(1, Duration::from_secs(10));
+    let begun = std::time::Instant::now();
+    fixture.stop();
+    fixture.join();
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}

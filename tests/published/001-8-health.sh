@@ -1,0 +1,1 @@
+curl https://api.zeroboot.dev/v1/health

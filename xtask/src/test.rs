@@ -1,0 +1,195 @@
+//! `cargo xtask test`: everything that this kind of host can check. Installs what it needs itself.
+
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, bail, ensure};
+
+const HELP: &str = "\
+cargo xtask test [--list] [STEP...]
+    Runs the steps named, or all of them, and says at the end which failed.
+";
+
+type Step = (&'static str, &'static str, fn(&Setup) -> anyhow::Result<()>);
+
+/// In this order: the quick ones first.
+const STEPS: &[Step] = &[
+    ("lint", "format and clippy, no warning allowed", lint),
+    ("deny", "licences, sources and double crates (cargo-deny, where it is installed)", deny),
+    ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
+    ("sdk", "both SDKs, installed as a user would, against a real server", sdk),
+    ("docs", "every fenced example of README, docs and the published pages", docs),
+    ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
+];
+
+/// What the steps share.
+struct Setup {
+    root: PathBuf,
+    /// A Python with numpy and pandas.
+    python: PathBuf,
+}
+
+pub(crate) fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
+    let wanted: Vec<String> = args.map(|arg| arg.to_string_lossy().into_owned()).collect();
+    if wanted.iter().any(|arg| arg == "--list" || arg == "--help" || arg == "-h") {
+        print!("{HELP}");
+        for (name, what, _) in STEPS {
+            println!("    {name:<8} {what}");
+        }
+        return ExitCode::SUCCESS;
+    }
+    if let Some(unknown) = wanted.iter().find(|arg| STEPS.iter().all(|(name, ..)| name != arg)) {
+        eprintln!("xtask: there is no step {unknown:?}; see cargo xtask test --list");
+        return ExitCode::from(2);
+    }
+    match run(&wanted) {
+        Ok(failed) if failed.is_empty() => ExitCode::SUCCESS,
+        Ok(failed) => {
+            eprintln!("xtask: failed: {}", failed.join(", "));
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(wanted: &[String]) -> anyhow::Result<Vec<&'static str>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the checkout")?.to_owned();
+    env::set_current_dir(&root)?;
+    install_packages()?;
+    let setup = Setup { python: test_python(&root)?, root };
+    let mut failed = Vec::new();
+    let mut summary = String::new();
+    for (name, what, step) in STEPS.iter().filter(|(name, ..)| wanted.is_empty() || wanted.iter().any(|w| w == name)) {
+        println!("\n==== {name}: {what}");
+        let begin = Instant::now();
+        let verdict = match step(&setup) {
+            Ok(()) => "ok",
+            Err(error) => {
+                eprintln!("xtask: {name}: {error:#}");
+                failed.push(*name);
+                "FAILED"
+            }
+        };
+        summary.push_str(&format!("{name:<8} {verdict:<6} {:>4} s\n", begin.elapsed().as_secs()));
+    }
+    let passed = summary.lines().count() - failed.len();
+    println!("\n{summary}steps: {passed} passed, {} failed", failed.len());
+    Ok(failed)
+}
+
+/// Debian packages that the tests need: a program that shows each is there, and its package.
+const PACKAGES: &[(&[&str], &str)] = &[
+    (&["cc", "--version"], "gcc libc6-dev"),
+    (&["python3", "-c", "import venv, ensurepip, sys; assert sys.version_info >= (3, 9)"], "python3 python3-venv"),
+    (&["node", "--version"], "nodejs"),
+    (&["npm", "--version"], "npm"),
+    (&["curl", "--version"], "curl"),
+];
+
+fn works(command: &[&str]) -> bool {
+    let Some((program, args)) = command.split_first() else { return false };
+    let status =
+        Command::new(program).args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+fn install_packages() -> anyhow::Result<()> {
+    let missing: Vec<&str> =
+        PACKAGES.iter().filter(|(shows, _)| !works(shows)).flat_map(|(_, packages)| packages.split(' ')).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list = missing.join(" ");
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "these packages are missing, and only root can install them: apt-get install {list}"
+    );
+    println!("installing {list}");
+    command("apt-get", ["update", "-q"])
+        .and_then(|()| command("apt-get", ["install", "-y", "-q", "--no-install-recommends"].iter().chain(&missing)))
+}
+
+/// A virtual environment with the modules that templates warm, kept in `target/`.
+fn test_python(root: &Path) -> anyhow::Result<PathBuf> {
+    let venv = root.join("target/test-venv");
+    let python = venv.join("bin/python");
+    let ready = |python: &Path| works(&[&python.to_string_lossy(), "-c", "import numpy, pandas"]);
+    if !ready(&python) {
+        println!("making {} with numpy and pandas", venv.display());
+        command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
+        command(&python, ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas"])?;
+        ensure!(ready(&python), "{} cannot import numpy and pandas", python.display());
+    }
+    Ok(python)
+}
+
+fn command(program: impl AsRef<OsStr>, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> anyhow::Result<()> {
+    let mut command = Command::new(program);
+    check(command.args(args))
+}
+
+fn check(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("start {:?}", command.get_program()))?;
+    if !status.success() {
+        bail!("{:?} {:?}: {status}", command.get_program(), command.get_args().collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+fn lint(_: &Setup) -> anyhow::Result<()> {
+    check(cargo().args(["fmt", "--all", "--check"]))?;
+    check(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+fn deny(_: &Setup) -> anyhow::Result<()> {
+    if !works(&["cargo-deny", "--version"]) {
+        println!("cargo-deny is not installed: not checked");
+        return Ok(());
+    }
+    check(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}
+
+fn cargo_tests(setup: &Setup) -> anyhow::Result<()> {
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--no-fail-fast"]).env("ZEROBOOT_TEST_PYTHON", &setup.python);
+    if Path::new("/dev/kvm").exists() {
+        tests.env("ZEROBOOT_REQUIRE_KVM", "1");
+    }
+    check(&mut tests)
+}
+
+fn binary(setup: &Setup) -> anyhow::Result<PathBuf> {
+    check(cargo().args(["build", "--quiet", "--package", "zeroboot"]))?;
+    Ok(setup.root.join("target/debug/zeroboot"))
+}
+
+fn sdk(setup: &Setup) -> anyhow::Result<()> {
+    let binary = binary(setup)?;
+    let mut tests = Command::new("bash");
+    tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
+    check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
+}
+
+fn docs(setup: &Setup) -> anyhow::Result<()> {
+    let binary = binary(setup)?;
+    let mut tests = Command::new("python3");
+    tests.arg("tests/docs_examples.py").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
+    check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
+}
+
+fn nested(_: &Setup) -> anyhow::Result<()> {
+    let xtask = env::current_exe().context("find ourselves")?;
+    command(xtask, ["nested-suite", "--debug"])
+}
