@@ -186,6 +186,7 @@ impl Zygote {
                     // A process group of its own: kill(0, …) of a program must not reach the agent.
                     rustix::process::setsid().map_err(|e| step("make a session")(e.into()))?;
                     jail::landlock(&WRITABLE.map(Path::new))?;
+                    jail::allow_looking().map_err(step("open /proc/self"))?;
                     if !counted {
                         self.uncounted_filter.apply()?;
                     }
