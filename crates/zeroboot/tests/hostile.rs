@@ -515,6 +515,18 @@ with open('big', 'wb') as f:
         done.ended(0).says("the output files may have");
     }
 
+    /// Files of the read-only root are the host's: their use by others is neither shown nor held up.
+    fn the_use_of_shared_files_cannot_be_watched(who) {
+        let code = r#"
+fd = call(294, 0)
+print(call(254, fd, b'/usr/bin/env', 0xfff), call(254, fd, b'/tmp', 0xfff))
+import fcntl
+d = os.open('/usr/bin', os.O_RDONLY)
+print(attempt(fcntl.fcntl, d, fcntl.F_NOTIFY, fcntl.DN_ACCESS), attempt(fcntl.fcntl, os.open('/usr/bin/env', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK))
+"#;
+        assert_eq!(attack(who, code).go().good(), "EPERM EPERM\nEPERM EPERM\n");
+    }
+
     // ---- the network and other sandboxes
 
     fn there_is_no_socket_of_any_family_but_unix(who) {
