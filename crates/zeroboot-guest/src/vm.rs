@@ -159,6 +159,7 @@ impl Vm {
     /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork. `about` is
     /// the payload of the runner's `Ready` frame, at most [`MAX_ABOUT`] bytes of which are told to the host.
     pub(crate) fn ready(&mut self, about: &[u8]) -> io::Result<()> {
+        zero_free_memory()?;
         let about = about.get(..about.len().min(MAX_ABOUT)).unwrap_or_default();
         self.mailbox.put(about);
         self.mailbox.write(ABOUT_AT, &(about.len() as u32).to_le_bytes());
@@ -298,6 +299,32 @@ fn ports() -> io::Result<()> {
         check(unsafe { libc::ioperm(port.into(), count, 1) })?;
     }
     Ok(())
+}
+
+/// Leaves only zeros in free memory: pages of zeros are not stored in the template. What was freed (above all
+/// the initramfs, which the kernel fills with 0xcc) would be as large as the root file system.
+fn zero_free_memory() -> io::Result<()> {
+    /// Left free: enough that nothing else is pushed out while the rest is held.
+    const SPARE: usize = 24 << 20;
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let free = text.lines().find_map(|l| l.strip_prefix("MemFree:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    let len = free.ok_or_else(|| io::Error::other("no MemFree in /proc/meminfo"))? * 1024;
+    let len = len.saturating_sub(SPARE) & !(PAGE - 1);
+    if len == 0 {
+        return Ok(());
+    }
+    // SAFETY: a new private mapping at an address of the kernel's choice; it is populated and given back
+    // before anything else knows its address.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let base = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // As much as there is: it is worth some memory, not a failed template.
+        let _partly = libc::madvise(base, len, libc::MADV_POPULATE_WRITE);
+        check(libc::munmap(base, len))
+    }
 }
 
 /// Sets the wall clock two hours back while the template is made; the identity sets it right. OpenSSL's

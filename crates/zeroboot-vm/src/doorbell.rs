@@ -39,6 +39,12 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
+    /// At these pages, unchecked. For tests of what reads saved ones.
+    #[cfg(test)]
+    pub(crate) fn at(header: u64, to_guest: Vec<u64>, from_guest: Vec<u64>) -> Mailbox {
+        Mailbox { header, to_guest, from_guest }
+    }
+
     /// Reads the header that the agent announced with `Ready`.
     pub(crate) fn discover(memory: &Mapping, frame: u32) -> Result<Mailbox, MailboxError> {
         let header = GuestPhys(u64::from(frame) * PAGE as u64);

@@ -30,7 +30,7 @@ pub use probe::{KvmProbe, probe};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
-    Snapshot, SnapshotFacts, WorkingSet,
+    Snapshot, SnapshotFacts, WorkingSet, fuzz_decode,
 };
 pub use state::{MsrCount, StateTables, TR9, VmState};
 pub use worker::{SocketFront, WorkerError, worker};

@@ -513,3 +513,126 @@ pub(crate) fn decode_body(payload: &[u8]) -> Result<Body, LoadSnapshotError> {
     }
     Ok(body)
 }
+
+/// For the fuzzer: reads bytes as a `state.bin` and, past the checksum, as its body.
+#[doc(hidden)]
+pub fn fuzz_decode(bytes: &[u8]) -> bool {
+    decode(bytes).is_ok() | decode_body(bytes).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A body as a template of 64 MiB has it, without a KVM to read it from.
+    fn body() -> Body {
+        let pages = |from: u64| (0..16).map(|i| from + i * 4096).collect::<Vec<u64>>();
+        let host = HostFacts {
+            cpu: "GenuineIntel family 6 model 85 stepping 7".into(),
+            cpu_name: "a CPU".into(),
+            kernel: "6.1.0".into(),
+            kvm: "kvm_intel".into(),
+            cpuid: "00".into(),
+            xsave: 4096,
+        };
+        Body {
+            host,
+            protocol: zeroboot_proto::VERSION,
+            memory: 64 << 20,
+            memory_hash: [7; 32],
+            cpuid: vec![CpuidEntry::default(); 3],
+            state: VmState::empty(),
+            mailbox: Mailbox::at(0x1000, pages(0x10_0000), pages(0x20_0000)),
+            about: b"{}".to_vec(),
+            working_set: WorkingSet { written: vec![(1, 2)], read: vec![(5, 1)] },
+        }
+    }
+
+    #[test]
+    fn a_state_comes_back_as_it_was_written() {
+        let (bytes, _) = encode(&body());
+        let back = decode(&bytes).unwrap();
+        assert_eq!(encode(&back).0, bytes);
+    }
+
+    #[test]
+    fn the_files_first_bytes_never_change() {
+        // The format's tripwire: change FORMAT_VERSION with anything that this breaks.
+        let (bytes, hash) = encode(&body());
+        assert_eq!(&bytes[..12], b"ZBSTATE\0\x01\0\0\0");
+        assert_eq!((bytes.len(), &hash.to_hex()[..16]), (GOLDEN.0, GOLDEN.1));
+    }
+
+    const GOLDEN: (usize, &str) = (6599, "986b55985d6c16a1");
+
+    #[test]
+    fn values_that_no_template_has_are_refused() {
+        let refused = |change: fn(&mut Body)| {
+            let mut body = body();
+            change(&mut body);
+            decode(&encode(&body).0).unwrap_err().to_string()
+        };
+        assert!(refused(|b| b.memory = 0).contains("memory"));
+        assert!(refused(|b| b.memory += 1).contains("memory"));
+        assert!(refused(|b| b.memory = 1 << 40).contains("memory"));
+        assert!(refused(|b| b.protocol = 99).contains("frames of version 99"));
+        assert!(refused(|b| b.working_set.read = vec![(16384, 1)]).contains("working set"));
+        assert!(refused(|b| b.working_set.written = vec![(u32::MAX, u32::MAX)]).contains("working set"));
+        assert!(refused(|b| b.state.xsave = vec![0; 1 << 20]).contains("more state"));
+        assert!(refused(|b| b.mailbox = Mailbox::at(64 << 20, Vec::new(), Vec::new())).contains("mailbox"));
+    }
+
+    #[test]
+    fn a_host_that_differs_is_named() {
+        let here = body().host;
+        for (change, what) in [
+            ((|h| h.kvm = "kvm_amd".into()) as fn(&mut HostFacts), "KVM backend"),
+            (|h| h.cpu = "other".into(), "CPU"),
+            (|h| h.kernel = "6.2".into(), "host kernel"),
+            (|h| h.xsave = 8192, "XSAVE size"),
+            (|h| h.cpuid = "01".into(), "set of CPU features"),
+        ] {
+            let mut other = here.clone();
+            change(&mut other);
+            let difference = other.differs(&here).unwrap();
+            assert_eq!(difference.what, what);
+            let text = LoadSnapshotError::Foreign(difference).to_string();
+            assert!(text.starts_with("the template cannot run on this host: its "), "{text}");
+        }
+        let mut renamed = here.clone();
+        renamed.cpu_name = "another name".into();
+        assert_eq!(renamed.differs(&here), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            fuzz_decode(&bytes);
+        }
+
+        #[test]
+        fn no_damage_behind_the_checksum_makes_the_reader_panic(
+            flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut payload = encode(&body()).0.split_off(HEADER);
+            for (at, byte) in flips {
+                let at = at.index(payload.len());
+                payload[at] = byte;
+            }
+            let _ = decode_body(&payload);
+            payload.truncate(cut.index(payload.len()));
+            let _ = decode_body(&payload);
+        }
+
+        #[test]
+        fn any_changed_byte_is_noticed(at in any::<prop::sample::Index>(), change in 1u8..) {
+            let (mut bytes, _) = encode(&body());
+            let at = at.index(bytes.len());
+            bytes[at] ^= change;
+            prop_assert!(decode(&bytes).is_err());
+        }
+    }
+}

@@ -47,6 +47,26 @@ pub struct MsrCount {
 }
 
 impl VmState {
+    /// All zero. For tests of the file format.
+    #[cfg(test)]
+    pub(crate) fn empty() -> VmState {
+        VmState {
+            mp_state: MpState::default(),
+            regs: Regs::default(),
+            sregs: Sregs::default(),
+            xsave: vec![0; 4096],
+            xcrs: Some(Xcrs::default()),
+            lapic: LapicState::default(),
+            events: VcpuEvents::default(),
+            debug_regs: DebugRegs::default(),
+            msrs: vec![(0xc000_0080, 0xd01)],
+            tsc: 1,
+            tsc_deadline: 2,
+            tsc_khz: 3,
+            clock: 4,
+        }
+    }
+
     /// Reads the state of a machine whose last exit is a finished one ([`Machine::settle`]).
     pub fn save(host: &Host, machine: &mut Machine) -> Result<(VmState, MsrCount), KvmError> {
         // The exit's port access is still pending in KVM: without this each fork would repeat it.

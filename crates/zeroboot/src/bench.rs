@@ -3,15 +3,16 @@
 mod density;
 mod exec;
 mod stats;
+mod vm;
 
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde::Serialize;
-use zeroboot_engine::{Engine, ExecRequest, Outcome};
+use zeroboot_engine::{Engine, ExecRequest, Outcome, TemplateConfig};
 
 use crate::{
-    cli::{BenchArgs, BenchWhat, Runtime},
+    cli::{BenchArgs, BenchWhat, EngineChoice, Runtime},
     printer, resolve,
 };
 use stats::Summary;
@@ -46,6 +47,11 @@ impl Results {
         p50
     }
 
+    /// The p99 of the row added last, milliseconds.
+    pub(crate) fn last_p99(&self) -> f64 {
+        self.rows.last().map_or(f64::NAN, |row| row.summary.p99)
+    }
+
     pub(crate) fn figure(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
         self.figures.push(Figure { name: name.into(), value, unit });
     }
@@ -60,33 +66,63 @@ struct Document<'a> {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
-    let (_choice, why) = resolve::choose_engine(args.from.engine)?;
-    let host = stats::HostFacts::read();
-    printer::line(&host)?;
-    printer::line(format_args!("engine process ({why})\n"))?;
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let mut results = Results::default();
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
-    tokio.block_on(async {
-        if wants(BenchWhat::Exec) {
-            exec::first_output(args, &mut results).await?;
-        }
-        if wants(BenchWhat::Fork) {
-            exec::pooled_and_not(args, &mut results).await?;
-        }
-        if wants(BenchWhat::Density) {
-            density::alive_at_once(args, &mut results).await?;
-        }
-        anyhow::Ok(())
-    })?;
-    tokio.shutdown_background();
+    // The fork path up to the guest's entry can be measured where no Linux guest can run.
+    let stand_in =
+        args.from.engine == EngineChoice::Vm && args.what == [BenchWhat::Fork] && !resolve::kvm_finding().works;
+    let (engine, why) = if stand_in {
+        (
+            EngineChoice::Vm,
+            "a guest of a few bytes in an image of a template's size: no Linux guest can run here".into(),
+        )
+    } else {
+        resolve::choose_engine(args.from.engine)?
+    };
+    let host = stats::HostFacts::read();
+    let name = if engine == EngineChoice::Vm { "vm" } else { "process" };
+    printer::line(&host)?;
+    printer::line(format_args!("engine {name}: {why}\n"))?;
+    let mut results = Results::default();
+    if engine == EngineChoice::Vm && wants(BenchWhat::Fork) {
+        vm::fork_path(args, stand_in, &mut results)?;
+    }
+    if !stand_in {
+        through_the_engine(args, engine, &mut results)?;
+    }
     print_table(&results)?;
     if let Some(path) = &args.json {
-        let document = Document { zeroboot: env!("CARGO_PKG_VERSION"), host, engine: "process", results: &results };
+        let document = Document { zeroboot: env!("CARGO_PKG_VERSION"), host, engine: name, results: &results };
         std::fs::write(path, serde_json::to_vec_pretty(&document)?)
             .with_context(|| format!("write {}", path.display()))?;
     }
     Ok(0)
+}
+
+/// The measurements that are the same for both engines.
+fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Results) -> anyhow::Result<()> {
+    let template = match engine {
+        EngineChoice::Vm => resolve::vm_template("python", 0)?,
+        _ => resolve::process_template(Runtime::Python, &args.from, None, 0)?,
+    };
+    let wants = |what| args.what.is_empty() || args.what.contains(&what);
+    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    tokio.block_on(async {
+        if wants(BenchWhat::Exec) {
+            exec::first_output(args, &template, results).await?;
+        }
+        if wants(BenchWhat::Fork) {
+            exec::pooled_and_not(args, &template, results).await?;
+        }
+        if wants(BenchWhat::Serve) {
+            exec::server(args, &template, results).await?;
+        }
+        if wants(BenchWhat::Density) {
+            density::alive_at_once(args, &template, results).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    tokio.shutdown_background();
+    Ok(())
 }
 
 fn print_table(results: &Results) -> anyhow::Result<()> {
@@ -103,9 +139,9 @@ fn print_table(results: &Results) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An engine with the host's Python, numpy warmed where it is there.
-pub(crate) async fn python_engine(args: &BenchArgs, pool: usize, live: usize) -> anyhow::Result<Engine> {
-    let template = resolve::process_template(Runtime::Python, &args.from, None, pool)?;
+/// An engine with one template and a pool of this size.
+pub(crate) async fn start(template: &TemplateConfig, pool: usize, live: usize) -> anyhow::Result<Engine> {
+    let template = TemplateConfig { pool, ..template.clone() };
     let mut config = resolve::engine_config(vec![template], live, (live as u64) << 30)?;
     config.admission_wait = Duration::from_secs(60);
     Ok(Engine::start(config).await?)

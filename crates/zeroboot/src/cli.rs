@@ -59,6 +59,8 @@ pub(crate) enum BenchWhat {
     Fork,
     /// Many sandboxes alive at once: how fast they come, what each costs, how fast they go.
     Density,
+    /// What the HTTP server adds to the direct path.
+    Serve,
 }
 
 #[derive(Args, Debug)]

@@ -37,7 +37,9 @@ fn main() -> ExitCode {
     };
     // `serve` has a log of its own making.
     if !matches!(cli.command, cli::Command::Serve(_)) {
-        logs(zeroboot_server::LogFormat::default(), "error");
+        let filter = tracing_subscriber::EnvFilter::try_from_env("ZEROBOOT_LOG")
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
     }
     let result = match cli.command {
         cli::Command::Run(args) => run::run(args),
@@ -53,16 +55,5 @@ fn main() -> ExitCode {
             printer::error(&error, hint::of(&error).as_deref());
             ExitCode::from(OWN_FAILURE)
         }
-    }
-}
-
-/// Logs on standard error; `ZEROBOOT_LOG` wins over `filter`.
-pub(crate) fn logs(format: zeroboot_server::LogFormat, filter: &str) {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("ZEROBOOT_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
-    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
-    match format {
-        zeroboot_server::LogFormat::Json => builder.json().init(),
-        _ => builder.init(),
     }
 }

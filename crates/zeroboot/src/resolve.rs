@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use zeroboot_engine::{EngineConfig, TemplateConfig, ZygoteSpec};
 use zeroboot_process::HostRuntime;
+use zeroboot_vm::KvmProbe;
 
 use crate::{
     cli::{EngineChoice, Runtime, TemplateArgs},
@@ -30,9 +31,19 @@ pub(crate) struct KvmFinding {
     pub(crate) mend: Option<String>,
 }
 
-/// Looks at /dev/kvm by using it.
+/// Looks at /dev/kvm by using it: some milliseconds.
 pub(crate) fn kvm_finding() -> KvmFinding {
-    KvmFinding { works: std::env::var_os("ZEROBOOT_NESTED").is_some(), found: "not probed".into(), mend: None }
+    let probe = zeroboot_vm::probe();
+    let found = match (&probe, probe.verdict()) {
+        (KvmProbe::Works { loops_per_second, port_exit }, _) => {
+            format!(
+                "runs guests at speed ({} million loops a second, an exit in {port_exit:.1?})",
+                loops_per_second / 1_000_000
+            )
+        }
+        (_, verdict) => verdict.err().unwrap_or_default(),
+    };
+    KvmFinding { works: matches!(probe, KvmProbe::Works { .. }), found, mend: probe.mend().map(str::to_owned) }
 }
 
 /// The engine that `auto` means here, and why. `vm` where it cannot work is refused with the reason.

@@ -20,7 +20,6 @@ const MAX_LIVE: usize = 1000;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
     let file = args.config.as_deref().map(read_config).transpose()?.unwrap_or_default();
-    crate::logs(file.log.format.unwrap_or_default(), file.log.filter.as_deref().unwrap_or("info"));
     let flags = Overrides {
         listen: args.listen.clone(),
         keys_file: args.keys_file.clone(),
@@ -30,10 +29,17 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
     };
     let config = ServerConfig::resolve(&file, Overrides::from_env(|name| std::env::var_os(name)), flags)?;
     config.check()?;
-    let engine_config = engine_config(args, &file)?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    let drain = config.drain;
     tokio.block_on(async {
+        let filter = std::env::var("ZEROBOOT_LOG").ok().or_else(|| file.log.filter.clone());
+        let otlp = std::env::var(zeroboot_server::env::OTLP_ENDPOINT).ok().or_else(|| file.log.otlp_endpoint.clone());
+        let _flushes = zeroboot_server::init_logging(
+            file.log.format.unwrap_or_default(),
+            filter.as_deref().unwrap_or(zeroboot_server::DEFAULT_FILTER),
+            otlp.as_deref(),
+        )?;
+        let (engine_config, why) = engine_config(args, &file)?;
+        tracing::info!(why, "engine");
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let engine = tokio::select! {
@@ -41,7 +47,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
         };
-        let server = Server::bind(config, engine.clone()).await?;
+        let server = Server::bind(config, engine).await?;
         for address in server.addresses() {
             let keys = if server.has_keys() { "" } else { " (no keys: local callers only)" };
             printer::note(format_args!("zeroboot listens on {address}{keys}"));
@@ -52,15 +58,15 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
                 _ = interrupt.recv() => {}
             }
         };
+        // It drains and shuts the engine down.
         server.run(stop).await?;
-        engine.shutdown(drain).await;
         anyhow::Ok(())
     })?;
     tokio.shutdown_timeout(Duration::from_secs(1));
     Ok(0)
 }
 
-fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<EngineConfig> {
+fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineConfig, String)> {
     let section = &file.engine;
     let choice = match (args.from.engine, section.kind.as_deref()) {
         (EngineChoice::Auto, Some("vm")) => EngineChoice::Vm,
@@ -71,7 +77,6 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<EngineCo
         (choice, _) => choice,
     };
     let (engine, why) = resolve::choose_engine(choice)?;
-    tracing::info!(engine = ?engine, why, "engine");
     let pool = args.pool.or(section.pool).unwrap_or(POOL);
     let templates = if file.template.is_empty() {
         default_templates(engine, args, pool)?
@@ -88,7 +93,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<EngineCo
     )?;
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;
-    Ok(config)
+    Ok((config, why))
 }
 
 /// Python and Node: those that are there. One is enough.

@@ -9,9 +9,9 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use tokio::task::JoinSet;
-use zeroboot_engine::{Engine, Event, ExecRequest, Execution, Outcome, Stdin, StdinWriter};
+use zeroboot_engine::{Engine, Event, ExecRequest, Execution, Outcome, Stdin, StdinWriter, TemplateConfig};
 
-use super::{Results, python_engine};
+use super::Results;
 use crate::cli::BenchArgs;
 
 /// Says that it lives, waits for a number, answers with its square.
@@ -24,9 +24,13 @@ struct Alive {
 }
 
 /// Keeps `--alive` sandboxes alive at once.
-pub(crate) async fn alive_at_once(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
+pub(crate) async fn alive_at_once(
+    args: &BenchArgs,
+    template: &TemplateConfig,
+    results: &mut Results,
+) -> anyhow::Result<()> {
     let count = args.alive as usize;
-    let engine = python_engine(args, 0, count).await?;
+    let engine = super::start(template, 0, count).await?;
     drop(start(&engine).await?);
     let zygotes = descendants();
     let available = meminfo("MemAvailable:");
@@ -49,10 +53,10 @@ pub(crate) async fn alive_at_once(args: &BenchArgs, results: &mut Results) -> an
 
     let lost = available.saturating_sub(meminfo("MemAvailable:"));
     let (processes, dirty, tables) = memory_of(&descendants(), &zygotes);
-    ensure!(processes >= 2 * count, "only {processes} processes were found for {count} sandboxes");
+    ensure!(processes >= count, "only {processes} processes were found for {count} sandboxes");
     let each = |bytes: u64| bytes as f64 / count as f64 / 1024.0;
-    results.figure("each: private dirty (agent and runner)", each(dirty), "KiB");
-    results.figure("each: page tables (agent and runner)", each(tables), "KiB");
+    results.figure("each: private dirty memory of its processes", each(dirty), "KiB");
+    results.figure("each: page tables of its processes", each(tables), "KiB");
     results.figure("each: memory that the host has less", each(lost), "KiB");
 
     let begin = Instant::now();

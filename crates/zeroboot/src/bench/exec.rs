@@ -7,9 +7,9 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use zeroboot_engine::{Engine, Event, ExecRequest};
+use zeroboot_engine::{Engine, Event, ExecRequest, TemplateConfig};
 
-use super::{Results, checked, python_engine};
+use super::{Results, checked, start};
 use crate::cli::BenchArgs;
 
 const NUMPY: &str = "import numpy; print(int(numpy.arange(10).sum()))";
@@ -18,13 +18,17 @@ const PRINT: &str = "print(1)";
 const PRINT_SAYS: &[u8] = b"1\n";
 
 /// Fork to first output, with numpy warmed, against a fresh interpreter that prints the same.
-pub(crate) async fn first_output(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
+pub(crate) async fn first_output(
+    args: &BenchArgs,
+    template: &TemplateConfig,
+    results: &mut Results,
+) -> anyhow::Result<()> {
     let host = zeroboot_process::python(args.from.python.as_deref())?;
     let numpy = fresh(&host.interpreter, NUMPY, NUMPY_SAYS).is_ok();
     let (code, says, what) =
         if numpy { (NUMPY, NUMPY_SAYS, "import numpy") } else { (PRINT, PRINT_SAYS, "print(1) (no numpy here)") };
-    let unpooled = python_engine(args, 0, 4).await?;
-    let pooled = python_engine(args, 4, 4).await?;
+    let unpooled = start(template, 0, 4).await?;
+    let pooled = start(template, 4, 4).await?;
     checked(&unpooled, code, says).await?;
     checked(&pooled, code, says).await?;
     let (mut from_fork, mut from_pool, mut from_fresh) = (Vec::new(), Vec::new(), Vec::new());
@@ -98,9 +102,13 @@ pub(crate) async fn wait_for_pool(engine: &Engine) {
 }
 
 /// A pooled checkout against an unpooled fork, and what follows a run: the whole way to a sandbox's end.
-pub(crate) async fn pooled_and_not(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
-    let unpooled = python_engine(args, 0, 4).await?;
-    let pooled = python_engine(args, 4, 4).await?;
+pub(crate) async fn pooled_and_not(
+    args: &BenchArgs,
+    template: &TemplateConfig,
+    results: &mut Results,
+) -> anyhow::Result<()> {
+    let unpooled = start(template, 0, 4).await?;
+    let pooled = start(template, 4, 4).await?;
     let (mut forks, mut checkouts, mut teardowns) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..args.repeat {
         let report = checked(&unpooled, PRINT, PRINT_SAYS).await?;
@@ -122,5 +130,17 @@ pub(crate) async fn pooled_and_not(args: &BenchArgs, results: &mut Results) -> a
     results.figure("unpooled fork / pooled checkout, p50", fork / checkout, "times");
     unpooled.shutdown(Duration::from_secs(5)).await;
     pooled.shutdown(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// What HTTP adds: a request on a kept-alive connection against the same exec through the engine itself.
+pub(crate) async fn server(args: &BenchArgs, template: &TemplateConfig, results: &mut Results) -> anyhow::Result<()> {
+    let engine = start(template, 4, 4).await?;
+    let overhead = zeroboot_server::measure_overhead(&engine, &template.name, args.repeat as usize).await?;
+    let added = overhead.added_at_median();
+    results.row("print(1): through the engine", overhead.direct);
+    results.row("print(1): through HTTP", overhead.http);
+    results.figure("added by the server, p50", added.as_secs_f64() * 1e3, "ms");
+    engine.shutdown(Duration::from_secs(5)).await;
     Ok(())
 }
