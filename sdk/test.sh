@@ -6,7 +6,8 @@
 #   sdk/test.sh unit       without a server
 #
 # ZEROBOOT_BIN: the server's binary (default: this checkout's target/). ZEROBOOT_REQUIRE_SERVER=1:
-# no binary is a failure instead of a skip. ZEROBOOT_TEST_ENGINES=process,vm: which engines.
+# no binary is a failure instead of a skip. ZEROBOOT_TEST_ENGINES=process,vm: which engines (default:
+# process, and vm where the server would pick it).
 # ZEROBOOT_PYTHON: what the sandboxes run; by default the environment made here, which has numpy.
 set -euo pipefail
 
@@ -107,15 +108,21 @@ grep -E '^. (tests|pass|fail|skipped) ' "$scratch/node.log"
 
 if [ "$server" = 1 ]; then
     export ZEROBOOT_PYTHON=${ZEROBOOT_PYTHON:-$venv/python}
-    step "python: against $ZEROBOOT_BIN"
+    if [ -z "${ZEROBOOT_TEST_ENGINES:-}" ]; then
+        ZEROBOOT_TEST_ENGINES=$(cd "$scratch/sdk" && "$venv/python" -c '
+from with_server import Server
+with Server() as server:
+    picked = {template["engine"] for template in server.health()["templates"].values()}
+print(",".join(sorted(picked | {"process"})))')
+    fi
+    export ZEROBOOT_TEST_ENGINES
+    step "python: against $ZEROBOOT_BIN ($ZEROBOOT_TEST_ENGINES)"
     cd "$scratch/sdk/python"
     ZEROBOOT_REQUIRE_SERVER=1 "$venv/pytest" -p no:cacheprovider tests/test_contract.py
     step "typescript: against $ZEROBOOT_BIN"
     cd "$scratch/sdk/typescript"
-    for engine in $(echo "${ZEROBOOT_TEST_ENGINES:-auto}" | tr , ' '); do
-        flags=()
-        if [ "$engine" != auto ]; then flags=(--engine "$engine"); fi
-        "$venv/python" "$scratch/sdk/with_server.py" "${flags[@]}" -- \
+    for engine in ${ZEROBOOT_TEST_ENGINES//,/ }; do
+        "$venv/python" "$scratch/sdk/with_server.py" --engine "$engine" -- \
             node --test --test-reporter=spec build/contract/
     done
     step "every example of README, docs, examples/ and the published pages"

@@ -119,7 +119,8 @@ class Server:
         return self._log.read().decode("utf-8", "replace")[-4000:]
 
     def _wait_ready(self) -> None:
-        end = time.monotonic() + READY_SECONDS
+        begin = time.monotonic()
+        end = begin + READY_SECONDS
         said: object = "nothing yet"
         while time.monotonic() < end:
             if self._process.poll() is not None:
@@ -129,7 +130,7 @@ class Server:
                 if health.get("status") == "ok":
                     return
                 # A host without Node, say: what is there will do, but not while it is being made.
-                if health.get("status") == "degraded" and time.monotonic() > end - READY_SECONDS + 30:
+                if health.get("status") == "degraded" and time.monotonic() > begin + 30:
                     return
                 said = health
             except (OSError, ValueError) as e:

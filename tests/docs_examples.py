@@ -8,7 +8,8 @@ What runs: fenced blocks marked bash, sh, python, typescript, ts, javascript, js
 itself in an empty directory, with `zeroboot` on the PATH, the packages of sdk/ installed, and
 ZEROBOOT_BASE_URL and ZEROBOOT_API_KEY set. Addresses and keys in the text are replaced by those of
 the server. TypeScript is type-checked (strict) first. A line such as `print(x)  # "2"` is also a
-test: the program must print 2. An HTTP error fails a `curl`.
+test: the program must print 2 (in a shell block after any command). An HTTP error fails a `curl`, and a
+`curl` without an Authorization header gets one: the text may speak of a server without keys.
 
 A comment in front of a block says what is special about it:
 
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -46,10 +48,24 @@ LANGUAGES = {
     "javascript": "mjs", "js": "mjs", "mjs": "mjs",
 }  # fmt: skip
 FENCE = re.compile(r"^( *)(```+|~~~+) *([\w+-]*)[^\n]*\n(.*?)^\1\2 *$", re.M | re.S)
-MARK = re.compile(r"<!-- *example: *(skip|continues) *:? *(.*?) *-->\s*\Z", re.S)
-SHOWN = re.compile(r'^\s*(?:print|console\.log)\(.*\);?\s*(?:#|//)\s*"(.*)"\s*$', re.M)
+MARK = re.compile(r"<!-- *example: *(skip|continues)\b *:? *([^\n]*?) *-->\s*\Z")
+SHOWN = {
+    "sh": re.compile(r'^[^#\n]*\S\s+#\s*"(.*)"\s*$', re.M),
+    "py": re.compile(r'^\s*print\(.*\)\s*#\s*"(.*)"\s*$', re.M),
+    "ts": re.compile(r'^\s*console\.log\(.*\);?\s*//\s*"(.*)"\s*$', re.M),
+}
+SHOWN["mjs"] = SHOWN["ts"]
 ADDRESS = re.compile(r"https://api\.zeroboot\.dev|http://(?:127\.0\.0\.1|localhost):8080")
 KEY = re.compile(r"zb_(?:live|demo)_[A-Za-z0-9_]*")
+
+SHELL = """set -eu -o pipefail
+curl() {
+    case "$*" in
+        *Authorization:*) command curl -sS --fail-with-body "$@" ;;
+        *) command curl -sS --fail-with-body -H "Authorization: Bearer $ZEROBOOT_API_KEY" "$@" ;;
+    esac
+}
+"""
 
 # What the published blocks must print, and the call for those that only define something.
 NUMPY = r'"stdout":"\[\s*0?\.\d+\s+0?\.\d+\s+0?\.\d+\s*\]\\n"'
@@ -95,7 +111,7 @@ def of_markdown(path: Path) -> list[Example]:
             continue
         line = text.count("\n", 0, match.start()) + 1
         code = re.sub(rf"^{indent}", "", code, flags=re.M)
-        example = Example(f"{path.relative_to(ROOT)}:{line}", kind, code, shown=SHOWN.findall(code))
+        example = Example(f"{path.relative_to(ROOT)}:{line}", kind, code, shown=SHOWN[kind].findall(code))
         mark = MARK.search(text[: match.start()].rstrip("\n") + "\n")
         if mark and mark[1] == "skip":
             if not mark[2]:
@@ -106,7 +122,7 @@ def of_markdown(path: Path) -> list[Example]:
                 if kind not in last:
                     sys.exit(f"{example.name}: continues nothing")
                 example.code = last[kind] + example.code
-                example.shown = SHOWN.findall(example.code)
+                example.shown = SHOWN[kind].findall(example.code)
             last[kind] = example.code
         found.append(example)
     return found
@@ -124,7 +140,7 @@ def published() -> list[Example]:
     found = []
     for example in of_directory(ROOT / "tests" / "published"):
         tail, example.pattern = PUBLISHED[Path(example.name).name]
-        example.shown = SHOWN.findall(example.code)
+        example.shown = SHOWN[example.kind].findall(example.code)
         if example.name.endswith("000-1-exec.sh"):
             if subprocess.run(["bash", "-n"], input=example.code, text=True, capture_output=True).returncode == 0:
                 sys.exit(f"{example.name}: bash accepts it now; take the mend out")
@@ -158,6 +174,8 @@ def make_node(directory: Path) -> Path:
 
 def compile_typescript(examples: list[Example], node: Path) -> dict[str, Path]:
     """All at once: the compiler's start is most of its time. Errors stop the run."""
+    if not examples:
+        return {}
     sources = node / "examples"
     shutil.rmtree(sources, ignore_errors=True)
     sources.mkdir()
@@ -178,11 +196,13 @@ def compile_typescript(examples: list[Example], node: Path) -> dict[str, Path]:
     return {example.name: sources / "out" / f"{number}.js" for number, example in enumerate(examples)}
 
 
-def run(example: Example, server: Server, python: Path, node: Path, compiled: dict[str, Path]) -> Optional[str]:
+def run(
+    example: Example, server: Server, bin_directory: Path, python: Path, node: Path, compiled: dict[str, Path]
+) -> Optional[str]:
     """None, or what is wrong."""
     environment = {
         **os.environ,
-        "PATH": f"{server.binary.resolve().parent}:{python.parent}:{os.environ['PATH']}",
+        "PATH": f"{bin_directory}:{python.parent}:{os.environ['PATH']}",
         "ZEROBOOT_BASE_URL": server.url,
         "ZEROBOOT_API_KEY": server.key,
     }
@@ -192,13 +212,12 @@ def run(example: Example, server: Server, python: Path, node: Path, compiled: di
         elif example.kind == "ts":
             command = ["node", str(compiled[example.name])]
         elif example.kind == "mjs":
-            script = node / "example.mjs"
+            # Beside the packages, or it would not find them.
+            script = node / f"{Path(directory).name}.mjs"
             script.write_text(example.code)
             command = ["node", str(script)]
         else:
-            # An error of the server is an error of the example.
-            strict = 'set -eu -o pipefail\ncurl() { command curl -sS --fail-with-body "$@"; }\n'
-            command = ["bash", "-c", strict + example.code]
+            command = ["bash", "-c", SHELL + example.code]
         try:
             done = subprocess.run(
                 command, cwd=directory, env=environment, text=True, timeout=SECONDS,
@@ -242,14 +261,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zeroboot-examples-") as scratch:
         python = given.python or make_python(Path(scratch) / "python")
         node = given.node or make_node(Path(scratch))
-        options = given.engine
-        with Server(options) as server:
+        with Server(given.engine) as server:
             for example in examples:
                 example.code = KEY.sub(server.key, ADDRESS.sub(server.url, example.code))
             wanted = [e for e in examples if e.skip is None]
             compiled = compile_typescript([e for e in wanted if e.kind == "ts"], node)
-            for example in wanted:
-                wrong = run(example, server, python.absolute(), node.resolve(), compiled)
+            # Under its own name, whatever the file is called.
+            bin_directory = Path(scratch) / "bin"
+            bin_directory.mkdir()
+            (bin_directory / "zeroboot").symlink_to(server.binary.resolve())
+            rest = (server, bin_directory, python.absolute(), node.resolve(), compiled)
+            # Mostly waiting: a few at a time, said in order.
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda example: run(example, *rest), wanted))
+            for example, wrong in zip(wanted, answers):  # noqa: B905 Python 3.9 has no strict
                 failed += wrong is not None
                 print(f"{'FAILED' if wrong else 'ok'} {example.name}" + (f": {wrong}" if wrong else ""), flush=True)
     skipped = [e for e in examples if e.skip is not None]

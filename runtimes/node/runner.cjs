@@ -142,8 +142,7 @@ function applyIdentity(payload, frozen) {
     throw new RunnerError('the clock has not moved by an hour since the snapshot, so OpenSSL would not seed itself again');
   }
   const crypto = require('crypto');
-  // Twice, so that the numbers come from generators that have noticed: the first call is what makes them.
-  crypto.randomBytes(16);
+  // The first use after the jump is what makes OpenSSL notice.
   const seed = crypto.createHash('sha512').update(payload.subarray(0, 64)).update(crypto.randomBytes(32)).digest();
   freshRandom(seed);
 }

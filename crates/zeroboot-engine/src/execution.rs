@@ -12,11 +12,14 @@ use uuid::Uuid;
 use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
 
 use crate::{
-    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, worker::Worker,
+    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin,
+    worker::{KillTimer, Worker},
 };
 
 /// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long after that it is killed even if nobody asks for its events.
+const UNWATCHED: Duration = Duration::from_secs(1);
 /// Bytes by which a sandbox may overstep its output limit before it is taken for broken.
 const OUTPUT_SLACK: u64 = 4096;
 
@@ -44,6 +47,8 @@ pub struct Execution {
     file_bytes: u64,
     last_file: Option<String>,
     span: tracing::Span,
+    /// Ends the sandbox of a caller that has stopped asking.
+    _timer: KillTimer,
 }
 
 impl Execution {
@@ -65,6 +70,9 @@ impl Execution {
             Stdin::Empty | Stdin::Bytes(_) => (None, None),
         };
         let sent = Instant::now();
+        let kill_at = sent + request.limits.timeout + GRACE;
+        let timer =
+            worker.kill_at(kill_at + UNWATCHED).map_err(|e| ExecError::Sandbox(format!("watch its deadline: {e}")))?;
         Ok(Execution {
             id,
             isolation,
@@ -72,7 +80,7 @@ impl Execution {
             fork_time,
             requested,
             sent,
-            kill_at: sent + request.limits.timeout + GRACE,
+            kill_at,
             limits: request.limits,
             worker: Some(worker),
             outgoing: BytesMut::from(Bytes::from(frames)),
@@ -86,6 +94,7 @@ impl Execution {
             file_bytes: 0,
             last_file: None,
             span: tracing::info_span!("exec.run", %id),
+            _timer: timer,
         })
     }
 

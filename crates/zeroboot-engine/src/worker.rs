@@ -45,6 +45,16 @@ impl Remains {
     }
 }
 
+/// A kill to come.
+#[derive(Debug)]
+pub(crate) struct KillTimer(tokio::task::JoinHandle<()>);
+
+impl Drop for KillTimer {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// A live sandbox. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -106,6 +116,18 @@ impl Worker {
     /// Whether the kernel killed something in it for want of memory.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
         self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
+    }
+
+    /// Kills it at that time, whoever looks after it then; until the guard is dropped.
+    pub(crate) fn kill_at(&self, when: Instant) -> io::Result<KillTimer> {
+        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(KillTimer(tokio::spawn(async move {
+            tokio::time::sleep_until(when.into()).await;
+            if let Some(pidfd) = pidfd {
+                // Gone already is what we want.
+                let _gone = pidfd_send_signal(pidfd, Signal::KILL);
+            }
+        })))
     }
 
     /// Kills it now.

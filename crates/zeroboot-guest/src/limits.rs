@@ -16,7 +16,9 @@ pub(crate) fn apply(runner: &Runner, limits: &Limits, used: Duration) -> Result<
     // The kernel's own check is in whole seconds and per process: it is the second line behind the watchdog.
     let cpu = Duration::from_nanos(limits.cpu_ns).saturating_add(used).as_secs().saturating_add(2);
     let rows = [
-        (Resource::Core, Some(0), "core size"),
+        // Not 0: a core_pattern that is a program is started at any limit but 1 (core(5)), with the code's memory as its
+        // input and outside of the sandbox.
+        (Resource::Core, Some(1), "core size"),
         (Resource::Fsize, finite(limits.file_size), "file size"),
         (Resource::Nofile, finite32(limits.open_files), "open files"),
         // The agent counts too when it is the same user.

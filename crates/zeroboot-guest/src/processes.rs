@@ -93,7 +93,7 @@ impl Processes {
     /// Memory with shared pages divided among their users. Exact and slow: it walks page tables.
     pub(crate) fn proportional_memory(&self) -> u64 {
         let of = |(pid, stat): &(u32, Stat)| {
-            let exact = if stat.headless { None } else { proportional(*pid) };
+            let exact = if stat.headless { None } else { self.proportional(*pid) };
             exact.unwrap_or_else(|| self.anonymous(*pid, stat))
         };
         self.list().iter().map(of).sum::<u64>() + self.files()
@@ -158,6 +158,16 @@ impl Processes {
         let data = fields.nth(2)?;
         let tables = if size.saturating_sub(data) > WIDE { status_field(dir, "VmPTE:").unwrap_or(0) } else { 0 };
         Some(resident.saturating_sub(shared) + tables)
+    }
+
+    fn proportional(&self, pid: u32) -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+        let field = |name: &str| {
+            let line = text.lines().find(|l| l.starts_with(name))?;
+            line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
+        };
+        let tables = status_field(&format!("/proc/{pid}"), "VmPTE:").unwrap_or(0);
+        Some(field("Pss_Anon:").or_else(|| field("Pss:"))? * 1024 + if tables > WIDE / 512 { tables } else { 0 })
     }
 
     /// The same by walking down from this process, whose descendants all others are. A VM has dozens of kernel
@@ -247,15 +257,6 @@ fn in_memory() -> std::io::Result<Vec<(OwnedFd, u64)>> {
 fn used(fd: &OwnedFd) -> Option<u64> {
     let stat = rustix::fs::fstatfs(fd).ok()?;
     Some(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(u64::try_from(stat.f_bsize).ok()?))
-}
-
-fn proportional(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find(|l| l.starts_with(name))?;
-        line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    Some(field("Pss_Anon:").or_else(|| field("Pss:"))? * 1024)
 }
 
 /// How many processes the kernel has killed for want of memory.

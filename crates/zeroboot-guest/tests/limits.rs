@@ -150,7 +150,7 @@ print(resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIM
         l.open_files = 50;
         l.processes = 20;
     });
-    assert_eq!(answer.good(), "File too large\nToo many open files True\n(0, 0) True\n");
+    assert_eq!(answer.good(), "File too large\nToo many open files True\n(1, 1) True\n");
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn a_syntax_error_looks_as_in_cpython() {
         let (_, _, expected) = stock(code);
         // How far carets reach under a line differs between CPython's own two printers.
         let text = |t: &str| {
-            t.lines().filter(|l| l.trim_matches([' ', '^', '~']) != "").map(str::to_string).collect::<Vec<_>>()
+            t.lines().filter(|l| !l.trim_matches([' ', '^', '~']).is_empty()).map(str::to_string).collect::<Vec<_>>()
         };
         assert_eq!((answer.ending(), text(answer.err())), (Ending::Exited(1), text(&expected)), "{code}");
     }

@@ -49,17 +49,51 @@ pub(crate) struct ExecBody {
 #[schema(as = Limits)]
 pub(crate) struct LimitsBody {
     /// Memory of all its processes, MiB.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     pub(crate) memory_mb: Option<u64>,
     /// Processes and threads at once.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
-    pub(crate) processes: Option<u32>,
+    pub(crate) processes: Option<u64>,
     /// Bytes of standard output and standard error together.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     pub(crate) output_bytes: Option<u64>,
     /// CPU time of all its processes, seconds.
     #[schema(exclusive_minimum = 0)]
     pub(crate) cpu_seconds: Option<f64>,
+}
+
+/// A whole number. In JSON 64.0 is one as well, and some languages write it so.
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<u64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a whole number that is not negative")
+        }
+
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<Option<u64>, E> {
+            Ok(Some(value))
+        }
+
+        fn visit_f64<E: de::Error>(self, value: f64) -> Result<Option<u64>, E> {
+            // Up to here every whole f64 is exact; a larger one is above every maximum anyway.
+            if value.fract() != 0.0 || value < 0.0 {
+                return Err(E::invalid_value(de::Unexpected::Float(value), &self));
+            }
+            Ok(Some(if value < 2_f64.powi(53) { value as u64 } else { u64::MAX }))
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Option<u64>, E> {
+            Ok(None)
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
 }
 
 /// Several execs at once.
@@ -111,19 +145,42 @@ pub(crate) struct Data {
 pub(crate) enum DataSchema {
     /// Text.
     Text(String),
-    /// Text or base64, one of the two.
-    Object(DataObject),
+    /// Text, with more to say about it.
+    TextObject(TextObject),
+    /// Bytes.
+    BytesObject(BytesObject),
+}
+
+/// Text of a file or of standard input.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TextData)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct TextObject {
+    text: String,
+    /// Files only: executable by its owner.
+    executable: Option<bool>,
+}
+
+/// Bytes of a file or of standard input.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = BytesData)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct BytesObject {
+    /// Base64 (RFC 4648, with padding).
+    #[schema(pattern = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$")]
+    base64: String,
+    /// Files only: executable by its owner.
+    executable: Option<bool>,
 }
 
 /// Exactly one of `text` and `base64`.
-#[derive(Deserialize, ToSchema)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct DataObject {
-    /// Text.
+struct DataObject {
     text: Option<String>,
-    /// Bytes in base64 (RFC 4648, with padding).
     base64: Option<String>,
-    /// Files only: executable by its owner.
     executable: Option<bool>,
 }
 
@@ -244,9 +301,7 @@ impl ExecBody {
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {
-                let time = Duration::try_from_secs_f64(given)
-                    .ok()
-                    .filter(|time| !time.is_zero() && *time <= bounds.max_timeout);
+                let time = positive(given).filter(|time| *time <= bounds.max_timeout);
                 time.ok_or_else(|| {
                     let most = bounds.max_timeout.as_secs_f64();
                     ApiError::new("invalid_timeout", format!("timeout_seconds must be above 0 and at most {most}"))
@@ -257,7 +312,7 @@ impl ExecBody {
         let mib = 1024 * 1024;
         let memory = limits.memory_mb.map(|count| count.saturating_mul(mib));
         request.limits.memory = within("limits.memory_mb", memory, bounds.default_memory, bounds.max_memory, mib)?;
-        let (processes, most) = (limits.processes.map(u64::from), bounds.max_processes.into());
+        let (processes, most) = (limits.processes, bounds.max_processes.into());
         let processes = within("limits.processes", processes, bounds.default_processes.into(), most, 1)?;
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
         request.limits.output =
@@ -265,7 +320,7 @@ impl ExecBody {
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {
-                let time = Duration::try_from_secs_f64(given).ok().filter(|time| !time.is_zero());
+                let time = positive(given);
                 Some(time.ok_or_else(|| ApiError::new("invalid_limits", "limits.cpu_seconds must be above 0"))?)
             }
         };
@@ -281,6 +336,12 @@ impl ExecBody {
         request.check().map_err(zeroboot_engine::ExecError::from)?;
         Ok((request, at))
     }
+}
+
+/// Seconds above zero. What is too short for our clock is its shortest time, not zero.
+fn positive(seconds: f64) -> Option<Duration> {
+    let time = Duration::try_from_secs_f64(seconds).ok()?;
+    (seconds > 0.0).then(|| time.max(Duration::from_nanos(1)))
 }
 
 fn within(name: &str, given: Option<u64>, default: u64, most: u64, unit: u64) -> Result<u64, ApiError> {

@@ -70,6 +70,12 @@ pub fn drop_capabilities() -> io::Result<()> {
     }
 }
 
+/// Undoes what a change of user does: code can read its own `/proc/self`, and the agent its exact memory.
+pub fn allow_looking() -> io::Result<()> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)?;
+    Ok(())
+}
+
 /// Keeps other processes of the same user from tracing this one or reading its memory.
 pub fn deny_tracing() -> io::Result<()> {
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;

@@ -540,6 +540,23 @@ def test_async_callbacks_are_awaited(stub: Make) -> None:
     assert "".join(out) == EURO + "\ufffd\x00"
 
 
+def test_trio_works_and_its_cancelling_ends_the_sandbox(stub: Make) -> None:
+    trio = pytest.importorskip("trio")
+    server = stub(
+        answer(503, {"error": "busy"}, retry_after="0"), answer(), sse(stream_bytes()), silent
+    )
+
+    async def main() -> None:
+        async with AsyncSandbox(base_url=server.url) as sandbox:
+            assert await sandbox.run("x") == "2"
+            assert len([e async for e in sandbox.stream("x")]) == 6
+            with trio.move_on_after(0.2):
+                await sandbox.run("while True: pass")
+            assert await trio.to_thread.run_sync(server.gone.wait, 5)
+
+    trio.run(main)
+
+
 # --- configuration --------------------------------------------------------------------------
 
 

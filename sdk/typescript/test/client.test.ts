@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { createServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { test } from "node:test";
@@ -11,6 +12,7 @@ import {
   Sandbox,
   ServerError,
   TimeoutError,
+  VERSION,
   ZerobootError,
 } from "../src/index.js";
 import type { ExecEvent } from "../src/index.js";
@@ -430,6 +432,12 @@ test("without configuration nothing leaves this machine, and no key is sent", as
   const server = await stub(t, answer());
   await new Sandbox({ baseUrl: server.url }).run("x");
   assert.equal(server.seen[0]?.headers.authorization, undefined);
+});
+
+test("the version is the package's", () => {
+  const file = new URL("../../package.json", import.meta.url); // from build/test
+  const { version } = JSON.parse(readFileSync(file, "utf8")) as { version: string };
+  assert.equal(VERSION, version);
 });
 
 test("a bad key or address is refused without showing the key", () => {

@@ -1,0 +1,93 @@
+//! Forks of one warm interpreter differ in everything that must not be the same twice.
+
+#[path = "harness/lib.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Duration,
+};
+
+use harness::Who;
+use zeroboot_engine::{Engine, EngineConfig, ExecRequest, TemplateConfig, ZygoteSpec};
+
+/// Prints one line `name value` for each source of identity.
+const SOURCES: &str = r#"
+import os, random, secrets, socket, ssl, tempfile, uuid
+print('random', random.getrandbits(128))
+print('random.Random', random.Random().getrandbits(128))
+print('shuffle', random.sample(range(1000), 20))
+print('uuid1', uuid.uuid1())
+print('uuid4', uuid.uuid4())
+print('node', uuid.getnode())
+print('mkdtemp', tempfile.mkdtemp())
+print('NamedTemporaryFile', tempfile.NamedTemporaryFile().name)
+print('secrets', secrets.token_hex(16))
+print('urandom', os.urandom(16).hex())
+print('getrandom', os.getrandom(16).hex())
+print('openssl', ssl.RAND_bytes(16).hex())
+print('hostname', socket.gethostname())
+import multiprocessing
+print('authkey', bytes(multiprocessing.current_process().authkey).hex())
+try:
+    import numpy
+except ImportError:
+    numpy = None
+if numpy:
+    print('numpy.random.rand', numpy.random.rand(4).tobytes().hex())
+    print('numpy.random.randn', numpy.random.randn(1).tobytes().hex())
+    print('numpy.default_rng', numpy.random.default_rng().random(4).tobytes().hex())
+    print('numpy.SeedSequence', numpy.random.SeedSequence().entropy)
+"#;
+
+#[tokio::test]
+async fn forks_differ_pairwise_in_every_source_of_identity() {
+    let host = zeroboot_process::python(Some(Path::new(harness::python(Who::Me)))).unwrap();
+    let spec = ZygoteSpec::Process {
+        runtime: "python".into(),
+        interpreter: host.interpreter,
+        paths: host.paths,
+        warm: vec!["numpy?".into()],
+        env: Vec::new(),
+    };
+    let engine = Engine::start(EngineConfig {
+        program: env!("CARGO_BIN_EXE_zeroboot").into(),
+        templates: vec![TemplateConfig { name: "python".into(), language: "python".into(), spec, pool: 2 }],
+        max_live: 4,
+        max_memory: 8 << 30,
+        admission_wait: Duration::from_secs(120),
+        warm_timeout: Duration::from_secs(120),
+        cgroups: true,
+    })
+    .await
+    .unwrap();
+    const FORKS: usize = 16;
+    let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let runs: Vec<_> = (0..FORKS)
+        .map(|_| {
+            let engine = engine.clone();
+            tokio::spawn(async move {
+                let mut request = ExecRequest::new("python", SOURCES);
+                request.limits.timeout = Duration::from_secs(120);
+                engine.exec(request).await.unwrap().collect().await.unwrap()
+            })
+        })
+        .collect();
+    for run in runs {
+        let end = run.await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&end.stderr), "");
+        for line in std::str::from_utf8(&end.stdout).unwrap().lines() {
+            let (name, value) = line.split_once(' ').unwrap();
+            seen.entry(name.into()).or_default().insert(value.into());
+        }
+    }
+    assert!(seen.len() >= 14, "{seen:?}");
+    for (name, values) in &seen {
+        assert_eq!(values.len(), FORKS, "{name}: {values:?}");
+    }
+    // With numpy in the interpreter under test, it was part of it.
+    let has_numpy = engine.templates()[0].warmed.iter().any(|module| module.starts_with("numpy"));
+    assert_eq!(has_numpy, seen.contains_key("numpy.default_rng"));
+}
