@@ -39,7 +39,7 @@ fn vm(template: &Path) -> u8 {
     let (Some(report), Some(control)) = (process::inherited_fd(REPORT_FD), process::inherited_fd(CONTROL_FD)) else {
         return 125;
     };
-    match zeroboot_vm::zygote(template, Prefault::Written, report, control) {
+    match zeroboot_vm::zygote(template, Prefault::All, report, control) {
         Ok(()) => 0,
         Err(_reported) => 125,
     }

@@ -40,7 +40,11 @@ pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results)
     if stand_in {
         return Ok(());
     }
-    for (prefault, name) in [(Prefault::Nothing, "no prefault"), (Prefault::Written, "written pages prefaulted")] {
+    for (prefault, name) in [
+        (Prefault::Nothing, "no prefault"),
+        (Prefault::Written, "written pages prefaulted"),
+        (Prefault::All, "written and read pages prefaulted"),
+    ] {
         let (mut first, mut last) = (Vec::new(), Vec::new());
         let mut seen = None;
         for _ in 0..args.repeat.min(50) {
