@@ -124,3 +124,68 @@ impl Mailbox {
         Ok(())
     }
 }
+
+/// For the fuzzer and the tests: a megabyte of guest memory with `page` at the announced frame, looked at as
+/// the host looks at it.
+#[doc(hidden)]
+pub fn fuzz_mailbox(page: &[u8], frame: u32, len: u32) -> bool {
+    let memory = zeroboot_sys::memory::BootMemory::new(zeroboot_sys::memory::MiB(1)).and_then(|m| m.map());
+    let Ok(memory) = memory else { return false };
+    let at = GuestPhys(u64::from(frame % 256) * PAGE as u64);
+    if memory.write(at, page.get(..page.len().min(PAGE)).unwrap_or_default()).is_err() {
+        return false;
+    }
+    let _ = Mailbox::discover(&memory, frame);
+    let Ok(mailbox) = Mailbox::discover(&memory, frame % 256) else { return false };
+    let mut out = Vec::new();
+    let about = mailbox.about(&memory).is_ok();
+    let taken = mailbox.take(&memory, len, &mut out).is_ok();
+    // What is inside can be written to as well.
+    mailbox.put(&memory, page, true).is_ok() && about && taken
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header(pages: impl Fn(usize) -> u64) -> Vec<u8> {
+        let mut page = vec![0; PAGE];
+        page[..4].copy_from_slice(&MAGIC.to_le_bytes());
+        page[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        for i in 0..2 * AREA_PAGES {
+            page[TABLE_AT + 8 * i..][..8].copy_from_slice(&pages(i).to_le_bytes());
+        }
+        page
+    }
+
+    #[test]
+    fn a_mailbox_in_memory_is_taken_and_others_are_refused() {
+        let good = |i: usize| 0x1_0000 + (i * PAGE) as u64;
+        assert!(fuzz_mailbox(&header(good), 1, 65536));
+        // A length above the area.
+        assert!(!fuzz_mailbox(&header(good), 1, 65537));
+        // The header page itself, twice the same, unaligned, beyond the end, at the end of all addresses.
+        for bad in [0x1000, good(1), 0x1_0001, 1 << 20, u64::MAX - 4095, u64::MAX] {
+            assert!(!fuzz_mailbox(&header(|i| if i == 0 { bad } else { good(i) }), 1, 0), "{bad:#x}");
+        }
+        let mut other = header(good);
+        other[4] = 9;
+        assert!(!fuzz_mailbox(&other, 1, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_the_host_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..600), frame: u32, len: u32, right: bool,
+        ) {
+            let mut page = bytes;
+            if right && page.len() > 8 {
+                page[..4].copy_from_slice(&MAGIC.to_le_bytes());
+                page[4..8].copy_from_slice(&VERSION.to_le_bytes());
+            }
+            fuzz_mailbox(&page, frame, len);
+        }
+    }
+}

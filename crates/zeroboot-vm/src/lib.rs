@@ -21,7 +21,7 @@ mod zygote;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
-pub use doorbell::{Mailbox, MailboxError};
+pub use doorbell::{Mailbox, MailboxError, fuzz_mailbox};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
 pub use jail::{POLICY, VmJailError};
