@@ -23,7 +23,7 @@ use zeroboot_sys::{
 use crate::layout::{AGENT, HOME};
 
 /// First host user id of sandboxes when the zygote runs as root: far above what any distribution gives out.
-/// Each sandbox has one of [`UIDS`] of its own.
+/// Each sandbox has one of [`UIDS`]; a zygote begins at a random one, so that templates seldom share any.
 const UID_BASE: u32 = 1_514_000_000;
 const UIDS: u32 = 65_536;
 
@@ -69,7 +69,10 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
         as_root: maps_sandbox_uids(),
     };
     process::ignore_children();
-    let mut count = 0u32;
+    let mut random = [0u8; 4];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| step("get random bytes")(e.into()))?;
+    let mut count = u32::from_le_bytes(random) % UIDS;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
             return Ok(false);

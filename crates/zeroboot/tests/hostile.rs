@@ -515,6 +515,18 @@ with open('big', 'wb') as f:
         done.ended(0).says("the output files may have");
     }
 
+    /// Files of the read-only root are the host's: their use by others is neither shown nor held up.
+    fn the_use_of_shared_files_cannot_be_watched(who) {
+        let code = r#"
+fd = call(294, 0)
+print(call(254, fd, b'/usr/bin/env', 0xfff), call(254, fd, b'/tmp', 0xfff))
+import fcntl
+d = os.open('/usr/bin', os.O_RDONLY)
+print(attempt(fcntl.fcntl, d, fcntl.F_NOTIFY, fcntl.DN_ACCESS), attempt(fcntl.fcntl, os.open('/usr/bin/env', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK))
+"#;
+        assert_eq!(attack(who, code).go().good(), "EPERM EPERM\nEPERM EPERM\n");
+    }
+
     // ---- the network and other sandboxes
 
     fn there_is_no_socket_of_any_family_but_unix(who) {
@@ -551,6 +563,40 @@ print(attempt(d.sendto, b'x', '\0{name}'))
 "#);
         assert_eq!(attack(who, &code).go().good(), "ECONNREFUSED\nECONNREFUSED\n");
         assert!(listener.accept().is_err());
+    }
+
+    // ---- Node
+
+    fn node_is_held_by_the_same_jail(who) {
+        let code = r#"
+const fs = require('fs'), cp = require('child_process'), os = require('os')
+const attempt = (f) => { try { return f() } catch (e) { return e.code } }
+console.log(process.getuid(), fs.readdirSync('/proc').filter((x) => /^\d/.test(x)).length, os.hostname().startsWith('sandbox-'))
+console.log(attempt(() => fs.writeFileSync('/usr/x', '')), attempt(() => fs.readFileSync('/etc/shadow')),
+  attempt(() => fs.writeFileSync('/etc/passwd', '')), attempt(() => fs.watch('/usr/bin').close()))
+console.log(attempt(() => process.kill(1, 'SIGKILL')) !== null, attempt(() => fs.readFileSync('/proc/1/environ')))
+console.log(Object.keys(process.env).filter((k) => /SECRET|CARGO|ZEROBOOT|SUDO/.test(k)), attempt(() => os.networkInterfaces()))
+console.log(fs.readFileSync('/proc/self/status', 'utf8').match(/CapEff.*|NoNewPrivs.*|Seccomp:.*/g).map((l) => l.split('\t')[1]))
+console.log(cp.spawnSync('ls', ['/proc/self/fd'], { encoding: 'utf8', stdio: ['pipe', 'pipe', 'pipe'] }).stdout.split('\n').length)
+require('net').connect(22, '127.0.0.1').on('error', (e) => console.log(e.code))
+"#;
+        let cli = Cli::bare(who).args(["run", "--engine", "process", "--runtime", "node"]);
+        let done = cli.code(code).env("ZEROBOOT_TEST_SECRET", "x").go();
+        assert_eq!(
+            done.good(),
+            "1000 2 true\nEROFS ENOENT EROFS EPERM\ntrue EACCES\n[] ERR_SYSTEM_ERROR\n[ '0000000000000000', '1', '2' ]\n5\nEPERM\n"
+        );
+    }
+
+    fn a_process_bomb_in_node_stays_below_the_process_limit(who) {
+        let code = r#"
+const cp = require('child_process')
+let failed = 0
+for (let i = 0; i < 200; i++) cp.spawn('sleep', ['600']).on('error', () => failed++)
+setTimeout(() => { console.log(failed > 150); process.exit(0) }, 500)
+"#;
+        let cli = Cli::bare(who).args(["run", "--engine", "process", "--runtime", "node", "--processes", "40"]);
+        assert_eq!(cli.code(code).go().good(), "true\n");
     }
 
     // ---- the kernel

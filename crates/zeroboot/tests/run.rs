@@ -156,3 +156,55 @@ fn many_at_once_do_not_disturb_each_other() {
         assert_eq!(live.wait().good(), format!("{i}{i}{i}\n"));
     }
 }
+
+#[test]
+fn json_is_the_apis_result() {
+    let code = r#"import sys; print("a"); print("b", file=sys.stderr); open("f", "w").write("text"); sys.exit(3)"#;
+    let done = python(code).args(["--json", "--get", "f"]).makes("f").go();
+    let result: serde_json::Value = serde_json::from_str(done.ended(3).out()).unwrap();
+    assert!(done.err.is_empty(), "{done:?}");
+    let fields = ["exit_code", "outcome", "stdout", "stderr", "output", "isolation", "pooled", "truncated", "language"];
+    assert_eq!(
+        serde_json::Value::from(fields.map(|field| result[field].clone()).to_vec()),
+        serde_json::json!([3, "exited", "a\n", "b\n", "a\n", "process", false, false, "python"])
+    );
+    assert_eq!(result["files"]["f"], serde_json::json!({"text": "text"}));
+    for time in ["fork_time_ms", "exec_time_ms", "total_time_ms", "cpu_time_ms", "peak_memory_bytes"] {
+        assert!(result[time].as_f64().is_some_and(|n| n > 0.0), "{time}: {result}");
+    }
+    let late = python("while True: pass").args(["--json", "--timeout", "500ms"]).go();
+    let result: serde_json::Value = serde_json::from_str(late.ended(124).out()).unwrap();
+    assert_eq!(result["outcome"], "deadline_passed");
+    let binary = python("import os; os.write(1, b'\\xff\\x00')").args(["--json"]).go();
+    let result: serde_json::Value = serde_json::from_str(binary.good()).unwrap();
+    assert_eq!((&result["stdout"], &result["encoding"]["stdout"]), (&"/wA=".into(), &"base64".into()));
+}
+
+fn node(code: &str) -> Cli {
+    Cli::bare(Who::Me).args(["run", "--engine", "process", "--runtime", "node"]).code(code)
+}
+
+#[test]
+fn node_runs_scripts_modules_and_top_level_await() {
+    assert_eq!(node("console.log([1,2,3].map(x => x*x))").go().good(), "[ 1, 4, 9 ]\n");
+    let module = "import os from 'node:os'\nconsole.log(typeof os.cpus, await Promise.resolve(7))";
+    assert_eq!(node(module).go().good(), "function 7\n");
+    let script =
+        "const fs = require('fs')\nconsole.log(fs.readFileSync(0, 'utf8').toUpperCase(), process.argv.slice(2))";
+    assert_eq!(node(script).args(["a"]).stdin("in").go().good(), "IN [ 'a' ]\n");
+    let file = Cli::bare(Who::Me).args(["run", "--engine", "process"]).file("s.mjs", "console.log(import.meta.url)");
+    assert_eq!(file.args(["s.mjs"]).go().good(), "file:///home/sandbox/s.mjs\n");
+}
+
+#[test]
+fn node_ends_as_its_code_says() {
+    node("process.exit(3)").go().ended(3);
+    node("throw new Error('x')").go().ended(1).says("Error: x");
+    node("for (;;);").args(["--timeout", "1s"]).go().ended(124).says("--timeout");
+    let hog = "const k = []; for (;;) k.push(Buffer.alloc(1 << 24, 1))";
+    node(hog).args(["--memory", "256M"]).go().ended(137).says("out of memory");
+    node("const a = []; for (;;) a.push(new Array(1e5).fill(a.length + 0.5))")
+        .args(["--memory", "256M"])
+        .go()
+        .says("out of memory: the limit is 256 MiB");
+}

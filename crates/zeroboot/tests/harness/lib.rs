@@ -49,8 +49,9 @@ pub(crate) fn python(who: Who) -> &'static str {
         let named = std::env::var("ZEROBOOT_TEST_PYTHON").ok();
         let known = ["python3", "/usr/bin/python3", "/usr/local/bin/python3"].map(String::from);
         let usable = |python: &String| {
-            let mut command = as_user(who, python);
-            command.args(["-c", "import ctypes, ssl, zlib"]).current_dir("/");
+            // Through a shell: setpriv itself still has root's rights over files when it executes a program.
+            let mut command = as_user(who, "sh");
+            command.args(["-c", "exec \"$0\" -c 'import ctypes, ssl, zlib'", python]).current_dir("/");
             command.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
         };
         named.into_iter().chain(known).find(usable).expect("no Python for the tests; ZEROBOOT_TEST_PYTHON names one")
