@@ -1,7 +1,7 @@
 //! The nested suite: everything that needs a real `/dev/kvm`, in the lane, in one boot of it.
 //!
-//! 1. here: `zeroboot` is built, the templates' kernel and root file systems are assembled (network, no KVM), the test
-//!    programs are compiled
+//! 1. here: `zeroboot` is built, the templates' kernel and root file systems are assembled (network, no KVM) and tested,
+//!    the test programs are compiled
 //! 2. in the lane: the templates are booted and frozen, a first exec in each, then every test program
 //!
 //! A test program belongs to the lane when its file is `crates/*/tests/nested*.rs`, or is listed in [`ALSO`]. It finds
@@ -40,7 +40,7 @@ and every test program for the lane (crates/*/tests/nested*.rs and byte_guests),
   --kernel VERSION   of the lane (6.1)
   --timeout SECONDS  of the lane (1500)
   --memory SIZE      of the lane (5G)
-  --no-templates     neither assemble nor build templates
+  --no-templates     neither assemble nor build templates, nor test what they are made of
 ";
 
 /// `cargo xtask nested-suite`.
@@ -79,6 +79,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
     let zeroboot = timed("zeroboot is built", || nested::build_zeroboot(debug))?;
     if templates {
         timed("the templates are assembled", || nested::assemble_templates(&zeroboot))?;
+        timed("what they are made of is tested", assembly_tests)?;
     }
     let programs = timed("the test programs are built", test_programs)?;
     lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];
@@ -93,6 +94,15 @@ fn timed<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = work()?;
     eprintln!("nested suite: {what} ({:.1} s)", start.elapsed().as_secs_f64());
     Ok(done)
+}
+
+/// The tests that need package mirrors, which `cargo test` leaves out.
+fn assembly_tests() -> Result<()> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--quiet", "--package", "zeroboot-template", "--test", "assemble", "--", "--ignored"]);
+    let status = cargo.current_dir(nested::repository()?).status().context("cannot run cargo")?;
+    ensure!(status.success(), "the assembly tests failed (they need cpio, unshare, pip and npm)");
+    Ok(())
 }
 
 struct Program {

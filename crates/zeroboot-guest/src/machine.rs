@@ -26,6 +26,9 @@ use crate::{
 const ARGV: &str = "/etc/zeroboot/argv";
 /// The runner's environment, each `NAME=VALUE` ended by a NUL.
 const ENVIRON: &str = "/etc/zeroboot/environ";
+/// Asks the runner to say its program's status and to stop itself, instead of ending: see
+/// [`zeroboot_proto::ENDED`].
+const LINGER: &str = "ZEROBOOT_LINGER";
 /// Where user code runs, and as whom.
 const HOME: &str = "/home/sandbox";
 const USER: (u32, u32) = (1000, 1000);
@@ -54,7 +57,9 @@ fn run() -> Result<Stop, Option<String>> {
         let words = bytes.split(|&b| b == 0).filter(|word| !word.is_empty());
         Ok(words.map(|word| OsString::from_vec(word.to_vec())).collect())
     };
-    let env = words(ENVIRON)?.into_iter().filter_map(split).collect();
+    let mut env: Vec<_> = words(ENVIRON)?.into_iter().filter_map(split).collect();
+    // The runner takes it out of the environment; a runner that does not know it ends as any process.
+    env.push((LINGER.into(), "1".into()));
     let spawn = Spawn { command: words(ARGV)?, cwd: Some(PathBuf::from(HOME)), user: Some(USER), env: Some(env) };
     let processes = Processes::new().map_err(step("adopt orphans"))?;
     let runner = Runner::spawn(&spawn).map_err(step("start the runner"))?;

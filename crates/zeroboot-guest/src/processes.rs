@@ -29,6 +29,8 @@ pub(crate) struct Processes {
     /// [`IN_MEMORY`], each with what it held at the start.
     files: Vec<(OwnedFd, u64)>,
     everything: bool,
+    /// `/proc` shows kernel threads beside the sandbox's processes: a VM.
+    kernel_threads: bool,
     me: u32,
     page: u64,
     tick_ns: u64,
@@ -64,7 +66,17 @@ impl Processes {
         let ticks = rustix::param::clock_ticks_per_second().max(1);
         // In tests these are the host's.
         let files = if everything { in_memory()? } else { Vec::new() };
-        Ok(Processes { files, everything, me, page: rustix::param::page_size() as u64, tick_ns: 1_000_000_000 / ticks })
+        let kernel_threads = everything
+            && stat(2).is_some_and(|s| s.flags & KERNEL_THREAD != 0)
+            && std::path::Path::new("/proc/self/task/1/children").exists();
+        Ok(Processes {
+            files,
+            everything,
+            kernel_threads,
+            me,
+            page: rustix::param::page_size() as u64,
+            tick_ns: 1_000_000_000 / ticks,
+        })
     }
 
     /// What is in use now.
@@ -89,6 +101,14 @@ impl Processes {
 
     fn files(&self) -> u64 {
         self.files.iter().map(|(fd, before)| used(fd).unwrap_or(0).saturating_sub(*before)).sum()
+    }
+
+    /// Stops them all where they are. Only as PID 1.
+    pub(crate) fn stop_all(&self) {
+        if self.everything {
+            // As in `kill_all`. ESRCH: nobody is left.
+            rustix::process::kill_process_group(Pid::INIT, Signal::STOP).ok();
+        }
     }
 
     /// Kills them all and waits until they are gone. Hands each status that it reaped to `reaped`.
@@ -150,7 +170,23 @@ impl Processes {
         Some(field("Pss_Anon:").or_else(|| field("Pss:"))? * 1024 + if tables > WIDE / 512 { tables } else { 0 })
     }
 
+    /// The same by walking down from this process, whose descendants all others are. A VM has dozens of kernel
+    /// threads, and looking at one costs pages: a fork copies each page that the kernel counts a reference in.
+    fn tree(&self) -> Vec<(u32, Stat)> {
+        let (mut found, mut waiting) = (Vec::new(), Vec::new());
+        children(self.me, &mut waiting);
+        while let Some(pid) = waiting.pop() {
+            let Some(stat) = stat(pid) else { continue };
+            found.push((pid, stat));
+            children(pid, &mut waiting);
+        }
+        found
+    }
+
     fn list(&self) -> Vec<(u32, Stat)> {
+        if self.kernel_threads {
+            return self.tree();
+        }
         let mut found = Vec::new();
         let Ok(entries) = std::fs::read_dir("/proc") else { return found };
         for entry in entries.flatten() {
@@ -177,6 +213,15 @@ impl Processes {
             found.retain(|(pid, _)| ours.contains(pid));
         }
         found
+    }
+}
+
+/// The children of all threads of a process.
+fn children(pid: u32, into: &mut Vec<u32>) {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    for thread in threads.flatten() {
+        let text = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        into.extend(text.split_ascii_whitespace().filter_map(|word| word.parse::<u32>().ok()));
     }
 }
 

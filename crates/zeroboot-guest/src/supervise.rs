@@ -97,6 +97,8 @@ struct Run {
     /// A limit that was hit. The first one counts.
     stopped: Option<Ending>,
     noted_out_of_memory: bool,
+    /// In a VM: the program has ended with this status, says its runner, and its process lingers.
+    ended: Option<u8>,
     /// The runner has said that user code begins: from now on it is not believed.
     begun: bool,
 }
@@ -310,19 +312,26 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             output_left: limits.output,
             stopped: None,
             noted_out_of_memory: false,
+            ended: None,
             begun: false,
         };
         // Input that came together with `Run` is in the decoder already.
         self.take_stdin()?;
         self.feed_stdin();
-        while self.status.is_none() && run.stopped.is_none() {
+        while self.status.is_none() && run.stopped.is_none() && run.ended.is_none() {
             self.step(&mut run)?;
         }
         let wall = run.started.elapsed();
         let last = self.processes.usage();
         run.peak_memory = run.peak_memory.max(last.memory);
         // The run is over with its first process: nobody waits for a daemon that it left behind.
-        self.kill_all();
+        if run.ended.is_some() {
+            // The machine ends with the last frame. Tearing the process down would free its memory page by page,
+            // and in a fork each page that is touched is a page copied.
+            self.processes.stop_all();
+        } else {
+            self.kill_all();
+        }
         // What was written before the end is in the pipes, and no writer is left.
         self.drain(&mut run)?;
         self.read_control()?;
@@ -342,7 +351,8 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         let report = ExitReport {
             ending,
             wall_ns: nanos(wall),
-            cpu_ns: nanos(sys::reaped_cpu().saturating_sub(run.cpu_before)),
+            // What was not reaped is in the last look at the live ones.
+            cpu_ns: nanos(sys::reaped_cpu().max(last.cpu).saturating_sub(run.cpu_before)),
             peak_memory: run.peak_memory,
         };
         encode(&mut self.out, Kind::Exit, &report.encode());
@@ -358,7 +368,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if now >= run.next_tick {
             run.next_tick = now + TICK;
             self.tick(run)?;
-            if run.stopped.is_some() || self.status.is_some() {
+            if run.stopped.is_some() || run.ended.is_some() || self.status.is_some() {
                 return Ok(());
             }
         }
@@ -424,11 +434,15 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if let Some(ending) = run.stopped {
             return ending;
         }
-        let Some(status) = self.status else { return Ending::Crashed };
-        if let Some(code) = status.exit_status() {
+        let code = match (run.ended, self.status) {
+            (Some(code), _) => Some(i32::from(code)),
+            (None, Some(status)) => status.exit_status(),
+            (None, None) => return Ending::Crashed,
+        };
+        if let Some(code) = code {
             return if run.noted_out_of_memory && code == 1 { Ending::OutOfMemory(1) } else { Ending::Exited(code) };
         }
-        let signal = status.terminating_signal().unwrap_or(Signal::KILL.as_raw());
+        let signal = self.status.and_then(|s| s.terminating_signal()).unwrap_or(Signal::KILL.as_raw());
         if signal == Signal::XCPU.as_raw() && run.limits.cpu_ns != u64::MAX {
             return Ending::CpuLimit;
         }
@@ -464,6 +478,11 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                 }
                 Ok(Message::Failure(text)) if !run.begun => return Err(Stop::Failed(text.to_string())),
                 Ok(Message::Note(Note::OutOfMemory)) => run.noted_out_of_memory = true,
+                // Whoever says so without being the runner ends its own run with a status of its own choice, which
+                // it can do anyway. Only where the machine is thrown away: a process would be left.
+                Ok(Message::Ended(status)) if run.begun && self.transport.poll_fd().is_none() => {
+                    run.ended = Some(status)
+                }
                 // The program got hold of the socket. It harms itself only.
                 _ => {}
             }

@@ -64,7 +64,7 @@ kinds! {
     Exit = 0x86,
     /// The sandbox could not do what it was asked: UTF-8 text. The last frame.
     Failure = 0x87,
-    /// Runner to agent: one byte, [`crate::Note`].
+    /// Runner to agent: one byte, [`crate::Note`], or [`crate::ENDED`] and a status.
     Note = 0x88,
 }
 

@@ -26,7 +26,7 @@ mod message;
 mod payload;
 
 pub use frame::{Decoder, FrameError, HEADER_LEN, Header, Kind, MAX_FRAME, MAX_PAYLOAD, encode, encode_header};
-pub use message::{Command, Message, Note};
+pub use message::{Command, ENDED, Message, Note};
 pub use payload::{Ending, ExitReport, FileChunk, Identity, Limits, PayloadError};
 
 /// The version of this protocol. Server, worker and agent of one build always agree; a template

@@ -10,6 +10,9 @@ pub enum Note {
     OutOfMemory = 1,
 }
 
+/// First byte of a note of two that says that the program has ended; the second is its status.
+pub const ENDED: u8 = 2;
+
 /// One frame towards the sandbox.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command<'a> {
@@ -83,6 +86,9 @@ pub enum Message<'a> {
     Failure(&'a str),
     /// A runner's note to its agent.
     Note(Note),
+    /// A runner's word to its agent in a VM: the program has ended with this status, and its process waits to
+    /// be thrown away with the machine.
+    Ended(u8),
 }
 
 impl<'a> Message<'a> {
@@ -97,6 +103,9 @@ impl<'a> Message<'a> {
             Kind::Exit => Message::Exit(ExitReport::decode(payload)?),
             Kind::Failure => Message::Failure(core::str::from_utf8(payload).map_err(|_| PayloadError("failure"))?),
             Kind::Note if payload == [Note::OutOfMemory as u8] => Message::Note(Note::OutOfMemory),
+            Kind::Note if payload.len() == 2 && payload.first() == Some(&ENDED) => {
+                Message::Ended(payload.last().copied().unwrap_or_default())
+            }
             _ => return Err(PayloadError("message")),
         })
     }

@@ -11,6 +11,7 @@ pub(crate) enum Backend {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, expect(clippy::large_enum_variant, reason = "the small one is for tests only"))]
 pub(crate) enum Run {
     Engine(Execution),
     #[cfg(test)]

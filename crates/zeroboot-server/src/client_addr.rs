@@ -39,7 +39,7 @@ fn parse(word: &str) -> Option<IpAddr> {
 pub(crate) fn limit_name(address: Option<IpAddr>) -> u128 {
     match address {
         None => 0,
-        Some(IpAddr::V4(ip)) => u128::from(ip.to_ipv6_mapped().to_bits()),
+        Some(IpAddr::V4(ip)) => ip.to_ipv6_mapped().to_bits(),
         Some(IpAddr::V6(ip)) => ip.to_bits() >> 64 << 64,
     }
 }

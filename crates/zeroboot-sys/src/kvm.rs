@@ -6,7 +6,7 @@ use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    rc::Rc,
 };
 
 use kvm_bindings as kb;
@@ -167,7 +167,7 @@ impl Kvm {
 pub struct Vm {
     // Drop order: the VM's descriptor before our share of the memory that it maps.
     fd: ki::VmFd,
-    memory: Option<Arc<Mapping>>,
+    memory: Option<Rc<Mapping>>,
     caps: Caps,
 }
 
@@ -184,7 +184,7 @@ impl Vm {
             memory_size: memory.len(),
             userspace_addr: memory.host_address(),
         };
-        let memory = Arc::new(memory);
+        let memory = Rc::new(memory);
         // SAFETY: the region is one live mapping of ours. It stays mapped as long as the VM can use it:
         // this value and each of its vCPUs hold a share of it, and KVM runs a guest only through those.
         named("KVM_SET_USER_MEMORY_REGION", unsafe { self.fd.set_user_memory_region(region) })?;
@@ -193,7 +193,7 @@ impl Vm {
     }
 
     /// The memory, once set.
-    pub fn memory(&self) -> Option<&Arc<Mapping>> {
+    pub fn memory(&self) -> Option<&Rc<Mapping>> {
         self.memory.as_ref()
     }
 
@@ -277,7 +277,7 @@ pub enum VmExit<'a> {
 pub struct Vcpu {
     // Drop order: descriptor and kvm_run mapping first, then our share of the memory.
     fd: ki::VcpuFd,
-    _memory: Arc<Mapping>,
+    _memory: Rc<Mapping>,
     caps: Caps,
 }
 
@@ -466,7 +466,7 @@ impl Vcpu {
 
     /// FPU, SSE, AVX and whatever else the XSAVE area of this CPU holds: [`Caps::xsave`] bytes.
     pub fn xsave(&self) -> Result<Vec<u8>> {
-        let mut area = vec![0u64; self.caps.xsave.next_multiple_of(8) / 8];
+        let mut area = vec![0u64; self.caps.xsave.div_ceil(8)];
         let (number, call) = match self.caps.xsave {
             XSAVE_MIN => (KVM_GET_XSAVE, "KVM_GET_XSAVE"),
             _ => (KVM_GET_XSAVE2, "KVM_GET_XSAVE2"),

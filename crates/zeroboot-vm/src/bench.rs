@@ -349,13 +349,9 @@ impl Front for Timed {
     fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.decoder.feed(bytes);
         while let Ok(Some((kind, payload))) = self.decoder.next_frame() {
-            match kind {
-                Kind::Stdout => {
-                    self.first.get_or_insert_with(Instant::now);
-                    self.stdout.extend_from_slice(payload);
-                }
-
-                _ => {}
+            if kind == Kind::Stdout {
+                self.first.get_or_insert_with(Instant::now);
+                self.stdout.extend_from_slice(payload);
             }
         }
         Ok(())

@@ -280,8 +280,8 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
 fn enter(machine: &Machine, entry: u64, put: &impl Fn(u64, &[u8]) -> Result<(), LoadError>) -> Result<(), LoadError> {
     const PRESENT_WRITE: u64 = 3;
     const LARGE: u64 = 1 << 7;
-    put(PAGE_TABLES, &(PAGE_TABLES + 0x1000 | PRESENT_WRITE).to_le_bytes())?;
-    put(PAGE_TABLES + 0x1000, &(PAGE_TABLES + 0x2000 | PRESENT_WRITE).to_le_bytes())?;
+    put(PAGE_TABLES, &((PAGE_TABLES + 0x1000) | PRESENT_WRITE).to_le_bytes())?;
+    put(PAGE_TABLES + 0x1000, &((PAGE_TABLES + 0x2000) | PRESENT_WRITE).to_le_bytes())?;
     let directory: Vec<u8> = (0..512u64).flat_map(|i| (i << 21 | LARGE | PRESENT_WRITE).to_le_bytes()).collect();
     put(PAGE_TABLES + 0x2000, &directory)?;
 

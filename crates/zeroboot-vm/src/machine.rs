@@ -1,6 +1,6 @@
 //! The shape of the machine: one vCPU, a local APIC and nothing else, memory from address 0.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, rc::Rc};
 
 use zeroboot_sys::{
     kvm::{CpuidEntry, CpuidTable, Kvm, KvmError, Vcpu, Vm},
@@ -46,7 +46,7 @@ pub struct Machine {
     // Drop order: the vCPU (its descriptor and its kvm_run mapping each pin the VM), then the VM.
     pub(crate) vcpu: Vcpu,
     pub(crate) vm: Vm,
-    pub(crate) memory: Arc<Mapping>,
+    pub(crate) memory: Rc<Mapping>,
 }
 
 impl Machine {
@@ -72,7 +72,7 @@ impl Machine {
         vcpu.set_cpuid(&host.cpuid_table)?;
         step("set_cpuid");
         let memory = match vm.memory() {
-            Some(memory) => Arc::clone(memory),
+            Some(memory) => Rc::clone(memory),
             // set_memory above succeeded.
             None => unreachable!("a VM whose memory was just set has it"),
         };

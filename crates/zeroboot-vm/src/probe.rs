@@ -134,8 +134,8 @@ fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
             put(*at, bytes)?;
         }
         // Present, writable, user; the last level maps 2 MiB at once.
-        put(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes())?;
-        put(TABLES + 0x1000, &(TABLES + 0x2000 | 7).to_le_bytes())?;
+        put(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes())?;
+        put(TABLES + 0x1000, &((TABLES + 0x2000) | 7).to_le_bytes())?;
         put(TABLES + 0x2000, &(0x87u64).to_le_bytes())?;
         // 0x08, 0x10: ring 0 code and data; 0x1b, 0x23: ring 3 data and code, in the order that STAR wants.
         for (i, descriptor) in

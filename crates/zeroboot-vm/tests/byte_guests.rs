@@ -1,5 +1,6 @@
 //! Guests of a few bytes of real-mode code on the local `/dev/kvm`: everything about forks that needs no
 //! Linux in them. Without the device the tests say so and pass, unless `ZEROBOOT_REQUIRE_KVM=1`.
+#![allow(clippy::print_stderr, clippy::type_complexity, reason = "tests speak to people")]
 
 use std::{
     collections::VecDeque,

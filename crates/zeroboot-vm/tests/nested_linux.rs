@@ -3,6 +3,7 @@
 //! They need templates built on this very host: `ZEROBOOT_HOME` names where. `cargo xtask nested-suite` makes
 //! them and runs this. Without `ZEROBOOT_NESTED=1` (or `ZEROBOOT_REQUIRE_TEMPLATES=1`) the tests say that they
 //! were skipped.
+#![allow(clippy::print_stderr, clippy::type_complexity, reason = "tests speak to people")]
 
 use std::{
     collections::{HashMap, HashSet},
@@ -330,7 +331,7 @@ fn what_goes_in_and_out_is_exact() {
     code.extend(b"'\nprint(len(x))");
     assert_eq!(exec(python, &request(code)).ok().text(), ((1 << 20) - 5).to_string());
     // Files both ways, three megabytes of every byte; a file that is not there.
-    let data: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..3_000_000u32).map(|i| ((i * 7) >> 3) as u8).collect();
     let mut r = request(
         "import os; os.makedirs('out', exist_ok=True); d=open('in/data','rb').read(); open('out/data','wb').write(d[::-1]); print(len(d))",
     );

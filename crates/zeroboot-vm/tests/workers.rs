@@ -1,4 +1,5 @@
 //! Zygote and workers as processes, with guests of a few bytes. The program calls itself as the zygote.
+#![allow(clippy::print_stderr, clippy::type_complexity, reason = "tests speak to people")]
 
 use std::{
     io::{Read, Write},

@@ -292,7 +292,7 @@ impl Sandbox {
                 }
                 Message::Exit(report) => answer.report = Some(report),
                 Message::Failure(text) => answer.failure = Some(text.to_string()),
-                Message::Note(_) => panic!("a note is not for the front"),
+                Message::Note(_) | Message::Ended(_) => panic!("a note is not for the front"),
             }
         }
         if moved {

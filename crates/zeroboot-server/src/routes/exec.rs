@@ -136,13 +136,14 @@ impl UnderWay {
         let reason = match &error {
             // Words of our own; those of `Invalid` can quote the request.
             zeroboot_engine::ExecError::Invalid(_) => "invalid request".to_owned(),
-            other => other.to_string(),
+            // A broken guest's words can be in it: not too many of them, and no line of their own in the log.
+            other => other.to_string().chars().take(300).collect(),
         };
         let api = ApiError::from(error);
         if api.status.is_server_error() {
             self.app.metrics.failed(api.code);
             let (template, _) = self.app.catalog.get(self.template);
-            tracing::warn!(request_id = %self.request_id, template, code = api.code, reason, "no outcome");
+            tracing::warn!(request_id = %self.request_id, template, code = api.code, ?reason, "no outcome");
         }
         api
     }

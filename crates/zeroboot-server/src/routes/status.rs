@@ -103,7 +103,8 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
             isolation: status.isolation.as_str(),
             version: &status.version,
             warmed: &status.warmed,
-            numpy: status.warmed.iter().any(|module| module == "numpy"),
+            // Such as `numpy 2.4.6`.
+            numpy: status.warmed.iter().any(|module| module.split(" ").next() == Some("numpy")),
             memory_mb: (status.memory as f64 / (1024.0 * 1024.0) * 10.0).round() / 10.0,
             pool_ready: status.pool_ready,
             pool_target: status.pool_target,
