@@ -537,6 +537,7 @@ def unraisable(where):
 
 
 FFLUSH = None
+PLUGS = []
 
 
 def finish(main, status=0):
@@ -729,8 +730,34 @@ def prepare(arguments):
     ready = json.dumps(ready).encode()
     # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
     gc.collect()
+    PLUGS.append(plug_holes())
     gc.freeze()
     return options, ready, generators
+
+
+def plug_holes():
+    """Fills the holes that warming left in CPython's small-object pools, for good.
+
+    A fork's objects would go into them, one here and one there, and each copies a page. Once they are full, new objects
+    lie side by side in fresh pools. Returns what fills them: to be kept alive.
+    """
+    pool = 16384 if sys.version_info >= (3, 10) else 4096
+    plugs = []
+    for size in range(16, 513, 16):
+        # What an object of this size class is made of; a number has 28 bytes, an object 16, and bytes 33 and their length.
+        make = object if size == 16 else (lambda: int("1000")) if size == 32 else (lambda size=size: bytes(size - 33))
+        following = run = 0
+        # The bound is for an allocator that has no pools.
+        for _ in range((2 << 20) // size):
+            plug = make()
+            plugs.append(plug)
+            at = id(plug)
+            # A pool is taken only when all others of its class are full; its first block comes after a header of 48 bytes.
+            run = 1 if at % pool == 48 else run + 1 if run and at == following else 0
+            following = at + size
+            if run == 3:
+                break
+    return plugs
 
 
 def main():
