@@ -490,6 +490,7 @@ class Program:
 
     def run(self, note_fd):
         """Runs the code to its end; never returns."""
+        note = os.fstat(note_fd)
         status, program, error = 0, None, None
         try:
             program = compile(self.code, self.filename, "exec", dont_inherit=True)
@@ -513,13 +514,18 @@ class Program:
             # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        if LINGER and os.getpid() == self.pid:
-            # The machine is thrown away with the process in it: taking the process down first costs more than it ran.
+        elif os.getpid() == self.pid:
+            # The agent throws the process away, in a VM with the machine: taking it down first costs more than it ran.
             try:
-                send(note_fd, NOTE, NOTE_ENDED + bytes([status & 0xFF]))
-                os.kill(os.getpid(), signal.SIGSTOP)
-            except OSError:
-                # The program closed the descriptor: then it ends as any process.
+                # Not into a file that the program has put in its place.
+                if os.path.samestat(os.fstat(note_fd), note):
+                    send(note_fd, NOTE, NOTE_ENDED + bytes([status & 0xFF]))
+                    if LINGER:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    # The agent's signal comes long before.
+                    time.sleep(1)
+            except BaseException:
+                # The program closed the descriptor, or its handler of a signal raised: it ends as any process.
                 pass
         os._exit(status)
 
