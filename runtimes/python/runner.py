@@ -490,6 +490,7 @@ class Program:
 
     def run(self, note_fd):
         """Runs the code to its end; never returns."""
+        note = os.fstat(note_fd)
         status, program, error = 0, None, None
         try:
             program = compile(self.code, self.filename, "exec", dont_inherit=True)
@@ -513,13 +514,18 @@ class Program:
             # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        if LINGER and os.getpid() == self.pid:
-            # The machine is thrown away with the process in it: taking the process down first costs more than it ran.
+        elif os.getpid() == self.pid:
+            # The agent throws the process away, in a VM with the machine: taking it down first costs more than it ran.
             try:
-                send(note_fd, NOTE, NOTE_ENDED + bytes([status & 0xFF]))
-                os.kill(os.getpid(), signal.SIGSTOP)
-            except OSError:
-                # The program closed the descriptor: then it ends as any process.
+                # Not into a file that the program has put in its place.
+                if os.path.samestat(os.fstat(note_fd), note):
+                    send(note_fd, NOTE, NOTE_ENDED + bytes([status & 0xFF]))
+                    if LINGER:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    # The agent's signal comes long before.
+                    time.sleep(1)
+            except BaseException:
+                # The program closed the descriptor, or its handler of a signal raised: it ends as any process.
                 pass
         os._exit(status)
 
@@ -537,6 +543,7 @@ def unraisable(where):
 
 
 FFLUSH = None
+PLUGS = []
 
 
 def finish(main, status=0):
@@ -729,8 +736,34 @@ def prepare(arguments):
     ready = json.dumps(ready).encode()
     # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
     gc.collect()
+    PLUGS.append(plug_holes())
     gc.freeze()
     return options, ready, generators
+
+
+def plug_holes():
+    """Fills the holes that warming left in CPython's small-object pools, for good.
+
+    A fork's objects would go into them, one here and one there, and each copies a page. Once they are full, new objects
+    lie side by side in fresh pools. Returns what fills them: to be kept alive.
+    """
+    pool = 16384 if sys.version_info >= (3, 10) else 4096
+    plugs = []
+    for size in range(16, 513, 16):
+        # What an object of this size class is made of; a number has 28 bytes, an object 16, and bytes 33 and their length.
+        make = object if size == 16 else (lambda: int("1000")) if size == 32 else (lambda size=size: bytes(size - 33))
+        following = run = 0
+        # The bound is for an allocator that has no pools.
+        for _ in range((2 << 20) // size):
+            plug = make()
+            plugs.append(plug)
+            at = id(plug)
+            # A pool is taken only when all others of its class are full; its first block comes after a header of 48 bytes.
+            run = 1 if at % pool == 48 else run + 1 if run and at == following else 0
+            following = at + size
+            if run == 3:
+                break
+    return plugs
 
 
 def main():

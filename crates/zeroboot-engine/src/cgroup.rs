@@ -38,6 +38,7 @@ impl Cgroups {
         // A delegated group (systemd's Delegate=yes) first, the root (as root, in no service) second.
         let mut reasons = Vec::new();
         for base in [own.as_path(), root] {
+            sweep(base);
             match claim_below(base) {
                 Ok(parent) => return Ok(Cgroups { parent }),
                 Err(error) => reasons.push(format!("{}: {error}", base.display())),
@@ -61,6 +62,26 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         // Sandboxes that still end keep it; nothing of ours runs in it then, and an empty group costs nothing.
         let _busy = fs::remove_dir(&self.parent);
+    }
+}
+
+/// Removes the groups of fronts that were killed: nobody was left to do it. Nothing runs in them, so a group that
+/// cannot be removed is not such a one.
+fn sweep(base: &Path) {
+    let directories = |path: &Path| {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+    };
+    for group in directories(base) {
+        let name = group.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Some(pid) = name.strip_prefix("zeroboot-").and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        if Path::new("/proc").join(pid.to_string()).exists() {
+            continue;
+        }
+        for sandbox in directories(&group) {
+            let _busy = fs::remove_dir(sandbox);
+        }
+        let _busy = fs::remove_dir(group);
     }
 }
 
@@ -121,5 +142,24 @@ impl Drop for Cgroup {
         if let Err(error) = fs::remove_dir(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove a sandbox's cgroup");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_of_dead_fronts_are_swept_and_others_stay() {
+        let base = tempfile::tempdir().unwrap();
+        let dead = format!("zeroboot-{}", u32::MAX);
+        let alive = format!("zeroboot-{}", std::process::id());
+        for path in [&format!("{dead}/sandbox-1"), &alive, "zeroboot-front", "other"] {
+            fs::create_dir_all(base.path().join(path)).unwrap();
+        }
+        sweep(base.path());
+        let mut left: Vec<_> = fs::read_dir(base.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["other".into(), std::ffi::OsString::from(alive), "zeroboot-front".into()]);
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct Processes {
     everything: bool,
     /// `/proc` shows kernel threads beside the sandbox's processes: a VM.
     kernel_threads: bool,
+    /// The kernel tells the children of a process.
+    has_children: bool,
     me: u32,
     page: u64,
     tick_ns: u64,
@@ -49,7 +51,9 @@ pub(crate) struct Usage {
 struct Stat {
     ppid: u32,
     flags: u64,
-    ticks: u64,
+    own_ticks: u64,
+    /// Of the children that it has waited for.
+    reaped_ticks: u64,
     /// The first thread has ended, others run on: `/proc/PID` itself then shows no memory.
     headless: bool,
 }
@@ -66,13 +70,13 @@ impl Processes {
         let ticks = rustix::param::clock_ticks_per_second().max(1);
         // In tests these are the host's.
         let files = if everything { in_memory()? } else { Vec::new() };
-        let kernel_threads = everything
-            && stat(2).is_some_and(|s| s.flags & KERNEL_THREAD != 0)
-            && std::path::Path::new("/proc/self/task/1/children").exists();
+        let has_children = std::path::Path::new(&format!("/proc/self/task/{me}/children")).exists();
+        let kernel_threads = everything && has_children && stat(2).is_some_and(|s| s.flags & KERNEL_THREAD != 0);
         Ok(Processes {
             files,
             everything,
             kernel_threads,
+            has_children,
             me,
             page: rustix::param::page_size() as u64,
             tick_ns: 1_000_000_000 / ticks,
@@ -81,13 +85,35 @@ impl Processes {
 
     /// What is in use now.
     pub(crate) fn usage(&self) -> Usage {
-        let mut usage = Usage { cpu: sys::reaped_cpu(), memory: 0 };
-        for (pid, stat) in self.list() {
-            usage.cpu += Duration::from_nanos(stat.ticks.saturating_mul(self.tick_ns));
-            usage.memory += self.anonymous(pid, &stat);
+        self.usage_of(&self.list())
+    }
+
+    /// CPU time of one process and of all that were reaped: what [`Processes::usage`] says while there is only one.
+    pub(crate) fn cpu_of(&self, pid: Pid) -> Duration {
+        let pid = pid.as_raw_nonzero().get();
+        sys::reaped_cpu() + sys::cpu_clock(pid).unwrap_or_default()
+    }
+
+    /// As [`Processes::usage`], and does not look at all of `/proc`, which costs more than a short run. A process that
+    /// changes its parent meanwhile can be missed, so this is for the report and not for limits.
+    pub(crate) fn usage_at_end(&self) -> Usage {
+        if self.has_children { self.usage_of(&self.tree()) } else { self.usage() }
+    }
+
+    fn usage_of(&self, processes: &[(u32, Stat)]) -> Usage {
+        let mut usage = Usage { cpu: sys::reaped_cpu(), memory: self.files() };
+        for (pid, stat) in processes {
+            usage.cpu += self.cpu(*pid, stat);
+            usage.memory += self.anonymous(*pid, stat);
         }
-        usage.memory += self.files();
         usage
+    }
+
+    /// To the nanosecond for what it ran itself; in ticks for the children that it has waited for.
+    fn cpu(&self, pid: u32, stat: &Stat) -> Duration {
+        let ticks = |n: u64| Duration::from_nanos(n.saturating_mul(self.tick_ns));
+        let own = i32::try_from(pid).ok().and_then(sys::cpu_clock).unwrap_or_else(|| ticks(stat.own_ticks));
+        own + ticks(stat.reaped_ticks)
     }
 
     /// Memory with shared pages divided among their users. Exact and slow: it walks page tables.
@@ -103,11 +129,18 @@ impl Processes {
         self.files.iter().map(|(fd, before)| used(fd).unwrap_or(0).saturating_sub(*before)).sum()
     }
 
-    /// Stops them all where they are. Only as PID 1.
-    pub(crate) fn stop_all(&self) {
+    /// Sends a signal to each of them.
+    pub(crate) fn signal_all(&self, signal: Signal) {
         if self.everything {
-            // As in `kill_all`. ESRCH: nobody is left.
-            rustix::process::kill_process_group(Pid::INIT, Signal::STOP).ok();
+            // To "process group 1" means kill(-1): every process but the caller, atomically. ESRCH: nobody left.
+            rustix::process::kill_process_group(Pid::INIT, signal).ok();
+            return;
+        }
+        for (pid, _) in self.list() {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                // Gone meanwhile is what we want.
+                rustix::process::kill_process(pid, signal).ok();
+            }
         }
     }
 
@@ -115,17 +148,7 @@ impl Processes {
     pub(crate) fn kill_all(&self, mut reaped: impl FnMut(Pid, WaitStatus)) {
         let started = Instant::now();
         loop {
-            if self.everything {
-                // To "process group 1" means kill(-1): every process but the caller, atomically. ESRCH: nobody left.
-                rustix::process::kill_process_group(Pid::INIT, Signal::KILL).ok();
-            } else {
-                for (pid, _) in self.list() {
-                    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                        // Gone meanwhile is what we want.
-                        rustix::process::kill_process(pid, Signal::KILL).ok();
-                    }
-                }
-            }
+            self.signal_all(Signal::KILL);
             loop {
                 match rustix::process::wait(WaitOptions::NOHANG) {
                     Ok(Some((pid, status))) => reaped(pid, status),
@@ -233,10 +256,10 @@ fn stat(pid: u32) -> Option<Stat> {
     let fields: Vec<&str> = text.split_ascii_whitespace().collect();
     let number = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok());
     // proc(5): state is field 3, here 0; ppid 4, flags 9, utime to cstime 14 to 17.
-    let ticks = (11..=14).filter_map(number).sum();
+    let (own_ticks, reaped_ticks) = (number(11)? + number(12)?, number(13)? + number(14)?);
     // num_threads is field 20.
     let headless = fields.first() == Some(&"Z") && number(17)? > 1;
-    Some(Stat { ppid: u32::try_from(number(1)?).ok()?, flags: number(6)?, ticks, headless })
+    Some(Stat { ppid: u32::try_from(number(1)?).ok()?, flags: number(6)?, own_ticks, reaped_ticks, headless })
 }
 
 /// The file systems of [`IN_MEMORY`] that are there, each once.

@@ -23,7 +23,7 @@ use zeroboot_proto::{
 };
 
 use crate::files::Files;
-use crate::limits;
+use crate::limits::Ceilings;
 use crate::processes::{Processes, oom_kills};
 use crate::runner::{Runner, readable};
 use crate::sys;
@@ -83,6 +83,13 @@ struct Request {
     wanted: Vec<Vec<u8>>,
 }
 
+/// What a run needs to know of the warm runner, found out while nobody waits.
+struct Prepared {
+    ceilings: Ceilings,
+    memory: u64,
+    oom_kills: Option<u64>,
+}
+
 /// Figures of the run that is on.
 struct Run {
     limits: Limits,
@@ -97,7 +104,7 @@ struct Run {
     /// A limit that was hit. The first one counts.
     stopped: Option<Ending>,
     noted_out_of_memory: bool,
-    /// In a VM: the program has ended with this status, says its runner, and its process lingers.
+    /// The program has ended with this status, says its runner, and its process lingers.
     ended: Option<u8>,
     /// The runner has said that user code begins: from now on it is not believed.
     begun: bool,
@@ -119,6 +126,7 @@ pub(crate) struct Supervisor<T, H> {
     stdin: VecDeque<u8>,
     stdin_ended: bool,
     control_ended: bool,
+    prepared: Option<Prepared>,
     status: Option<WaitStatus>,
     stderr_tail: Vec<u8>,
     buffer: Box<[u8]>,
@@ -160,6 +168,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             stdin: VecDeque::new(),
             stdin_ended: false,
             control_ended: false,
+            prepared: None,
             status: None,
             stderr_tail: Vec::new(),
             buffer: vec![0; MAX_PAYLOAD].into_boxed_slice(),
@@ -203,6 +212,12 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             if let Some((kind, payload)) = next(&mut self.from_runner)? {
                 return match Message::decode(kind, payload) {
                     Ok(Message::Ready) => {
+                        self.prepared = Some(Prepared {
+                            ceilings: Ceilings::take(&self.runner),
+                            memory: self.processes.usage_at_end().memory,
+                            // A VM stands still from here to the request. Elsewhere it would be the count of a past time.
+                            oom_kills: if self.transport.poll_fd().is_none() { oom_kills() } else { None },
+                        });
                         encode(&mut self.out, Kind::Ready, payload);
                         self.stderr_tail.clear();
                         self.flush_front()
@@ -296,8 +311,9 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             return Err(Stop::Failed("Run came without an Identity".into()));
         }
         let limits = request.limits.ok_or_else(|| Stop::Failed("Run came without Limits".into()))?;
-        let before = self.processes.usage();
-        limits::apply(&self.runner, &limits, before.cpu).map_err(Stop::Failed)?;
+        let prepared = self.prepared.take().ok_or_else(|| Stop::Failed("Run came before Ready".into()))?;
+        let cpu_before = self.processes.cpu_of(self.runner.pid);
+        prepared.ceilings.apply(&self.runner, &limits, cpu_before).map_err(Stop::Failed)?;
         encode(&mut self.control_out, Kind::Run, &[]);
         let started = Instant::now();
         self.flush_control()?;
@@ -306,9 +322,10 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             started,
             deadline: started.checked_add(Duration::from_nanos(limits.wall_ns)),
             next_tick: started + TICK,
-            cpu_before: before.cpu,
-            oom_before: oom_kills(),
-            peak_memory: before.memory,
+            cpu_before,
+            // A long text: read while the runner is at work already.
+            oom_before: prepared.oom_kills.or_else(oom_kills),
+            peak_memory: prepared.memory,
             output_left: limits.output,
             stopped: None,
             noted_out_of_memory: false,
@@ -322,17 +339,19 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             self.step(&mut run)?;
         }
         let wall = run.started.elapsed();
-        let last = self.processes.usage();
+        let last = self.processes.usage_at_end();
         run.peak_memory = run.peak_memory.max(last.memory);
         // The run is over with its first process: nobody waits for a daemon that it left behind.
-        if run.ended.is_some() {
+        match run.ended {
             // The machine ends with the last frame. Tearing the process down would free its memory page by page,
             // and in a fork each page that is touched is a page copied.
-            self.processes.stop_all();
-        } else {
-            self.kill_all();
+            Some(_) if self.transport.poll_fd().is_none() => self.processes.signal_all(Signal::STOP),
+            // None of them comes back from the kernel to its program. Nobody has to wait for their memory to be freed;
+            // the caller of this does, after the last frame.
+            Some(_) if request.wanted.is_empty() => self.processes.signal_all(Signal::KILL),
+            _ => self.kill_all(),
         }
-        // What was written before the end is in the pipes, and no writer is left.
+        // What was written before the end is in the pipes, and no writer is left or can begin another write.
         self.drain(&mut run)?;
         self.read_control()?;
         self.notes(&mut run)?;
@@ -387,6 +406,10 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if seen.control {
             self.read_control()?;
             self.notes(run)?;
+            if run.ended.is_some() {
+                // The rest of the output goes with the end.
+                return Ok(());
+            }
         }
         if seen.stdout {
             self.pump(run, true)?;
@@ -479,9 +502,9 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                 Ok(Message::Failure(text)) if !run.begun => return Err(Stop::Failed(text.to_string())),
                 Ok(Message::Note(Note::OutOfMemory)) => run.noted_out_of_memory = true,
                 // Whoever says so without being the runner ends its own run with a status of its own choice, which
-                // it can do anyway. Only where the machine is thrown away: a process would be left.
-                Ok(Message::Ended(status)) if run.begun && self.transport.poll_fd().is_none() => {
-                    run.ended = Some(status)
+                // it can do anyway. It changes no ending that is decided.
+                Ok(Message::Ended(status)) if run.begun && run.stopped.is_none() && self.status.is_none() => {
+                    run.ended.get_or_insert(status);
                 }
                 // The program got hold of the socket. It harms itself only.
                 _ => {}
@@ -492,7 +515,8 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
     // ---- output
 
     /// One read of a stream into a frame for the front. The output limit is exact.
-    fn pump(&mut self, run: &mut Run, stdout: bool) -> Result<(), Stop> {
+    /// Says how many bytes were read.
+    fn pump(&mut self, run: &mut Run, stdout: bool) -> Result<usize, Stop> {
         // `Started` was sent before the first byte of output: it must not come after it.
         if !run.begun {
             self.read_control()?;
@@ -509,7 +533,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if allowed < n && run.stopped.is_none() {
             run.stopped = Some(Ending::OutputLimit);
         }
-        Ok(())
+        Ok(n)
     }
 
     /// Reads once into `buffer`; closes our end at the stream's. Keeps the tail of stderr.
@@ -534,19 +558,17 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         }
     }
 
-    /// The rest of both streams, once no writer is alive.
+    /// The rest of both streams, once no writer is alive or is going to write again.
     fn drain(&mut self, run: &mut Run) -> Result<(), Stop> {
         for stdout in [true, false] {
             loop {
-                let end = if stdout { &self.runner.stdout } else { &self.runner.stderr };
-                match end {
-                    Some(fd) if readable(fd) => {}
-                    _ => break,
-                }
                 if run.output_left == 0 && run.stopped.is_some() {
                     break;
                 }
-                self.pump(run, stdout)?;
+                // 0: at its end, or nothing more. Our ends do not block.
+                if self.pump(run, stdout)? == 0 {
+                    break;
+                }
                 if self.out.len() >= OUT_FULL {
                     self.flush_front()?;
                 }

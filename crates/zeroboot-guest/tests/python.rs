@@ -80,6 +80,31 @@ fn os_exit_skips_everything_but_its_status() {
 }
 
 #[test]
+fn a_forged_word_of_the_end_does_what_os_exit_does() {
+    let code = r#"
+import os, stat, struct, subprocess, time
+subprocess.Popen(["sleep", "1000"], stdout=1)
+print("before")
+for fd in range(3, 64):
+    try:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.write(fd, struct.pack("<IB3x", 2, 0x88) + b"\x02\x07")
+    except OSError:
+        pass
+time.sleep(1000)
+"#;
+    let answer = python(code);
+    assert_eq!((answer.ending(), answer.out()), (Ending::Exited(7), "before\n"));
+}
+
+#[test]
+fn a_program_that_takes_the_runners_descriptor_for_itself_gets_no_word_in_its_file() {
+    let code = "import os\nf = os.open('mine', os.O_CREAT | os.O_RDWR)\nos.dup2(f, 20)\nprint(1)\nimport atexit\natexit.register(print, 2)";
+    let answer = Sandbox::python("").run(Request::new(code));
+    assert_eq!((answer.ending(), answer.out()), (Ending::Exited(0), "1\n2\n"));
+}
+
+#[test]
 fn a_program_is_main_and_sees_none_of_our_names() {
     let answer = python(
         "import sys, inspect\nclass C: pass\n\nif __name__ == '__main__':\n    print(sys.modules['__main__'].__dict__ is globals(), sys.argv, C.__module__)\n    print(sorted(n for n in globals() if n != '__annotations__'), sys.path[0] == '')\n    import pickle\n    print(type(pickle.loads(pickle.dumps(C()))) is C)\n",

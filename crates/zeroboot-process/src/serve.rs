@@ -130,13 +130,9 @@ impl Zygote {
         match process::clone_into(process::SANDBOX_NAMESPACES).map_err(step("clone3"))? {
             Forked::Parent((pid, pidfd)) => {
                 drop((mapped, socket, cgroup));
-                if let Err(error) = jail::write_id_maps(self.proc.as_fd(), pid, outside) {
+                if let Err(error) = jail::settle_child(self.proc.as_fd(), pid, pidfd.as_fd(), outside) {
                     kill(&pidfd);
                     return Err(step("write the id maps")(error));
-                }
-                if let Err(error) = jail::prefer_for_oom(self.proc.as_fd(), pid) {
-                    kill(&pidfd);
-                    return Err(step("set the out-of-memory score")(error));
                 }
                 // One byte lets the worker go on; a worker that is gone already shows on its socket.
                 if rustix::io::write(&mapping, b"x").is_err() {
@@ -224,12 +220,13 @@ impl Zygote {
         // A process group holds across pid namespaces: in the zygote's, kill(0, …) would reach the zygote and all
         // other sandboxes wherever the user ids allow it.
         rustix::process::setsid()?;
+        if let Some(procs) = cgroup {
+            // Before the change of user: up to Linux 5.15 it is the writer who must have the right.
+            rustix::io::write(&procs, b"0")?;
+        }
         jail::become_sandbox_user()?;
         // After the change of user, which clears it.
         process::die_with_parent()?;
-        if let Some(procs) = cgroup {
-            rustix::io::write(&procs, b"0")?;
-        }
         let mut unique = [0u8; 6];
         rustix::rand::getrandom(&mut unique, rustix::rand::GetRandomFlags::empty())?;
         let name: String = unique.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -86,8 +86,8 @@ pub enum Message<'a> {
     Failure(&'a str),
     /// A runner's note to its agent.
     Note(Note),
-    /// A runner's word to its agent in a VM: the program has ended with this status, and its process waits to
-    /// be thrown away with the machine.
+    /// A runner's word to its agent: the program has ended with this status and has written all its output, and its
+    /// process waits to be thrown away.
     Ended(u8),
 }
 
@@ -130,7 +130,21 @@ mod tests {
         assert!(Message::decode(Kind::Code, b"x").is_err());
     }
 
+    #[test]
+    fn a_note_is_exactly_its_bytes() {
+        assert_eq!(Message::decode(Kind::Note, &[1]), Ok(Message::Note(Note::OutOfMemory)));
+        for bad in [&b""[..], b"\0", b"\x01\0", b"\x02", b"\x02\0\0", b"\x03", b"\x03\0"] {
+            assert!(Message::decode(Kind::Note, bad).is_err(), "{bad:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn the_end_of_a_program_is_told_with_any_status(status in any::<u8>()) {
+            let note = [ENDED, status];
+            prop_assert_eq!(Message::decode(Kind::Note, &note), Ok(Message::Ended(status)));
+        }
+
         #[test]
         fn no_frame_makes_them_panic(kind in 0..Kind::ALL.len(), bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Command::decode(Kind::ALL[kind], &bytes);

@@ -253,4 +253,38 @@ mod tests {
             assert!(file.apply(&mut ServerConfig::default()).is_err(), "{text}");
         }
     }
+
+    /// The block of a document that begins after `start`, without the indentation that it has there.
+    fn block(text: &str, start: &str, end: &str) -> String {
+        let from = text.find(start).unwrap() + start.len();
+        let lines = text[from..].split(end).next().unwrap().lines();
+        lines.map(|line| format!("{}\n", line.trim_start())).collect()
+    }
+
+    #[test]
+    fn the_documented_defaults_are_the_defaults() {
+        let text = block(include_str!("../../../docs/deployment.md"), "```toml\n", "```");
+        let file: FileConfig = toml::from_str(&text).unwrap();
+        let mut config = ServerConfig::default();
+        config.limits.max_batch = 1; // To see that the file is taken at all.
+        file.apply(&mut config).unwrap();
+        assert_eq!(config, ServerConfig::default());
+        // What is commented out there is understood too.
+        let all = text.replace("# [[", "[[").lines().fold(String::new(), |all, line| {
+            let line = line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line);
+            all + line + "\n"
+        });
+        let file: FileConfig = toml::from_str(&all).unwrap();
+        assert_eq!((file.template.len(), file.limits.key_concurrency), (1, Some(32)));
+    }
+
+    #[test]
+    fn the_files_in_deploy_are_valid() {
+        let kubernetes = block(include_str!("../../../deploy/kubernetes/zeroboot.yaml"), "zeroboot.toml: |\n", "---");
+        for text in [include_str!("../../../deploy/systemd/zeroboot.toml"), &kubernetes] {
+            let file: FileConfig = toml::from_str(text).unwrap();
+            let keys = crate::Overrides { keys_file: Some("/keys".into()), ..crate::Overrides::default() };
+            ServerConfig::resolve(&file, crate::Overrides::default(), keys).unwrap();
+        }
+    }
 }

@@ -7,6 +7,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
     process::Pid,
     thread::{CapabilitySet, CapabilitySets},
@@ -16,31 +17,31 @@ use seccompiler::{BpfProgram, TargetArch};
 /// The user and group that code has inside every sandbox.
 pub const SANDBOX_UID: u32 = 1000;
 
-/// Gives a process in a fresh user namespace its one user: `outside` of the caller's namespace appears as
-/// [`SANDBOX_UID`]. `proc` is a directory descriptor of the caller's own `/proc`.
-pub fn write_id_maps(proc: BorrowedFd<'_>, child: Pid, outside: u32) -> io::Result<()> {
-    let pid = child.as_raw_nonzero();
+/// Gives a child in a fresh user namespace its one user: `outside` of the caller's namespace appears as
+/// [`SANDBOX_UID`]. Makes it, and all that it will start, the first to go when the host runs out of memory: before
+/// the server and the zygote. `proc` is a directory descriptor of the caller's own `/proc`.
+pub fn settle_child(proc: BorrowedFd<'_>, child: Pid, pidfd: BorrowedFd<'_>, outside: u32) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::openat(proc, child.as_raw_nonzero().to_string(), flags, Mode::empty())?;
+    // Children are reaped by the kernel, so a number can be given out again: a child that lives now, after the
+    // directory was opened, is the one that the directory is of.
+    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+    if poll(&mut ended, Some(&Timespec::default()))? != 0 {
+        return Err(io::Error::other("it ended at once"));
+    }
     let write = |file: &str, text: &str| -> io::Result<()> {
-        let fd = rustix::fs::openat(proc, format!("{pid}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let fd = rustix::fs::openat(&dir, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
         let written = rustix::io::write(&fd, text.as_bytes())?;
-        if written == text.len() { Ok(()) } else { Err(io::Error::other("short write of an id map")) }
+        if written == text.len() { Ok(()) } else { Err(io::Error::other(format!("short write of {file}"))) }
     };
+    write("oom_score_adj", "1000")?;
     // Groups first denied: an unprivileged map of groups needs it (user_namespaces(7)).
     write("setgroups", "deny")?;
     write("gid_map", &format!("{SANDBOX_UID} {outside} 1\n"))?;
     write("uid_map", &format!("{SANDBOX_UID} {outside} 1\n"))
 }
 
-/// Makes a child, and all that it will start, the first to go when the host runs out of memory: before the
-/// server and before the zygote.
-pub fn prefer_for_oom(proc: BorrowedFd<'_>, child: Pid) -> io::Result<()> {
-    let pid = child.as_raw_nonzero();
-    let fd = rustix::fs::openat(proc, format!("{pid}/oom_score_adj"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let written = rustix::io::write(&fd, b"1000")?;
-    if written == 4 { Ok(()) } else { Err(io::Error::other("short write of the out-of-memory score")) }
-}
-
-/// Becomes [`SANDBOX_UID`] in a user namespace whose map [`write_id_maps`] wrote. Capabilities stay: no id 0
+/// Becomes [`SANDBOX_UID`] in a user namespace whose map [`settle_child`] wrote. Capabilities stay: no id 0
 /// exists here, so the kernel sees no change from root.
 pub fn become_sandbox_user() -> io::Result<()> {
     // Raw calls: glibc's wrappers signal every thread, and in a cloned child its thread list is stale.

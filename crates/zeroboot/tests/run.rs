@@ -190,7 +190,7 @@ fn node_runs_scripts_modules_and_top_level_await() {
     let module = "import os from 'node:os'\nconsole.log(typeof os.cpus, await Promise.resolve(7))";
     assert_eq!(node(module).go().good(), "function 7\n");
     let script =
-        "const fs = require('fs')\nconsole.log(fs.readFileSync(0, 'utf8').toUpperCase(), process.argv.slice(2))";
+        "const fs = require('fs')\nconsole.log(fs.readFileSync(0, 'utf8').toUpperCase(), process.argv.slice(1))";
     assert_eq!(node(script).args(["a"]).stdin("in").go().good(), "IN [ 'a' ]\n");
     let file = Cli::bare(Who::Me).args(["run", "--engine", "process"]).file("s.mjs", "console.log(import.meta.url)");
     assert_eq!(file.args(["s.mjs"]).go().good(), "file:///home/sandbox/s.mjs\n");

@@ -174,7 +174,7 @@ impl UnderWay {
             };
             if let Some(budget) = budget {
                 let left =
-                    budget.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
+                    budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
                 left.map_err(|_| ApiError::new("batch_output_limit", "The batch brings back too much output"))?;
             }
             match event {

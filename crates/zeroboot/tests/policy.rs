@@ -1,0 +1,43 @@
+//! Policies and the threat model say why and what shows it.
+
+use std::{fs, path::Path};
+
+fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+#[test]
+fn every_rule_of_every_policy_has_a_reason() {
+    let mut rules = 0;
+    for entry in fs::read_dir(repository().join("policy")).unwrap() {
+        let path = entry.unwrap().path();
+        let policy: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for (name, filter) in policy.as_object().unwrap() {
+            for rule in filter["filter"].as_array().unwrap() {
+                let reason = rule["comment"].as_str().unwrap_or_default();
+                assert!(reason.len() > 5, "{}: {name}: {rule}", path.display());
+                rules += 1;
+            }
+        }
+    }
+    assert!(rules > 100, "{rules}");
+}
+
+#[test]
+fn every_test_that_the_threat_model_names_exists() {
+    let model = fs::read_to_string(repository().join("docs/threat-model.md")).unwrap();
+    let mut sources = String::new();
+    for tests in ["zeroboot", "zeroboot-vm"].map(|name| repository().join("crates").join(name).join("tests")) {
+        for entry in fs::read_dir(tests).unwrap().flatten().filter(|e| e.path().is_file()) {
+            sources.push_str(&fs::read_to_string(entry.path()).unwrap());
+        }
+    }
+    // A name of a test is a sentence: more words than that of anything else in backquotes.
+    let named =
+        model.split('`').skip(1).step_by(2).filter(|name| name.matches('_').count() >= 3 && !name.contains(' '));
+    let named: Vec<&str> = named.collect();
+    assert!(named.len() > 30, "{named:?}");
+    for name in named {
+        assert!(sources.contains(&format!("fn {}", name.trim_end_matches('*'))), "no test {name}");
+    }
+}
