@@ -4,7 +4,7 @@ use std::{path::Path, rc::Rc};
 
 use zeroboot_sys::{
     kvm::{CpuidEntry, CpuidTable, Kvm, KvmError, Vcpu, Vm},
-    memory::Mapping,
+    memory::{BootMemory, Mapping, MiB},
 };
 
 /// The KVM device with what every VM of this process needs, read once.
@@ -32,6 +32,13 @@ impl Host {
     /// The same in the form that the kernel takes.
     pub(crate) fn cpuid_table(&self) -> &CpuidTable {
         &self.cpuid_table
+    }
+
+    /// The TSC's rate that a guest has here, in kHz.
+    pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
+        let failed = |source| KvmError { call: "mmap", source };
+        let memory = BootMemory::new(MiB(1)).and_then(|memory| memory.map()).map_err(failed)?;
+        Machine::new(self, memory)?.vcpu.tsc_khz()
     }
 
     /// What guests of this host see of its CPU.

@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub(crate) image: MemoryImage,
     pub(crate) body: Body,
     pub(crate) tables: StateTables,
+    /// The guest's TSC rate, where this host's own is another and the hardware scales it.
+    tsc_khz: Option<u32>,
 }
 
 /// What `state.bin` holds.
@@ -206,7 +208,7 @@ impl Snapshot {
             about,
             working_set: WorkingSet::default(),
         };
-        Ok(Snapshot { image, body, tables })
+        Ok(Snapshot { image, body, tables, tsc_khz: None })
     }
 
     /// Writes `memory.img` and `state.bin` into a directory and waits until they are on disk. The caller
@@ -262,6 +264,7 @@ impl Snapshot {
         if let Some(difference) = body.host.differs(&HostFacts::read(host)) {
             return Err(E::Foreign(difference));
         }
+        let tsc_khz = scaled_tsc(host, body.state.tsc_khz)?;
         let path = directory.join(MEMORY_FILE);
         let read = |source| E::Read { path: path.clone(), source };
         let file = File::open(&path).map_err(read)?;
@@ -287,7 +290,7 @@ impl Snapshot {
             return Err(E::Memory("its checksum is wrong"));
         }
         let tables = StateTables::new(&body.state)?;
-        Ok(Snapshot { image, body, tables })
+        Ok(Snapshot { image, body, tables, tsc_khz })
     }
 
     /// The same snapshot with a state that every kernel refuses late in the restore. For tests of what a
@@ -298,7 +301,7 @@ impl Snapshot {
         // No CPU has this MSR.
         body.state.msrs.push((0x4fff_fff0, 1));
         let tables = StateTables::new(&body.state)?;
-        Ok(Snapshot { image: self.image.try_clone()?, body, tables })
+        Ok(Snapshot { image: self.image.try_clone()?, body, tables, tsc_khz: self.tsc_khz })
     }
 
     /// The frozen memory.
@@ -331,6 +334,11 @@ impl Snapshot {
         let memory = Mapping::fork(&self.image)?;
         step("map");
         let machine = Machine::timed(host, memory, step)?;
+        if let Some(khz) = self.tsc_khz {
+            // Before the TSC itself, which KVM keeps in the guest's rate.
+            machine.vcpu.set_tsc_khz(khz)?;
+            step("tsc_rate");
+        }
         self.body.state.restore(&self.tables, &machine, step)?;
         Ok(Fork { machine, mailbox: self.body.mailbox.clone() })
     }
@@ -359,6 +367,25 @@ impl Snapshot {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether the guest's TSC has to run at another rate than the host's: the guest measured it once and sets its
+/// timers by it. (Its clock is KVM's, and right at any rate.) A difference below 250 ppm is what two starts of
+/// one machine measure (Firecracker's tolerance); without scaling hardware a template with sleeps wrong by more
+/// than one percent is refused.
+fn scaled_tsc(host: &Host, saved: u32) -> Result<Option<u32>, LoadSnapshotError> {
+    let here = host.tsc_khz()?;
+    let difference = u64::from(saved.abs_diff(here)) * 1_000_000 / u64::from(here.max(1));
+    match difference {
+        0..=250 => Ok(None),
+        _ if host.kvm().caps().tsc_control => Ok(Some(saved)),
+        251..=10_000 => Ok(None),
+        _ => Err(LoadSnapshotError::Foreign(Difference {
+            what: "TSC rate",
+            saved: format!("{saved} kHz"),
+            here: format!("{here} kHz"),
+        })),
     }
 }
 
