@@ -35,7 +35,11 @@ const FROM_GUEST: u64 = 0x4000;
 fn main() {
     if let Some(template) = std::env::args().skip_while(|a| a != "--zygote").nth(1) {
         let (report, control) = (process::inherited_fd(REPORT_FD).unwrap(), process::inherited_fd(CONTROL_FD).unwrap());
-        let end = zeroboot_vm::zygote(Path::new(&template), Prefault::Nothing, report, control);
+        let prefault = match std::env::var("ZEROBOOT_TEST_PREFAULT").as_deref() {
+            Ok("all") => Prefault::All,
+            _ => Prefault::Nothing,
+        };
+        let end = zeroboot_vm::zygote(Path::new(&template), prefault, report, control);
         process::exit_now(i32::from(end.is_err()));
     }
     // What `cargo test -- --list` and filters ask for.
@@ -52,7 +56,7 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 8] = [
+    let tests: [(&str, fn(&Host)); 9] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
         ("a_waiting_worker_is_small", a_waiting_worker_is_small),
@@ -61,6 +65,7 @@ fn main() {
         ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
         ("a_damaged_template_is_refused_with_words", a_damaged_template_is_refused_with_words),
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
+        ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
     for (name, test) in tests {
         eprint!("test {name} ... ");
@@ -142,7 +147,8 @@ impl Zygote {
         // The command holds the other ends.
         drop(command);
         let report = UnixStream::from(report);
-        report.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // Reading and checking a template of some hundred MiB takes long in an emulated machine.
+        report.set_read_timeout(Some(Duration::from_secs(180))).unwrap();
         Zygote { child, control, report }
     }
     fn said(&mut self) -> (Kind, Vec<u8>) {
@@ -362,6 +368,70 @@ fn a_damaged_template_is_refused_with_words(host: &Host) {
     let text = String::from_utf8(text).unwrap();
     assert_eq!(kind, Kind::Failure);
     assert!(text.contains("checksum") && text.contains("build the template again"), "{text}");
+}
+
+/// In the lane: with the Linux guest of a template that `cargo xtask nested-suite` built.
+fn a_real_template_answers_through_jailed_workers(_host: &Host) {
+    let home = std::env::var_os("ZEROBOOT_HOME").filter(|_| std::env::var_os("ZEROBOOT_NESTED").is_some());
+    let Some(template) = home.map(|home| Path::new(&home).join("templates/python")).filter(|t| t.exists()) else {
+        eprint!("skipped: no template ... ");
+        return;
+    };
+    let mut zygote = Zygote::start(&template);
+    zygote.ready();
+    // More of everything than fits into one piece of anything.
+    let mut code = b"import sys, threading, time\nx = '".to_vec();
+    code.resize(300_000, b'a');
+    code.extend(
+        b"'\ntime.sleep(0.05)\nsys.stdout.write(x[:200000] * 10)\nsys.stderr.write(sys.stdin.read())\nsys.exit(7)",
+    );
+    for round in 0..3 {
+        let begin = Instant::now();
+        let mut worker = zygote.fork();
+        let ready = begin.elapsed();
+        let limits = Limits {
+            wall_ns: 60_000_000_000,
+            cpu_ns: u64::MAX,
+            memory: 256 << 20,
+            output: 16 << 20,
+            file_size: 1 << 20,
+            output_files: 1 << 20,
+            processes: 64,
+            open_files: 256,
+        };
+        let begin = Instant::now();
+        let mut bytes = Vec::new();
+        let identity = Identity { entropy: [round; 64], realtime_ns: 0, sandbox_id: [round; 16] };
+        encode(&mut bytes, Kind::Identity, &identity.encode());
+        encode(&mut bytes, Kind::Limits, &limits.encode());
+        encode(&mut bytes, Kind::Arg, b"-c");
+        encode(&mut bytes, Kind::Code, &code);
+        encode(&mut bytes, Kind::Run, b"");
+        encode(&mut bytes, Kind::Stdin, b"to stderr");
+        worker.socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        worker.socket.write_all(&bytes).unwrap();
+        let (mut stdout, mut stderr) = (0, Vec::new());
+        let ending = loop {
+            match worker.frame().unwrap() {
+                (Kind::Stdout, data) => {
+                    stdout += data.len();
+                    // The end of the input comes while the code runs and its output flows.
+                    if stdout == 2_000_000 {
+                        let mut end = Vec::new();
+                        encode(&mut end, Kind::StdinEnd, b"");
+                        worker.socket.write_all(&end).unwrap();
+                    }
+                }
+                (Kind::Stderr, data) => stderr.extend(data),
+                (Kind::Exit, payload) => break ExitReport::decode(&payload).unwrap().ending,
+                (Kind::Started, _) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((ending, stdout, stderr.as_slice()), (Ending::Exited(7), 2_000_000, b"to stderr".as_slice()));
+        eprint!("ready {ready:?}, answered {:?} ... ", begin.elapsed());
+        assert!(worker.ended_within(Duration::from_secs(10)));
+    }
 }
 
 fn a_zygote_ends_with_its_front(host: &Host) {
