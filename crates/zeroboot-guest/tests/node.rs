@@ -138,7 +138,7 @@ fn exit_statuses_are_the_programs() {
 
 #[test]
 fn the_loop_runs_until_it_is_empty() {
-    let code = "setTimeout(() => console.log('c'), 20); setImmediate(() => console.log('b')); Promise.resolve().then(() => console.log('a')); process.on('exit', () => console.log('d'))";
+    let code = "setTimeout(() => console.log('c'), 500); setImmediate(() => console.log('b')); Promise.resolve().then(() => console.log('a')); process.on('exit', () => console.log('d'))";
     assert_eq!(node(code).good(), "a\nb\nc\nd\n");
 }
 

@@ -11,11 +11,7 @@ pub(crate) enum Backend {
 }
 
 #[derive(Debug)]
-<<<<<<< HEAD
-#[cfg_attr(test, expect(clippy::large_enum_variant, reason = "the small one is there only in tests"))]
-=======
 #[cfg_attr(test, expect(clippy::large_enum_variant, reason = "the small one is for tests only"))]
->>>>>>> main
 pub(crate) enum Run {
     Engine(Execution),
     #[cfg(test)]
