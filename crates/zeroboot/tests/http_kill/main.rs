@@ -129,6 +129,7 @@ fn the_program_ends_in_order_on_sigterm() {
 
 #[test]
 fn a_server_that_cannot_be_safe_does_not_start() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let broken = folder.path().join("keys.json");
     std::fs::write(&broken, r#"{"keys": ["zb_live_secret"]}"#).unwrap();
