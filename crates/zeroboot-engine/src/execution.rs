@@ -41,6 +41,7 @@ pub struct Execution {
     stdin_writer: Option<StdinWriter>,
     queue: VecDeque<Event>,
     started: bool,
+    lost: bool,
     output: u64,
     wanted: Vec<String>,
     files: HashMap<String, Vec<u8>>,
@@ -88,6 +89,7 @@ impl Execution {
             stdin_writer,
             queue: VecDeque::new(),
             started: false,
+            lost: false,
             output: 0,
             wanted: std::mem::take(&mut request.output_files),
             files: HashMap::new(),
@@ -198,6 +200,7 @@ impl Execution {
     fn broken(&mut self, reason: &str) -> Result<(), ExecError> {
         tracing::warn!(parent: &self.span, reason, "the sandbox broke");
         if self.started {
+            self.lost = true;
             self.end(Outcome::Crashed, None);
             Ok(())
         } else {
@@ -218,6 +221,7 @@ impl Execution {
         }
         self.queue.push_back(Event::End(Report {
             outcome,
+            lost: self.lost,
             pooled: self.pooled,
             fork_time: self.fork_time,
             exec_time,
@@ -250,9 +254,13 @@ impl Execution {
                         append: chunk.append,
                         failed: chunk.failed,
                     },
-                    Ok(Message::Exit(report)) if self.started => Step::Exit(report),
+                    // A limit can pass while the identity is still being applied.
+                    Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
+                        Step::Exit(report)
+                    }
                     Ok(Message::Failure(text)) => Step::Broken(text.to_owned()),
-                    Ok(other) => Step::Broken(format!("it sent {other:?} out of turn")),
+                    // The kind alone: a payload is the code's own words.
+                    Ok(_) => Step::Broken(format!("it sent {kind:?} out of turn")),
                 },
             };
             match step {

@@ -69,6 +69,8 @@ impl Outcome {
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
+    /// The worker vanished without a word, so `outcome` is [`Outcome::Crashed`]: our failure, not the code's.
+    pub lost: bool,
     /// A sandbox was waiting in the pool.
     pub pooled: bool,
     /// From the request's admission until a sandbox was ready: a pool checkout or a fork.

@@ -216,7 +216,8 @@ impl Zygote {
         if rustix::io::retry_on_intr(|| rustix::io::read(mapped, &mut [0u8; 1]))? != 1 {
             return Err(io::Error::other("the zygote ended"));
         }
-        process::reset_signals()?;
+        // Only what the zygote changed for itself: the handlers of a warm interpreter are its own.
+        process::heed_children();
         // A process group holds across pid namespaces: in the zygote's, kill(0, …) would reach the zygote and all
         // other sandboxes wherever the user ids allow it.
         rustix::process::setsid()?;
@@ -256,6 +257,7 @@ impl Zygote {
         let setup = || -> Result<io::Error, ServeError> {
             process::place_fds(&wanted.map(|(fd, to)| (fd.as_raw_fd(), to))).map_err(step("place descriptors"))?;
             process::close_from(8).map_err(step("close descriptors"))?;
+            process::reset_signals().map_err(step("reset signals"))?;
             self.agent_filter.apply()?;
             let args = [c"agent".into(), c"sandbox".into(), number(runner)];
             Ok(process::exec(&CString::from(AGENT_PATH), &args, &[]))

@@ -109,7 +109,8 @@ fn serve_here() -> Result<(), ServeError> {
         process::exit_now(0);
     }
     std::mem::forget(control);
-    Ok(())
+    // Exec keeps ignored signals ignored.
+    process::reset_signals().map_err(|e| ServeError::Io(format!("reset signals: {e}"), e))
 }
 
 /// Tells the front that the template is warm.

@@ -341,6 +341,7 @@ mod tests {
     #[test]
     fn the_answer_has_every_field_of_the_original_and_the_short_names() {
         let report = Report {
+            lost: false,
             outcome: Outcome::Signaled { signal: 9 },
             pooled: true,
             fork_time: Duration::from_micros(500),

@@ -149,6 +149,7 @@ impl FakeRun {
         self.state = State::Over;
         Ok(Some(Event::End(Report {
             outcome: self.outcome,
+            lost: false,
             pooled: true,
             fork_time: Duration::from_micros(300),
             exec_time: Duration::from_millis(1),

@@ -4,6 +4,7 @@ use super::*;
 
 fn report(outcome: Outcome) -> Report {
     Report {
+        lost: false,
         outcome,
         pooled: true,
         fork_time: Duration::from_micros(300),

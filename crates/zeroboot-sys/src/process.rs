@@ -173,6 +173,12 @@ pub fn reset_signals() -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Undoes [`ignore_children`]: a child's end can be waited for again.
+pub fn heed_children() {
+    // SAFETY: SIG_DFL installs no function.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// Lets the kernel reap this process's children by itself.
 pub fn ignore_children() {
     // SAFETY: SIG_IGN installs no function.

@@ -182,6 +182,7 @@ impl UnderWay {
                 Some(Event::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
                 Some(Event::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
                 Some(Event::File(file)) => files.push(file),
+                Some(Event::End(report)) if report.lost => return Err(self.failed(lost())),
                 Some(Event::End(report)) => {
                     self.ended(&run, &report);
                     let (template, language) = self.app.catalog.get(self.template);
@@ -201,4 +202,9 @@ impl UnderWay {
             }
         }
     }
+}
+
+/// A worker that vanished while the code ran: ours to answer for, not an outcome of the code.
+pub(crate) fn lost() -> zeroboot_engine::ExecError {
+    zeroboot_engine::ExecError::Sandbox("the worker vanished while the code ran".into())
 }

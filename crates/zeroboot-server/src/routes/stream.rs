@@ -180,6 +180,9 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
             Some(Event::File(file)) => {
                 sender.send("file", &FileEvent { path: &file.path, body: FileBody::of(&file) }).await?;
             }
+            Some(Event::End(report)) if report.lost => {
+                return Err(Stop::Failed(under_way.failed(super::exec::lost())));
+            }
             Some(Event::End(report)) => {
                 let (id, isolation) = (run.id(), run.isolation());
                 under_way.ended(&run, &report);

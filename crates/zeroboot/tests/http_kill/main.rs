@@ -51,8 +51,8 @@ fn a_killed_zygote_costs_only_its_requests_and_comes_back() {
         zygotes.iter().for_each(|pid| kill_9(*pid));
         let begun = Instant::now();
         let answer = slow.join().unwrap();
-        // Either the worker died with its zygote (ours, 5xx) or the outcome says that the sandbox crashed.
-        assert!(answer.status >= 500 || answer.json()["outcome"] == "crashed", "{} {}", answer.status, answer.text());
+        // The worker died with its zygote: ours to answer for, not the code's.
+        assert!(answer.status >= 500, "{} {}", answer.status, answer.text());
         assert!(begun.elapsed() < Duration::from_secs(10));
         wait_for("service again", Duration::from_secs(20), || {
             fixture.post("/v1/exec", &json!({"code": "print(1)"}), &[]).status == 200
@@ -142,7 +142,7 @@ fn a_server_that_cannot_be_safe_does_not_start() {
         let done = Command::new(env!("CARGO_BIN_EXE_zeroboot")).arg("serve").args(args).output().unwrap();
         let text = String::from_utf8_lossy(&done.stderr);
         assert!(!done.status.success(), "{args:?}");
-        assert!(text.contains("key"), "{args:?}: {text}");
+        assert!(text.contains("key"), "{args:?}: {}, {text}", done.status);
         assert!(!text.contains("secret"), "{text}");
     }
 }
