@@ -167,13 +167,12 @@ fn a_reader_that_has_seen_enough_ends_the_run() {
 
 #[test]
 fn sigint_and_sigterm_end_the_run_and_the_sandbox() {
-    let code =
-        "import ctypes, time\nctypes.CDLL(None).prctl(15, b'in-the-sandbox')\nprint('on', flush=True)\ntime.sleep(600)";
+    let code = "import ctypes, time\nctypes.CDLL(None).prctl(15, b'in-the-sandbox')\ntime.sleep(600)";
     for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
         let live = run().code(code).stdin_held().args(["--timeout", "10m"]).start();
         live.wait_for_process("in-the-sandbox");
         live.signal(signal);
-        assert_eq!(live.wait().ended(status).out(), "on\n");
+        live.wait().ended(status);
     }
 }
 
