@@ -31,6 +31,10 @@ use crate::transport::{Received, Transport};
 
 /// How often memory and CPU time are looked at during a run.
 const TICK: Duration = Duration::from_millis(20);
+/// How far looks at a program that does nothing move apart: a thousand idle sandboxes must not keep the host busy.
+const IDLE_TICK: Duration = Duration::from_millis(320);
+/// Less CPU time than this between two looks is nothing.
+const IDLE_CPU: Duration = Duration::from_millis(1);
 /// Output that waits for the front; above it the program's pipes are not read.
 const OUT_FULL: usize = MAX_PAYLOAD;
 /// Input that waits for the program; above it the front is not read.
@@ -96,6 +100,9 @@ struct Run {
     started: Instant,
     deadline: Option<Instant>,
     next_tick: Instant,
+    tick: Duration,
+    /// CPU time and memory at the last look.
+    last_seen: (Duration, u64),
     /// CPU time at the start: warming is not the program's.
     cpu_before: Duration,
     oom_before: Option<u64>,
@@ -322,6 +329,8 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             started,
             deadline: started.checked_add(Duration::from_nanos(limits.wall_ns)),
             next_tick: started + TICK,
+            tick: TICK,
+            last_seen: (Duration::ZERO, 0),
             cpu_before,
             // A long text: read while the runner is at work already.
             oom_before: prepared.oom_kills.or_else(oom_kills),
@@ -385,8 +394,8 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             return Ok(());
         }
         if now >= run.next_tick {
-            run.next_tick = now + TICK;
             self.tick(run)?;
+            run.next_tick = now + run.tick;
             if run.stopped.is_some() || run.ended.is_some() || self.status.is_some() {
                 return Ok(());
             }
@@ -439,6 +448,10 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         self.reap();
         let usage = self.processes.usage();
         run.peak_memory = run.peak_memory.max(usage.memory);
+        let (cpu, memory) = std::mem::replace(&mut run.last_seen, (usage.cpu, usage.memory));
+        let idle = usage.cpu.saturating_sub(cpu) < IDLE_CPU && usage.memory <= memory;
+        // In a VM the tick also fetches input.
+        run.tick = if idle && self.transport.poll_fd().is_some() { (run.tick * 2).min(IDLE_TICK) } else { TICK };
         if run.limits.cpu_ns != u64::MAX && nanos(usage.cpu.saturating_sub(run.cpu_before)) >= run.limits.cpu_ns {
             run.stopped = Some(Ending::CpuLimit);
         } else if usage.memory > run.limits.memory && self.processes.proportional_memory() > run.limits.memory {

@@ -41,6 +41,7 @@ fn main() -> ExitCode {
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
     }
+    raise_descriptor_limit();
     let result = match cli.command {
         cli::Command::Run(args) => run::run(args),
         cli::Command::Serve(args) => serve::run(&args),
@@ -56,4 +57,12 @@ fn main() -> ExitCode {
             ExitCode::from(OWN_FAILURE)
         }
     }
+}
+
+/// Two descriptors for each live sandbox: the usual soft limit of 1024 would end at some five hundred. Where the
+/// hard limit is no higher, forks beyond it fail with their reason.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _as_it_was = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
