@@ -58,6 +58,8 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<Result<(), Stop>, String> {
+    // Before tracing is forbidden: up to Linux 6.3 rustix reads /proc/self/auxv, which is then out of reach, and aborts.
+    let _read_now = rustix::param::page_size();
     let front = sys::inherited(FRONT_FD).map_err(|error| format!("descriptor {FRONT_FD}: {error}"))?;
     // The program may run as the same user: it must not look into this process or trace it.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|e| format!("dumpable: {e}"))?;
