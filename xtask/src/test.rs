@@ -91,6 +91,7 @@ const PACKAGES: &[(&[&str], &str)] = &[
     (&["node", "--version"], "nodejs"),
     (&["npm", "--version"], "npm"),
     (&["curl", "--version"], "curl"),
+    (&["cpio", "--version"], "cpio"),
 ];
 
 fn works(command: &[&str]) -> bool {
