@@ -14,6 +14,8 @@ use rustix::{
 };
 use seccompiler::{BpfProgram, TargetArch};
 
+use crate::tree;
+
 /// The user and group that code has inside every sandbox.
 pub const SANDBOX_UID: u32 = 1000;
 
@@ -129,7 +131,9 @@ impl Filter {
         }
         let mut named: Vec<_> = filters.into_iter().collect();
         named.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(Filter { programs: named.into_iter().map(|(_, program)| program).collect() })
+        // A program that cannot be made a tree of is as strict as it is, only slower to install.
+        let faster = |program: BpfProgram| tree::decision_tree(&program).unwrap_or(program);
+        Ok(Filter { programs: named.into_iter().map(|(_, program)| faster(program)).collect() })
     }
 
     /// Applies it to the calling thread and all it will make, for ever.

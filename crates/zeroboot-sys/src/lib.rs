@@ -8,3 +8,4 @@ pub mod kvm;
 pub mod memory;
 pub mod mount;
 pub mod process;
+mod tree;
