@@ -60,7 +60,13 @@ fn run() -> Result<Stop, Option<String>> {
     let mut env: Vec<_> = words(ENVIRON)?.into_iter().filter_map(split).collect();
     // The runner takes it out of the environment; a runner that does not know it ends as any process.
     env.push((LINGER.into(), "1".into()));
-    let spawn = Spawn { command: words(ARGV)?, cwd: Some(PathBuf::from(HOME)), user: Some(USER), env: Some(env) };
+    let spawn = Spawn {
+        command: words(ARGV)?,
+        cwd: Some(PathBuf::from(HOME)),
+        user: Some(USER),
+        env: Some(env),
+        prepare: vm::without_ports,
+    };
     let processes = Processes::new().map_err(step("adopt orphans"))?;
     let runner = Runner::spawn(&spawn).map_err(step("start the runner"))?;
     // After the runner was made, which would inherit it: when memory runs out, the program goes, not the agent.

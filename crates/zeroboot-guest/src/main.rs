@@ -70,7 +70,7 @@ fn start() -> Result<Result<(), Stop>, String> {
         Some("sandbox") => adopt(args.next())?,
         Some("spawn") => {
             let command: Vec<OsString> = args.skip_while(|a| a == "--").collect();
-            let spawn = Spawn { command, cwd: None, user: None, env: None };
+            let spawn = Spawn { command, cwd: None, user: None, env: None, prepare: |_| () };
             Runner::spawn(&spawn).map_err(|error| format!("cannot start the runner: {error}"))?
         }
         _ => return Err("usage: zeroboot-guest sandbox PID | spawn [--] COMMAND...".into()),

@@ -36,7 +36,14 @@ pub(crate) struct Processes {
     me: u32,
     page: u64,
     tick_ns: u64,
+    /// In a fork of a VM: free memory of the machine when it was made, and what the sandbox held by then.
+    at_rest: Option<(u64, u64)>,
+    /// The processes of the last look and their CPU time.
+    seen: (Vec<i32>, Duration),
 }
+
+/// So many processes are worth a glimpse; more are worth a look.
+const FEW: usize = 8;
 
 /// One look at them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,12 +87,35 @@ impl Processes {
             me,
             page: rustix::param::page_size() as u64,
             tick_ns: 1_000_000_000 / ticks,
+            at_rest: None,
+            seen: (Vec::new(), Duration::ZERO),
         })
     }
 
+    /// The sandbox has used `memory` so far. What the machine loses from now on is its as well, whatever holds it: memory
+    /// files, shared memory, buffers of sockets. In a process sandbox the machine is the host's.
+    pub(crate) fn rest(&mut self, memory: u64) {
+        self.at_rest = self.kernel_threads.then(|| (free_memory(), memory));
+    }
+
     /// What is in use now.
-    pub(crate) fn usage(&self) -> Usage {
-        self.usage_of(&self.list())
+    pub(crate) fn usage(&mut self) -> Usage {
+        let list = self.list();
+        let pids: Vec<i32> = list.iter().filter_map(|(pid, _)| i32::try_from(*pid).ok()).collect();
+        self.seen = (pids, Duration::ZERO);
+        self.seen.1 = self.seen_cpu().unwrap_or_default();
+        self.usage_of(&list)
+    }
+
+    /// Whether any process has run since the last look, or may have. A glimpse: far cheaper than a look.
+    pub(crate) fn stir(&self, more_than: Duration) -> bool {
+        self.seen_cpu().is_none_or(|now| now.saturating_sub(self.seen.1) > more_than)
+    }
+
+    /// CPU time of the processes of the last look; `None` if they are too many, or one is gone.
+    fn seen_cpu(&self) -> Option<Duration> {
+        let (pids, _) = &self.seen;
+        if pids.len() > FEW { None } else { pids.iter().map(|pid| sys::cpu_clock(*pid)).sum() }
     }
 
     /// CPU time of one process and of all that were reaped: what [`Processes::usage`] says while there is only one.
@@ -97,7 +127,7 @@ impl Processes {
     /// As [`Processes::usage`], and does not look at all of `/proc`, which costs more than a short run. A process that
     /// changes its parent meanwhile can be missed, so this is for the report and not for limits.
     pub(crate) fn usage_at_end(&self) -> Usage {
-        if self.has_children { self.usage_of(&self.tree()) } else { self.usage() }
+        self.usage_of(&if self.has_children { self.tree() } else { self.list() })
     }
 
     fn usage_of(&self, processes: &[(u32, Stat)]) -> Usage {
@@ -106,7 +136,13 @@ impl Processes {
             usage.cpu += self.cpu(*pid, stat);
             usage.memory += self.anonymous(*pid, stat);
         }
+        usage.memory = usage.memory.max(self.of_the_machine());
         usage
+    }
+
+    /// What the machine's loss of memory makes of the sandbox; 0 where it is not the sandbox's own.
+    fn of_the_machine(&self) -> u64 {
+        self.at_rest.map_or(0, |(free, memory)| memory + free.saturating_sub(free_memory()))
     }
 
     /// To the nanosecond for what it ran itself; in ticks for the children that it has waited for.
@@ -122,7 +158,7 @@ impl Processes {
             let exact = if stat.headless { None } else { self.proportional(*pid) };
             exact.unwrap_or_else(|| self.anonymous(*pid, stat))
         };
-        self.list().iter().map(of).sum::<u64>() + self.files()
+        (self.list().iter().map(of).sum::<u64>() + self.files()).max(self.of_the_machine())
     }
 
     fn files(&self) -> u64 {
@@ -280,6 +316,11 @@ fn in_memory() -> std::io::Result<Vec<(OwnedFd, u64)>> {
 fn used(fd: &OwnedFd) -> Option<u64> {
     let stat = rustix::fs::fstatfs(fd).ok()?;
     Some(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(u64::try_from(stat.f_bsize).ok()?))
+}
+
+fn free_memory() -> u64 {
+    let facts = rustix::system::sysinfo();
+    facts.freeram.saturating_mul(facts.mem_unit.into())
 }
 
 /// How many processes the kernel has killed for want of memory.

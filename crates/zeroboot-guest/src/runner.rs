@@ -43,6 +43,8 @@ pub(crate) struct Spawn {
     pub(crate) user: Option<(u32, u32)>,
     /// Environment to replace the agent's; inherited if `None`.
     pub(crate) env: Option<Vec<(OsString, OsString)>>,
+    /// What else its start needs.
+    pub(crate) prepare: fn(&mut Command),
 }
 
 impl Runner {
@@ -87,6 +89,7 @@ impl Runner {
             command.uid(uid).gid(gid);
         }
         sys::give_descriptor(&mut command, control_theirs, CONTROL_FD);
+        (spawn.prepare)(&mut command);
         let child = command.spawn()?;
         // Dropping `Child` neither waits nor kills: the supervisor reaps every process itself.
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;

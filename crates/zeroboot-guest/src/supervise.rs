@@ -35,6 +35,10 @@ const TICK: Duration = Duration::from_millis(20);
 const IDLE_TICK: Duration = Duration::from_millis(320);
 /// Less CPU time than this between two looks is nothing.
 const IDLE_CPU: Duration = Duration::from_millis(1);
+/// How often an idle program is glimpsed at. One that ran for longer than [`STIR`] is looked at: a burst of memory after
+/// a pause is seen about as soon as any.
+const GLIMPSE: Duration = Duration::from_millis(40);
+const STIR: Duration = Duration::from_micros(500);
 /// Output that waits for the front; above it the program's pipes are not read.
 const OUT_FULL: usize = MAX_PAYLOAD;
 /// Input that waits for the program; above it the front is not read.
@@ -100,6 +104,7 @@ struct Run {
     started: Instant,
     deadline: Option<Instant>,
     next_tick: Instant,
+    next_glimpse: Instant,
     tick: Duration,
     /// CPU time and memory at the last look.
     last_seen: (Duration, u64),
@@ -227,7 +232,10 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                         });
                         encode(&mut self.out, Kind::Ready, payload);
                         self.stderr_tail.clear();
-                        self.flush_front()
+                        self.flush_front()?;
+                        // In a VM each fork begins here.
+                        self.processes.rest(self.prepared.as_ref().map_or(0, |prepared| prepared.memory));
+                        Ok(())
                     }
                     Ok(Message::Failure(text)) => Err(Stop::Failed(text.to_string())),
                     _ => Err(Stop::Failed(format!("the runner sent {kind:?} instead of Ready"))),
@@ -329,6 +337,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             started,
             deadline: started.checked_add(Duration::from_nanos(limits.wall_ns)),
             next_tick: started + TICK,
+            next_glimpse: started + GLIMPSE,
             tick: TICK,
             last_seen: (Duration::ZERO, 0),
             cpu_before,
@@ -393,7 +402,11 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             run.stopped = Some(Ending::DeadlinePassed);
             return Ok(());
         }
-        if now >= run.next_tick {
+        let glimpse = now >= run.next_glimpse;
+        if glimpse {
+            run.next_glimpse = now + GLIMPSE;
+        }
+        if now >= run.next_tick || (glimpse && self.processes.stir(STIR)) {
             self.tick(run)?;
             run.next_tick = now + run.tick;
             if run.stopped.is_some() || run.ended.is_some() || self.status.is_some() {
@@ -410,7 +423,8 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             output: self.out.len() < OUT_FULL,
             stdin_room: !self.stdin.is_empty(),
         };
-        let until = run.deadline.map_or(run.next_tick, |at| at.min(run.next_tick));
+        let next = run.next_tick.min(run.next_glimpse);
+        let until = run.deadline.map_or(next, |at| at.min(next));
         let seen = self.wait(interest, Some(until.saturating_duration_since(now)))?;
         if seen.control {
             self.read_control()?;

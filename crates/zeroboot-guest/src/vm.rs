@@ -8,7 +8,11 @@ use std::{
     ffi::CStr,
     fs::{self, File, OpenOptions},
     io,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::FileExt, process::CommandExt},
+    },
+    process::Command,
     sync::atomic::{Ordering, compiler_fence},
 };
 
@@ -293,12 +297,28 @@ pub(crate) fn console(text: &str) {
     }
 }
 
+/// The host's doorbell and console.
+const PORTS: [(u16, libc::c_ulong); 2] = [(DOORBELL_PORT, 4), (CONSOLE_PORT, 1)];
+
 fn ports() -> io::Result<()> {
-    for (port, count) in [(DOORBELL_PORT, 4), (CONSOLE_PORT, 1)] {
+    for (port, count) in PORTS {
         // SAFETY: no memory is touched; the ports are those of the host's doorbell and console.
         check(unsafe { libc::ioperm(port.into(), count, 1) })?;
     }
     Ok(())
+}
+
+/// Makes the command's program start without the ports: it would inherit them, and could ring in our name.
+pub(crate) fn without_ports(command: &mut Command) {
+    let hook = || {
+        for (port, count) in PORTS {
+            // SAFETY: no memory is touched, and a right is only given up.
+            check(unsafe { libc::ioperm(port.into(), count, 0) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: the hook only makes system calls: no lock, no allocation.
+    unsafe { command.pre_exec(hook) };
 }
 
 /// Leaves only zeros in free memory: pages of zeros are not stored in the template. What was freed (above all

@@ -1,6 +1,9 @@
 //! What a process sandbox sees of a file system.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::fs::FileTypeExt as _,
+    path::{Path, PathBuf},
+};
 
 use zeroboot_sys::mount::RootPlan;
 
@@ -34,6 +37,8 @@ const SHARED: &[(&str, &str)] = &[
 /// The root of a sandbox: [`SHARED`], the runtime's own directories, a few files of ours, mount points.
 pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> RootPlan {
     let mut binds: Vec<PathBuf> = SHARED.iter().map(|(path, _)| PathBuf::from(path)).filter(|p| present(p)).collect();
+    // /usr is the distribution's; a runtime's own directories are anybody's.
+    let of_the_system = binds.len();
     let mut sorted = runtime_paths.to_vec();
     sorted.sort();
     for path in sorted {
@@ -41,6 +46,10 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> R
         if !covered && present(&path) && may_be_shared(&path) {
             binds.push(path);
         }
+    }
+    let mut covered = Vec::new();
+    for bind in binds.get(of_the_system..).unwrap_or_default() {
+        meeting_points(bind, &mut covered);
     }
     let mut files = own;
     let text = |path: &str, text: &str| (PathBuf::from(path), text.as_bytes().to_vec());
@@ -52,7 +61,23 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> R
     files.push(text("/etc/hosts", "127.0.0.1 localhost\n"));
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
-    RootPlan { binds, files, directories }
+    RootPlan { binds, covered, files, directories }
+}
+
+/// Sockets and FIFOs at and below `path`: processes of the host wait behind them. A directory that we may not read is
+/// skipped: the sandbox may not either.
+fn meeting_points(path: &Path, found: &mut Vec<PathBuf>) {
+    let mut waiting = vec![path.to_owned()];
+    while let Some(path) = waiting.pop() {
+        let Ok(entries) = std::fs::read_dir(&path) else { continue };
+        for entry in entries.flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => waiting.push(entry.path()),
+                Ok(kind) if kind.is_socket() || kind.is_fifo() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
 }
 
 fn present(path: &Path) -> bool {

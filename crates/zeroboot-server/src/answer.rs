@@ -122,8 +122,8 @@ impl<'a> FileBody<'a> {
         match &file.data {
             Err(reason) => FileBody::Error(reason),
             Ok(data) => match std::str::from_utf8(data) {
-                Ok(text) => FileBody::Text(text),
-                Err(_) => FileBody::Base64(STANDARD.encode(data)),
+                Ok(text) if !swells(data) => FileBody::Text(text),
+                _ => FileBody::Base64(STANDARD.encode(data)),
             },
         }
     }
@@ -149,10 +149,25 @@ impl Text {
             _ => bytes,
         };
         match String::from_utf8(bytes) {
-            Ok(text) => Text { text, encoding: "utf-8" },
+            Ok(text) if !swells(text.as_bytes()) => Text { text, encoding: "utf-8" },
+            Ok(text) => Text { text: STANDARD.encode(text), encoding: "base64" },
             Err(error) => Text { text: STANDARD.encode(error.as_bytes()), encoding: "base64" },
         }
     }
+}
+
+/// Up to here a text is a text, whatever it looks like in JSON.
+const SMALL: usize = 64 * 1024;
+
+/// Whether JSON would make more than twice as much of it: a control character is six bytes there, and an answer must not
+/// be many times the output limit.
+fn swells(text: &[u8]) -> bool {
+    let extra = |byte: &u8| match byte {
+        b'"' | b'\\' | 8..=10 | 12 | 13 => 1,
+        0..=31 => 5,
+        _ => 0,
+    };
+    text.len() > SMALL && text.iter().map(extra).sum::<usize>() > text.len()
 }
 
 /// An exec that came to an outcome.
@@ -304,6 +319,19 @@ mod tests {
         assert_eq!(Text::of(vec![b'a', 0xc3], false).encoding, "base64");
         assert_eq!(Text::of(vec![b'a', 0xc3], true), Text { text: "a".into(), encoding: "utf-8" });
         assert_eq!(Text::of(vec![b'a', 0xff, 0xc3], true).encoding, "base64");
+    }
+
+    #[test]
+    fn an_answer_is_at_most_about_twice_what_the_code_wrote() {
+        for (unit, encoding) in [("\n", "utf-8"), ("\"\\", "utf-8"), ("\u{1}", "base64"), ("\u{1b}[0m", "base64")] {
+            let (small, large) = (unit.repeat(100), unit.repeat(200_000));
+            assert_eq!(Text::of(small.clone().into(), false), Text { text: small, encoding: "utf-8" });
+            let text = Text::of(large.clone().into(), false);
+            assert_eq!(text.encoding, encoding, "{unit:?}");
+            assert!(serde_json::to_vec(&text.text).unwrap().len() <= large.len() * 2 + 2);
+            let file = OutputFile { path: "f".into(), data: Ok(large.into()) };
+            assert_eq!(matches!(FileBody::of(&file), FileBody::Base64(_)), encoding == "base64");
+        }
     }
 
     #[test]

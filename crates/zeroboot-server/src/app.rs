@@ -12,7 +12,7 @@ use std::{
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::HeaderValue,
+    http::{HeaderValue, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -27,9 +27,10 @@ use crate::{
     client_addr::client_address,
     config::ServerConfig,
     error::ApiError,
-    gate::{Caller, Gate},
+    gate::{Caller, Gate, is_local_host},
     metrics::Metrics,
     routes,
+    unsent::Unsent,
     wire::Catalog,
 };
 
@@ -41,6 +42,7 @@ pub(crate) struct App {
     pub(crate) catalog: Catalog,
     pub(crate) gate: Gate,
     pub(crate) metrics: Metrics,
+    pub(crate) unsent: Arc<Unsent>,
     pub(crate) canaries: Canaries,
     /// The shutdown signal came.
     pub(crate) draining: AtomicBool,
@@ -56,11 +58,18 @@ impl App {
             canaries: Canaries::new(&catalog),
             catalog,
             backend,
+            unsent: Unsent::new(&config.limits),
             config,
             metrics: Metrics::new(),
             draining: AtomicBool::new(false),
             started: Instant::now(),
         }
+    }
+
+    /// Refuses new execs of a caller: the server ends, or too many answers were not taken.
+    pub(crate) fn check_admits(&self, caller: &Caller) -> Result<(), ApiError> {
+        self.check_open()?;
+        self.unsent.check(caller)
     }
 
     /// Refuses new execs once the shutdown signal came.
@@ -128,11 +137,22 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
     let caller = Caller { key: None, address: client };
+    let peer_ip = peer.ip;
     request.extensions_mut().insert(peer);
     request.extensions_mut().insert(RequestId(id));
     request.extensions_mut().insert(caller.clone());
 
-    let mut response = next.run(request).await;
+    // Without keys a page of any name could ask for its own name to be this address, and would be let in.
+    let foreign = !app.gate.has_keys()
+        && peer_ip
+            .is_some_and(|ip| !app.config.trusted_proxies.iter().any(|network| network.contains(&ip.to_canonical())))
+        && !request.headers().get(header::HOST).is_none_or(|host| is_local_host(host.as_bytes()));
+    let mut response = if foreign {
+        let text = "This server has no keys, so it answers only under its address or localhost";
+        ApiError::new("forbidden_host", text).into_response()
+    } else {
+        next.run(request).await
+    };
     let caller = response.extensions_mut().remove::<Caller>().unwrap_or(caller);
     let mut code = "";
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {

@@ -15,8 +15,9 @@ pub(crate) fn client_address(peer: Option<IpAddr>, headers: &HeaderMap, trusted:
     if !trust_peer {
         return peer;
     }
-    // Each proxy appends whom it saw, so the list is read from its end until someone is not one of ours.
-    let lines: Vec<&str> = headers.get_all(FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok()).collect();
+    // Each proxy appends whom it saw, so the list is read from its end until someone is not one of ours. A line that is
+    // not text ends it as any other nonsense: a proxy may have appended to it.
+    let lines: Vec<&str> = headers.get_all(FORWARDED_FOR).iter().map(|value| value.to_str().unwrap_or("")).collect();
     let mut client = peer;
     for word in lines.iter().rev().flat_map(|line| line.rsplit(',')) {
         let Some(ip) = parse(word.trim()) else { break };
@@ -51,7 +52,7 @@ mod tests {
     fn address(peer: &str, forwarded: &[&str], trusted: &[&str]) -> String {
         let mut headers = HeaderMap::new();
         for line in forwarded {
-            headers.append(FORWARDED_FOR, line.parse().unwrap());
+            headers.append(FORWARDED_FOR, axum::http::HeaderValue::from_bytes(line.as_bytes()).unwrap());
         }
         let trusted: Vec<IpNet> = trusted.iter().map(|network| network.parse().unwrap()).collect();
         client_address(peer.parse().ok(), &headers, &trusted).map_or("none".into(), |ip| ip.to_string())
@@ -73,6 +74,7 @@ mod tests {
         assert_eq!(address("::ffff:10.0.0.1", &["[2001:db8::1]:443"], ours), "2001:db8::1");
         assert_eq!(address("10.0.0.1", &[], ours), "10.0.0.1");
         assert_eq!(address("10.0.0.1", &["6.6.6.6, nonsense"], ours), "10.0.0.1");
+        assert_eq!(address("10.0.0.1", &["6.6.6.6", "ÿ, 1.1.1.1"], ours), "10.0.0.1");
         assert_eq!(address("", &["1.1.1.1"], ours), "1.1.1.1");
     }
 

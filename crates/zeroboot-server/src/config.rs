@@ -132,6 +132,8 @@ pub struct RequestLimits {
     pub body_timeout: Duration,
     /// How long a client may take none of its answer before its connection is cut.
     pub stall_timeout: Duration,
+    /// Bytes of answers that clients have not taken yet; above it, new execs are refused. One key may hold half.
+    pub max_unsent: u64,
 }
 
 impl Default for RequestLimits {
@@ -160,6 +162,7 @@ impl Default for RequestLimits {
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
+            max_unsent: 512 * MIB,
         }
     }
 }
@@ -334,9 +337,16 @@ impl ServerConfig {
         {
             return Err(Range("each default limit", "at most its maximum"));
         }
-        if limits.max_body < 1024 || limits.max_batch == 0 || limits.batch_parallel == 0 || limits.max_connections == 0
+        if limits.max_body < 1024
+            || limits.max_batch == 0
+            || limits.batch_parallel == 0
+            || limits.max_connections == 0
+            || limits.max_unsent < 1024
         {
-            return Err(Range("max_body_bytes, max_batch, batch_parallel and max_connections", "above zero"));
+            return Err(Range(
+                "max_body_bytes, max_batch, batch_parallel, max_connections and max_unsent_mb",
+                "above zero",
+            ));
         }
         let rates = [Some(limits.key_rate), limits.anonymous_rate, Some(limits.demo_per_minute)];
         if rates.into_iter().flatten().any(|rate| !(rate > 0.0 && rate.is_finite())) {

@@ -26,6 +26,7 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("batch_too_large", 400, "more executions than one batch may have"),
     ("unauthorized", 401, "the key is missing, unknown, revoked or expired"),
     ("forbidden_origin", 403, "a web page may not use a server without keys"),
+    ("forbidden_host", 403, "the Host of a request to a server without keys is neither an address nor localhost"),
     ("not_found", 404, "no such path"),
     ("method_not_allowed", 405, "the path exists, with another method"),
     ("body_timeout", 408, "the body took too long to arrive"),

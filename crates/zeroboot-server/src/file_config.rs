@@ -74,6 +74,7 @@ pub struct LimitsSection {
     pub header_timeout_seconds: Option<f64>,
     pub body_timeout_seconds: Option<f64>,
     pub stall_timeout_seconds: Option<f64>,
+    pub max_unsent_mb: Option<u64>,
 }
 
 /// `[log]`.
@@ -188,6 +189,7 @@ impl FileConfig {
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);
+        put(from.max_unsent_mb.map(mebibytes), &mut to.max_unsent);
         put(from.key_concurrency.map(Some), &mut to.key_concurrency);
         put(from.anonymous_rate.map(Some), &mut to.anonymous_rate);
         Ok(())

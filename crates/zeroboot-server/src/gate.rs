@@ -167,13 +167,23 @@ impl Gate {
 /// A page that this machine itself serves.
 fn is_local_origin(origin: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(origin) else { return false };
-    let Some((_, host)) = text.split_once("://") else { return false };
+    text.split_once("://").is_some_and(|(_, host)| is_local_name(host, |ip| ip.is_loopback()))
+}
+
+/// A `Host` that no foreign name can be: an address, or this machine.
+pub(crate) fn is_local_host(host: &[u8]) -> bool {
+    std::str::from_utf8(host).is_ok_and(|host| is_local_name(host, |_| true))
+}
+
+/// A host with or without a port: `localhost`, or an address that will do.
+fn is_local_name(host: &str, will_do: impl Fn(IpAddr) -> bool) -> bool {
     let host = if host.starts_with('[') {
         host.split_inclusive(']').next().unwrap_or(host)
     } else {
         host.split(':').next().unwrap_or(host)
     };
-    host == "localhost" || host == "[::1]" || host.parse::<std::net::Ipv4Addr>().is_ok_and(|ip| ip.is_loopback())
+    let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    host.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(will_do)
 }
 
 #[cfg(test)]
@@ -188,6 +198,16 @@ mod tests {
         for bad in ["null", "http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", ""]
         {
             assert!(!is_local_origin(bad.as_bytes()), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_an_address_or_localhost() {
+        for good in ["localhost:8080", "LOCALHOST", "127.0.0.1:80", "10.0.0.5", "[::1]:8080", "[2001:db8::1]"] {
+            assert!(is_local_host(good.as_bytes()), "{good}");
+        }
+        for bad in ["", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "\u{e9}"] {
+            assert!(!is_local_host(bad.as_bytes()), "{bad}");
         }
     }
 }

@@ -22,6 +22,7 @@ mod openapi;
 mod overhead;
 mod routes;
 mod serve;
+mod unsent;
 mod wire;
 
 pub use answer::answer;

@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::{Pin, pin},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{Sleep, sleep, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -260,9 +260,19 @@ impl Connections {
     async fn serve<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, io: I, peer: Peer, two: bool) {
         let cut = peer.cut.clone();
         let router = self.router.clone();
-        let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-            request.extensions_mut().insert(peer.clone());
-            router.clone().call(request)
+        let busy = Busy::new();
+        let service = hyper::service::service_fn({
+            let busy = busy.clone();
+            move |mut request: hyper::Request<hyper::body::Incoming>| {
+                request.extensions_mut().insert(peer.clone());
+                let under_way = busy.enter();
+                let answer = router.clone().call(request);
+                async move {
+                    let answer = answer.await;
+                    drop(under_way);
+                    answer
+                }
+            }
         });
         let io = TokioIo::new(io);
         let open = self.open.clone();
@@ -280,11 +290,21 @@ impl Connections {
                         () = phase(Closing::Now) => {}
                     }
                 };
+                let ending = async {
+                    tokio::select! {
+                        () = phase(Closing::Drain) => true,
+                        () = busy.idle_for(self.limits.header_timeout), if two => busy.ever(),
+                    }
+                };
                 tokio::select! {
                     result = async {
                         tokio::select! {
                             result = connection.as_mut() => result,
-                            () = phase(Closing::Drain) => {
+                            graceful = ending => {
+                                if !graceful {
+                                    // Not even HTTP/2's first words came: nothing that could be closed gracefully.
+                                    return Ok(());
+                                }
                                 connection.as_mut().graceful_shutdown();
                                 connection.await
                             }
@@ -311,6 +331,65 @@ impl Connections {
         if let Err(error) = result {
             tracing::debug!(%error, "connection ended");
         }
+    }
+}
+
+/// Whether a connection's requests keep it: HTTP/1 has a timer for the next request's head, HTTP/2 has none.
+#[derive(Debug)]
+struct Busy(Mutex<Activity>);
+
+#[derive(Debug)]
+struct Activity {
+    under_way: usize,
+    ever: bool,
+    last: Instant,
+}
+
+impl Busy {
+    fn new() -> Arc<Busy> {
+        Arc::new(Busy(Mutex::new(Activity { under_way: 0, ever: false, last: Instant::now() })))
+    }
+
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request, until its answer begins: one that goes on for longer is finished after a graceful end as well.
+    fn enter(self: &Arc<Self>) -> UnderWay {
+        let mut activity = self.activity();
+        activity.under_way += 1;
+        activity.ever = true;
+        UnderWay(self.clone())
+    }
+
+    /// Whether a request came.
+    fn ever(&self) -> bool {
+        self.activity().ever
+    }
+
+    /// Returns when nothing was under way for so long.
+    async fn idle_for(&self, time: Duration) {
+        loop {
+            let until = {
+                let activity = self.activity();
+                let since = if activity.under_way > 0 { Instant::now() } else { activity.last };
+                since + time
+            };
+            if until <= Instant::now() {
+                return;
+            }
+            sleep_until(until).await;
+        }
+    }
+}
+
+struct UnderWay(Arc<Busy>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut activity = self.0.activity();
+        activity.under_way -= 1;
+        activity.last = Instant::now();
     }
 }
 
@@ -405,5 +484,19 @@ mod tests {
         fs::write(&path, "mine").unwrap();
         assert!(bind_unix(&path, 0o660).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_idle_when_nothing_was_under_way_for_the_whole_time() {
+        let busy = Busy::new();
+        let start = Instant::now();
+        let first = busy.enter();
+        let (idle, ()) = tokio::join!(busy.idle_for(Duration::from_secs(30)), async {
+            sleep(Duration::from_secs(100)).await;
+            drop(first);
+        });
+        assert_eq!(idle, ());
+        let time = start.elapsed();
+        assert!((Duration::from_secs(130)..Duration::from_secs(131)).contains(&time), "{time:?}");
     }
 }

@@ -9,13 +9,18 @@ use std::{
 
 use rustix::{
     io::Errno,
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change, unmount},
+    mount::{
+        MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount,
+    },
     thread::UnshareFlags,
 };
 
 /// Where the root is put together, in a mount namespace of our own. It exists on every Linux, and no runtime
 /// lives below it.
 const STAGE: &str = "/sys";
+
+/// The file that lies over what must not be used.
+const EMPTY: &str = "/.zeroboot/empty";
 
 /// `struct mount_attr` of mount_setattr(2), Linux 5.12.
 #[repr(C)]
@@ -52,6 +57,8 @@ fn set_attributes(path: &Path, attributes: u64) -> io::Result<()> {
 pub struct RootPlan {
     /// Host directories and files that appear at their own path, read-only.
     pub binds: Vec<PathBuf>,
+    /// Sockets and FIFOs below `binds`, which a read-only mount lets anyone use: an empty file lies over each.
+    pub covered: Vec<PathBuf>,
     /// Files that we write: path and bytes.
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Empty directories: the mount points of each sandbox's own file systems.
@@ -113,6 +120,16 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     for path in &plan.directories {
         fs::create_dir_all(inside(path)).map_err(at("make", path))?;
     }
+    if !plan.covered.is_empty() {
+        let empty = inside(Path::new(EMPTY));
+        fs::write(&empty, b"").map_err(at("make", &empty))?;
+        for path in &plan.covered {
+            // One that is gone by now needs no cover.
+            if path.symlink_metadata().is_ok() {
+                mount_bind(&empty, inside(path)).map_err(io::Error::from).map_err(at("cover", path))?;
+            }
+        }
+    }
     let dev = inside(Path::new("/dev"));
     fs::create_dir_all(dev.join("shm"))?;
     for name in DEVICES {
@@ -156,10 +173,11 @@ pub fn private_tmpfs(path: &Path, uid: u32, mode: &str, size: u64) -> io::Result
 
 /// Mounts the calling process's own pid namespace on `/proc`: its processes and nothing of the host.
 pub fn private_proc() -> io::Result<()> {
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    // Read-only: without Landlock code could spare itself when the host's memory runs out (oom_score_adj).
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
     match mount("proc", "/proc", "proc", flags, Some(c"subset=pid")) {
         // Before Linux 5.8 there is no subset; then nothing is better than all of the host's facts.
-        Err(Errno::INVAL) => Ok(mount("tmpfs", "/proc", "tmpfs", flags | MountFlags::RDONLY, Some(c"size=0"))?),
+        Err(Errno::INVAL) => Ok(mount("tmpfs", "/proc", "tmpfs", flags, Some(c"size=0"))?),
         other => Ok(other?),
     }
 }

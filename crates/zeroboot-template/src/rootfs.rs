@@ -356,6 +356,8 @@ fn compile(root: &Path) -> Result<(), String> {
     let version = python_version(root).ok_or("no version of it")?;
     let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"].map(|dir| root.join(dir).display().to_string()).join(":");
     let mut python = Command::new(root.join("usr/lib64/ld-linux-x86-64.so.2"));
+    // With -m Python imports from the working directory first, which may be anybody's.
+    python.current_dir("/");
     python.arg("--library-path").arg(libraries).arg(root.join(format!("usr/bin/python{version}")));
     python.env_clear().env("PYTHONHOME", root.join("usr")).env("LC_ALL", "C.UTF-8").env("PYTHONHASHSEED", "0");
     // Files carry the hash of their source, which nobody checks: times do not survive the image.

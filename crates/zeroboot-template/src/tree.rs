@@ -68,6 +68,8 @@ impl Tree {
 
     pub(crate) fn text(&self, path: &str) -> Option<String> {
         match self.nodes.get(path.as_bytes())? {
+            // A link would be followed on this host, not in the tree.
+            Node::Host(host) if !fs::symlink_metadata(host).ok()?.is_file() => None,
             Node::Host(host) => fs::read_to_string(host).ok(),
             Node::File { bytes, .. } => String::from_utf8(bytes.clone()).ok(),
             _ => None,
@@ -165,6 +167,18 @@ mod tests {
             bytes
         };
         assert_eq!(make(&["a", "d/b", "z"]), make(&["z", "a", "d/b"]));
+    }
+
+    #[test]
+    fn a_link_is_no_text_of_the_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("secret"), "of the host").unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir(&root).unwrap();
+        symlink(dir.path().join("secret"), root.join("passwd")).unwrap();
+        fs::write(root.join("group"), "of the tree").unwrap();
+        let tree = Tree::of(&root).unwrap();
+        assert_eq!((tree.text("passwd"), tree.text("group").as_deref()), (None, Some("of the tree")));
     }
 
     #[test]

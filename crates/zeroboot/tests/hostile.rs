@@ -293,7 +293,7 @@ try:
 except OSError: print('kept')
 "#;
         let done = attack(who, code).go();
-        let expected = "EPERM EPERM\nEPERM EPERM EPERM EPERM\n3 EPERM EACCES\n1000\nkept\n";
+        let expected = "EPERM EPERM\nEPERM EPERM EPERM EPERM\n3 EPERM EROFS\n1000\nkept\n";
         assert_eq!(done.good().replace("3 EACCES", "3 EPERM"), expected, "{done:?}");
     }
 
@@ -562,6 +562,40 @@ d = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 print(attempt(d.sendto, b'x', '\0{name}'))
 "#);
         assert_eq!(attack(who, &code).go().good(), "ECONNREFUSED\nECONNREFUSED\n");
+        assert!(listener.accept().is_err());
+    }
+
+    fn sockets_and_pipes_below_shared_directories_are_out_of_reach(who) {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let everyone = |path: &std::path::Path| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+        };
+        everyone(folder.path());
+        let venv = folder.path().join("venv");
+        // Through a shell: the user's own search path decides which Python that is.
+        let mut make = harness::as_user(who, "sh");
+        make.args(["-c", "exec \"$0\" -m venv --without-pip \"$1\"", harness::python(who)]).arg(&venv);
+        let done = make.status();
+        assert!(done.unwrap().success());
+        let (socket, pipe) = (venv.join("lib/s.sock"), venv.join("p.fifo"));
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        everyone(&socket);
+        everyone(&pipe);
+        let code = format!(r#"{PRELUDE}
+s = socket.socket(socket.AF_UNIX)
+print(attempt(s.connect, '{}'))
+d = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+print(attempt(d.sendto, b'x', '{}'))
+print(attempt(lambda: open('{}', 'rb').read()))
+"#, socket.display(), socket.display(), pipe.display());
+        let cli = Cli::bare(who).args(["run", "--engine", "process", "--python"]).args([venv.join("bin/python").to_str().unwrap()]);
+        // An empty file, which no sandbox may write to or which nobody listens at.
+        let done = cli.code(code).go();
+        let refused = done.good().replace("ECONNREFUSED", "EACCES");
+        assert_eq!(refused, "EACCES\nEACCES\nb''\n");
         assert!(listener.accept().is_err());
     }
 

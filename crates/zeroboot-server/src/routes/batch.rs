@@ -15,10 +15,10 @@ use uuid::Uuid;
 
 use crate::{
     answer::Finished,
-    app::{App, RequestId},
+    app::{App, Peer, RequestId},
     error::{ApiError, ErrorBody},
     gate::Caller,
-    routes::exec::{UnderWay, json, read_json},
+    routes::exec::{UnderWay, json_response, read_json, serialize},
     wire::{BatchBody, ExecBody, Object},
 };
 
@@ -39,10 +39,11 @@ pub(crate) async fn batch(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     Extension(RequestId(request_id)): Extension<RequestId>,
+    Extension(peer): Extension<Peer>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    app.check_open()?;
+    app.check_admits(&caller)?;
     // The first one is paid before the body is read, the others when it is known how many there are.
     app.gate.charge(&caller, 1)?;
     let limits = &app.config.limits;
@@ -66,7 +67,8 @@ pub(crate) async fn batch(
             Ok(finished) => Item::Answer(finished),
             Err(error) => Item::Error(error.body(Some(request_id))),
         });
-        json(&Results { results: results.collect() })
+        let bytes = serialize(&Results { results: results.collect() })?;
+        Ok(json_response(app.unsent.hold(&caller, &peer, bytes)))
     }
     .instrument(span)
     .await

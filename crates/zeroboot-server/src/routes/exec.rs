@@ -42,21 +42,25 @@ pub(crate) async fn exec(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    app.check_open()?;
+    app.check_admits(&caller)?;
     app.gate.charge(&caller, 1)?;
+    // Before the body: what a key may hold in memory is bounded by its places too.
+    let place = app.gate.place(&caller)?;
     let span = tracing::info_span!("http.exec", %request_id);
     async {
         let body: ExecBody = read_json(&headers, body, &app.config.limits).await?;
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
-        let place = app.gate.place(&caller)?;
         let under_way = UnderWay::new(app.clone(), request_id, template, place);
         if wants_stream(&headers) {
             return stream::start(under_way, request, peer).await;
         }
         let finished = under_way.collect(request, None).await?;
-        tracing::debug_span!("exec.answer").in_scope(|| json(&finished))
+        tracing::debug_span!("exec.answer").in_scope(|| {
+            let bytes = serialize(&finished)?;
+            Ok(json_response(under_way.app.unsent.hold(&caller, &peer, bytes)))
+        })
     }
     .instrument(span)
     .await
@@ -99,10 +103,12 @@ pub(crate) async fn read_json<T: DeserializeOwned>(
     wire::parse(&bytes)
 }
 
-pub(crate) fn json(value: &impl Serialize) -> Result<Response, ApiError> {
-    let text = serde_json::to_vec(value).map_err(|_| ApiError::internal())?;
-    let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))];
-    Ok((kind, Bytes::from(text)).into_response())
+pub(crate) fn serialize(value: &impl Serialize) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(value).map_err(|_| ApiError::internal())
+}
+
+pub(crate) fn json_response(text: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text).into_response()
 }
 
 /// An exec that is counted and logged, however it ends. Dropping it gives back the key's place and lowers the gauge.

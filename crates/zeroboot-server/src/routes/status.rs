@@ -6,6 +6,7 @@ use std::{
 };
 
 use axum::{
+    Extension,
     extract::State,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -13,7 +14,13 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::{app::App, error::ApiError, metrics::Format, routes::exec::json};
+use crate::{
+    app::App,
+    error::ApiError,
+    gate::Caller,
+    metrics::Format,
+    routes::exec::{json_response, serialize},
+};
 
 /// Whether code can be run.
 #[derive(Serialize, ToSchema)]
@@ -80,7 +87,17 @@ pub(crate) struct TemplateBody<'a> {
     canary_age_seconds: f64,
 }
 
-pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+/// What everyone may know of a template that is down. The engine's words name processes and paths of the host.
+const NOT_UP: &str = "it is not up; the server's log says why";
+const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
+
+pub(crate) async fn health(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    // Without keys every caller is of this machine.
+    let told = app.gate.authenticate(&headers, caller.address).is_ok();
     // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds.
     let canaries = app.canaries.results(&app.backend, app.config.canary_interval * 2).await;
     let statuses = app.backend.templates();
@@ -88,8 +105,8 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
     let mut reasons = Vec::new();
     for (status, canary) in statuses.iter().zip(&canaries) {
         let reason = match (&status.reason, &canary.result) {
-            (reason, _) if !status.ready => Some(reason.as_deref().unwrap_or("its zygote is down")),
-            (_, Err(reason)) => Some(reason.as_str()),
+            (reason, _) if !status.ready => Some(reason.as_deref().filter(|_| told).unwrap_or(NOT_UP)),
+            (_, Err(reason)) => Some(if told { reason.as_str() } else { CANARY_FAILED }),
             _ => None,
         };
         if let Some(reason) = reason {
@@ -121,14 +138,17 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
         _ if ready < templates.len() => HealthStatus::Degraded,
         _ => HealthStatus::Ok,
     };
-    let mut response = json(&HealthBody {
-        status,
-        reasons,
-        templates,
-        live: app.backend.stats().live,
-        uptime_seconds: app.started.elapsed().as_secs(),
-        version: env!("CARGO_PKG_VERSION"),
-    })?;
+    let mut response = json_response(
+        serialize(&HealthBody {
+            status,
+            reasons,
+            templates,
+            live: app.backend.stats().live,
+            uptime_seconds: app.started.elapsed().as_secs(),
+            version: env!("CARGO_PKG_VERSION"),
+        })?
+        .into(),
+    );
     if matches!(status, HealthStatus::Unavailable | HealthStatus::ShuttingDown) {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));

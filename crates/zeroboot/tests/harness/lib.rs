@@ -58,7 +58,8 @@ pub(crate) fn python(who: Who) -> &'static str {
     })
 }
 
-fn as_user(who: Who, program: impl AsRef<OsStr>) -> Command {
+/// A command of this user's.
+pub(crate) fn as_user(who: Who, program: impl AsRef<OsStr>) -> Command {
     if who == Who::Me {
         return Command::new(program);
     }

@@ -78,6 +78,37 @@ fn tls_answers_over_http_1_and_2_and_takes_new_certificates() {
 }
 
 #[test]
+fn a_silent_connection_over_http_2_is_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = certificate(folder.path(), "idle");
+    let mut setup = Setup::default();
+    setup.config.tls = Some(files);
+    setup.config.limits.header_timeout = Duration::from_millis(500);
+    let fixture = setup.start();
+    let begun = std::time::Instant::now();
+    let mut child = Command::new("openssl")
+        .args(["s_client", "-quiet", "-alpn", "h2", "-connect", &fixture.address.to_string()])
+        .stdin(std::process::Stdio::piped()) // open, and nothing comes
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("openssl");
+    let _open = child.stdin.take();
+    wait_for("the connection's end", Duration::from_secs(20), || child.try_wait().unwrap().is_some());
+    assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_server_without_keys_answers_under_no_foreign_name() {
+    let fixture = Setup::default().start();
+    for (host, status) in [("rebound.example", 403), ("localhost:1", 200), ("127.0.0.1", 200)] {
+        let request = format!("GET /v1/health HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        let answer = client::exchange(fixture.address, request.as_bytes());
+        assert_eq!(answer.status, status, "{host}: {}", answer.text());
+    }
+}
+
+#[test]
 fn the_servers_end_waits_for_requests_and_refuses_new_ones() {
     let fixture = Setup::default().start();
     let slow = std::thread::spawn({
