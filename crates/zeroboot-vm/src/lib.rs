@@ -24,7 +24,7 @@ pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
 pub use doorbell::{Mailbox, MailboxError, fuzz_mailbox};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
-pub use jail::{POLICY, VmJailError};
+pub use jail::{POLICY, VmJailError, workers_have_namespaces};
 pub use machine::{Host, Machine};
 pub use probe::{KvmProbe, probe};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
