@@ -15,6 +15,7 @@ mod machine;
 mod probe;
 mod session;
 mod snapshot;
+mod stand_in;
 mod state;
 mod worker;
 mod zygote;

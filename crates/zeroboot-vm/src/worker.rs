@@ -7,10 +7,7 @@
 //!
 //! It frees nothing: the end of the process does, off the path of the answer.
 
-use std::{
-    io,
-    os::fd::BorrowedFd,
-};
+use std::{io, os::fd::BorrowedFd};
 
 use rustix::{
     event::{PollFd, PollFlags, poll},

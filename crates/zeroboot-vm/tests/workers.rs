@@ -27,7 +27,7 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, MiB},
     process,
 };
-use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop};
+use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop, bench};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -57,7 +57,7 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 10] = [
+    let tests: [(&str, fn(&Host)); 11] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
         ("each_worker_has_namespaces_of_its_own", each_worker_has_namespaces_of_its_own),
@@ -66,6 +66,10 @@ fn main() {
         ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
         ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
         ("a_damaged_template_is_refused_with_words", a_damaged_template_is_refused_with_words),
+        (
+            "workers_alive_at_once_each_give_an_answer_of_their_own",
+            workers_alive_at_once_each_give_an_answer_of_their_own,
+        ),
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
         ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
@@ -428,6 +432,30 @@ fn a_damaged_template_is_refused_with_words(host: &Host) {
     let text = String::from_utf8(text).unwrap();
     assert_eq!(kind, Kind::Failure);
     assert!(text.contains("checksum") && text.contains("build the template again"), "{text}");
+}
+
+fn workers_alive_at_once_each_give_an_answer_of_their_own(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let pages = bench::strewn(MiB(2), 40, 40);
+    bench::stand_in(host, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
+    let mut zygote = Zygote::start(dir.path());
+    zygote.ready();
+    let mut workers: Vec<Worker> = (0..50).map(|_| zygote.fork()).collect();
+    for worker in &mut workers {
+        worker.request(Duration::from_secs(60));
+        assert_eq!(worker.frame().unwrap().0, Kind::Started);
+        assert_eq!(worker.frame().unwrap(), (Kind::Stdout, bench::ALIVE.into()));
+    }
+    for (number, worker) in workers.iter_mut().enumerate() {
+        let mut input = Vec::new();
+        encode(&mut input, Kind::Stdin, bench::input(number * 7919).as_bytes());
+        worker.socket.write_all(&input).unwrap();
+    }
+    for (number, worker) in workers.iter_mut().enumerate() {
+        assert_eq!(worker.frame().unwrap(), (Kind::Stdout, bench::answer(number * 7919).into()));
+        assert_eq!(worker.frame().unwrap().0, Kind::Exit);
+        assert!(worker.ended_within(Duration::from_secs(5)));
+    }
 }
 
 /// In the lane: with the Linux guest of a template that `cargo xtask nested-suite` built.
