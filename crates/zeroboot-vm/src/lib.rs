@@ -11,6 +11,7 @@ mod doorbell;
 mod exits;
 mod facts;
 mod jail;
+mod long_mode;
 mod machine;
 mod probe;
 mod session;
