@@ -96,7 +96,7 @@ pub enum Forked<T> {
     Parent(T),
 }
 
-/// `clone3` into `namespaces` (0 for none): in the parent the child's pid and pidfd.
+/// `clone3` into `namespaces`: in the parent the child's pid and pidfd.
 ///
 /// This is the raw system call. The child is a copy of the calling thread alone, so the caller must be
 /// single threaded; and glibc's fork handlers do not run and its cached thread id is stale, so the child must

@@ -102,8 +102,8 @@ struct Zygote {
     snapshot: Snapshot,
     filter: Filter,
     prefault: Prefault,
-    /// Namespaces of a worker's own: all that this host gives.
-    namespaces: i32,
+    /// Whether this host gives workers namespaces of their own.
+    separated: bool,
     oom: OomScore,
     /// This process, for a worker to see whether it has ended.
     own: OwnedFd,
@@ -129,8 +129,22 @@ impl Zygote {
         let oom = OomScore::open().map_err(failed("open its own oom_score_adj"))?;
         jail::strip_zygote()?;
         process::ignore_children();
-        let namespaces = if jail::own_namespaces().is_ok() { WORKER_NAMESPACES } else { 0 };
-        Ok(Zygote { host, snapshot, filter, prefault, namespaces, oom, own, idle })
+        let separated = jail::own_namespaces().is_ok();
+        Ok(Zygote { host, snapshot, filter, prefault, separated, oom, own, idle })
+    }
+
+    fn fork(&self) -> io::Result<Forked<OwnedFd>> {
+        if self.separated {
+            return process::clone_into(WORKER_NAMESPACES).map(|forked| match forked {
+                Forked::Child => Forked::Child,
+                Forked::Parent((_, pidfd)) => Forked::Parent(pidfd),
+            });
+        }
+        // A container's filter that refuses namespaces may refuse clone3 as a whole.
+        Ok(match process::fork()? {
+            Forked::Child => Forked::Child,
+            Forked::Parent(pid) => Forked::Parent(pidfd_open(pid, PidfdFlags::empty())?),
+        })
     }
 
     fn serve(self, control: OwnedFd) -> Result<(), ZygoteError> {
@@ -147,14 +161,14 @@ impl Zygote {
                 control::send(&control, &Control::ForkFailed { id, text }, &[]).map_err(broken)?;
                 continue;
             };
-            let forked = self.oom.first_to_go().and_then(|()| process::clone_into(self.namespaces));
+            let forked = self.oom.first_to_go().and_then(|()| self.fork());
             if let Ok(Forked::Child) = forked {
                 drop(control);
                 self.become_worker(socket, cgroup);
             }
             drop((socket, cgroup));
             match self.oom.as_before().and(forked) {
-                Ok(Forked::Parent((_, pidfd))) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
+                Ok(Forked::Parent(pidfd)) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
                 Ok(Forked::Child) => unreachable!("the child has gone its own way above"),
                 Err(error) => control::send(&control, &Control::ForkFailed { id, text: error.to_string() }, &[]),
             }
@@ -163,7 +177,7 @@ impl Zygote {
     }
 
     fn become_worker(self, socket: OwnedFd, cgroup: Option<OwnedFd>) -> ! {
-        let Zygote { host, snapshot, filter, prefault, namespaces: _, oom, own, idle } = self;
+        let Zygote { host, snapshot, filter, prefault, separated: _, oom, own, idle } = self;
         drop((oom, idle));
         let started = (|| -> io::Result<()> {
             jail::enter(own.as_fd())?;
