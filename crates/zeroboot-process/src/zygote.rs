@@ -2,9 +2,9 @@
 
 use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
 
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use zeroboot_proto::Kind;
-use zeroboot_sys::{control::CONTROL_FD, jail::SANDBOX_UID, mount, process};
+use zeroboot_sys::{control::CONTROL_FD, jail, mount, process};
 
 use crate::{
     layout::{self, AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
@@ -148,13 +148,7 @@ fn own_user_namespace() -> io::Result<()> {
     if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SYS_ADMIN) {
         return Ok(());
     }
-    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    process::unshare(UnshareFlags::NEWUSER)?;
-    std::fs::write("/proc/self/setgroups", "deny")?;
-    // Not id 0: a sandbox's map would then hold our 0, which since Linux 5.12 only CAP_SETFCAP may give on
-    // (user_namespaces(7)). And a runtime that is not root keeps no capability when it is executed.
-    std::fs::write("/proc/self/gid_map", format!("{SANDBOX_UID} {gid} 1\n"))?;
-    std::fs::write("/proc/self/uid_map", format!("{SANDBOX_UID} {uid} 1\n"))
+    jail::own_user_namespace()
 }
 
 /// The zygote needs to give its children user ids and nothing else.

@@ -7,10 +7,9 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
     process::Pid,
-    thread::{CapabilitySet, CapabilitySets},
+    thread::{CapabilitySet, CapabilitySets, UnshareFlags},
 };
 use seccompiler::{BpfProgram, TargetArch};
 
@@ -18,6 +17,17 @@ use crate::tree;
 
 /// The user and group that code has inside every sandbox.
 pub const SANDBOX_UID: u32 = 1000;
+
+/// For an ordinary user: a user namespace in which we may mount, and make others.
+pub fn own_user_namespace() -> io::Result<()> {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    crate::process::unshare(UnshareFlags::NEWUSER)?;
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    // Not id 0: a sandbox's map would then hold our 0, which since Linux 5.12 only CAP_SETFCAP may give on
+    // (user_namespaces(7)). And a runtime that is not root keeps no capability when it is executed.
+    std::fs::write("/proc/self/gid_map", format!("{SANDBOX_UID} {gid} 1\n"))?;
+    std::fs::write("/proc/self/uid_map", format!("{SANDBOX_UID} {uid} 1\n"))
+}
 
 /// Gives a child in a fresh user namespace its one user: `outside` of the caller's namespace appears as
 /// [`SANDBOX_UID`]. Makes it, and all that it will start, the first to go when the host runs out of memory: before
@@ -27,8 +37,7 @@ pub fn settle_child(proc: BorrowedFd<'_>, child: Pid, pidfd: BorrowedFd<'_>, out
     let dir = rustix::fs::openat(proc, child.as_raw_nonzero().to_string(), flags, Mode::empty())?;
     // Children are reaped by the kernel, so a number can be given out again: a child that lives now, after the
     // directory was opened, is the one that the directory is of.
-    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
-    if poll(&mut ended, Some(&Timespec::default()))? != 0 {
+    if crate::process::has_ended(pidfd)? {
         return Err(io::Error::other("it ended at once"));
     }
     let write = |file: &str, text: &str| -> io::Result<()> {
@@ -60,7 +69,10 @@ pub fn become_sandbox_user() -> io::Result<()> {
 /// Leaves every capability, now and after any exec.
 pub fn drop_capabilities() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
-    crate::process::limit_bounding_set(0)?;
+    // Without the right to it the set stays, and with no_new_privs nothing can be had from it.
+    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
+        crate::process::limit_bounding_set(0)?;
+    }
     // SAFETY: prctl with numbers only.
     unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
     let none = CapabilitySet::empty();

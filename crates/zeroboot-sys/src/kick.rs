@@ -75,8 +75,7 @@ impl Kick {
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = libc::SIGALRM;
-        // SAFETY: no arguments, cannot fail.
-        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        event.sigev_notify_thread_id = thread_id();
         let mut timer: libc::timer_t = std::ptr::null_mut();
         // SAFETY: both pointers are to live locals.
         check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) })?;
@@ -121,8 +120,7 @@ pub fn on_activity(socket: BorrowedFd<'_>) -> io::Result<()> {
     // The values of <fcntl.h>; libc does not name them for this target.
     const F_SETOWN_EX: libc::c_int = 15;
     const F_OWNER_TID: libc::c_int = 0;
-    // SAFETY: no arguments, cannot fail.
-    let owner = [F_OWNER_TID, unsafe { libc::gettid() }];
+    let owner = [F_OWNER_TID, thread_id()];
     // SAFETY: `owner` has the layout of struct f_owner_ex (two ints) and lives through the call.
     check(unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) })?;
     // SAFETY: plain calls on a descriptor that the caller holds.
@@ -130,6 +128,12 @@ pub fn on_activity(socket: BorrowedFd<'_>) -> io::Result<()> {
     check(flags)?;
     // SAFETY: as above.
     check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_ASYNC | libc::O_NONBLOCK) })
+}
+
+/// By the raw call: what a C library remembers is the parent's in a child of `process::clone_into`.
+fn thread_id() -> libc::pid_t {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::syscall(libc::SYS_gettid) as libc::pid_t }
 }
 
 fn install() -> io::Result<()> {

@@ -35,6 +35,18 @@ pub struct Sregs {
     pub pdptrs: [u64; 4],
 }
 
+/// One of `struct kvm_sregs` and `struct kvm_sregs2`, with what both have taken from the other.
+macro_rules! shared_sregs {
+    ($to:ident from $from:ident, $($field:ident: $value:expr),+) => {
+        shared_sregs!(
+            $to $from [cs ds es fs gs ss tr ldt gdt idt cr0 cr2 cr3 cr4 cr8 efer apic_base] $($field: $value),+
+        )
+    };
+    ($to:ident $from:ident [$($shared:ident)+] $($field:ident: $value:expr),+) => {
+        kb::$to { $($shared: $from.$shared,)+ $($field: $value),+ }
+    };
+}
+
 /// A KVM call that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{call} failed")]
@@ -397,26 +409,7 @@ impl Vcpu {
         if unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_GET_SREGS2, &raw mut s) } < 0 {
             return Err(last("KVM_GET_SREGS2"));
         }
-        let base = kb::kvm_sregs {
-            cs: s.cs,
-            ds: s.ds,
-            es: s.es,
-            fs: s.fs,
-            gs: s.gs,
-            ss: s.ss,
-            tr: s.tr,
-            ldt: s.ldt,
-            gdt: s.gdt,
-            idt: s.idt,
-            cr0: s.cr0,
-            cr2: s.cr2,
-            cr3: s.cr3,
-            cr4: s.cr4,
-            cr8: s.cr8,
-            efer: s.efer,
-            apic_base: s.apic_base,
-            interrupt_bitmap: [0; 4],
-        };
+        let base = shared_sregs!(kvm_sregs from s, interrupt_bitmap: [0; 4]);
         Ok(Sregs { base, flags: s.flags, pdptrs: s.pdptrs })
     }
 
@@ -426,27 +419,7 @@ impl Vcpu {
         if !self.caps.sregs2 {
             return named("KVM_SET_SREGS", self.fd.set_sregs(s));
         }
-        let s = kb::kvm_sregs2 {
-            cs: s.cs,
-            ds: s.ds,
-            es: s.es,
-            fs: s.fs,
-            gs: s.gs,
-            ss: s.ss,
-            tr: s.tr,
-            ldt: s.ldt,
-            gdt: s.gdt,
-            idt: s.idt,
-            cr0: s.cr0,
-            cr2: s.cr2,
-            cr3: s.cr3,
-            cr4: s.cr4,
-            cr8: s.cr8,
-            efer: s.efer,
-            apic_base: s.apic_base,
-            flags: sregs.flags,
-            pdptrs: sregs.pdptrs,
-        };
+        let s = shared_sregs!(kvm_sregs2 from s, flags: sregs.flags, pdptrs: sregs.pdptrs);
         // SAFETY: the vCPU's descriptor, and a live struct of the size that the number encodes.
         if unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_SET_SREGS2, &raw const s) } < 0 {
             return Err(last("KVM_SET_SREGS2"));

@@ -10,7 +10,10 @@ use std::{
     process::Command,
 };
 
-use rustix::process::{Pid, Signal};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, Signal},
+};
 
 /// Namespaces of a sandbox: none is shared with the host.
 pub const SANDBOX_NAMESPACES: i32 = libc::CLONE_NEWUSER
@@ -20,6 +23,10 @@ pub const SANDBOX_NAMESPACES: i32 = libc::CLONE_NEWUSER
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP;
+
+/// Namespaces of a VM worker: as a sandbox's, but for the network. Making one takes four times as long as making all
+/// the others (docs/adr/0012); a worker shares its zygote's, in which nothing is up, and can make no socket.
+pub const WORKER_NAMESPACES: i32 = SANDBOX_NAMESPACES & !libc::CLONE_NEWNET;
 
 /// Lets `command` start a zygote: `report` and `control` become its descriptors 3 and 4, it leads its own
 /// session (a terminal's Ctrl-C reaches the front alone), and the kernel kills it when the *thread* that
@@ -89,11 +96,11 @@ pub enum Forked<T> {
     Parent(T),
 }
 
-/// `clone3` into `namespaces` (0 for none): in the parent the child's pid and pidfd.
+/// `clone3` into `namespaces`: in the parent the child's pid and pidfd.
 ///
 /// This is the raw system call. The child is a copy of the calling thread alone, so the caller must be
-/// single threaded; and glibc's fork handlers do not run and its cached thread id is stale, so the child
-/// may make system calls, call [`fork`] (which repairs the cache in *its* child) and exec, nothing else.
+/// single threaded; and glibc's fork handlers do not run and its cached thread id is stale, so the child must
+/// neither make threads nor ask the C library who it is; [`fork`] repairs the cache in *its* child.
 pub fn clone_into(namespaces: i32) -> io::Result<Forked<(Pid, OwnedFd)>> {
     let mut pidfd: i32 = -1;
     #[repr(C)]
@@ -171,6 +178,11 @@ pub fn reset_signals() -> io::Result<()> {
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())
     };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether the process behind a pidfd has ended. In a pid namespace of its own a process cannot ask for its parent.
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::default()))? != 0)
 }
 
 /// Undoes [`ignore_children`]: a child's end can be waited for again.

@@ -9,14 +9,16 @@ use std::time::{Duration, Instant};
 use zeroboot_proto::{Decoder, Ending, Kind, mailbox::Ring};
 use zeroboot_sys::{
     kick::Kick,
-    kvm::{KvmError, MsrTable, Regs},
-    memory::{BootMemory, GuestPhys, Mapping, MiB},
+    kvm::{KvmError, MsrTable},
+    memory::Mapping,
 };
 
 use crate::{
-    Console, Exits, Fork, ForkError, FreezeError, Front, Host, Machine, Prefault, Received, Session, SessionEnd,
-    SessionError, Snapshot, Stop, VmState,
+    Console, Exits, Fork, ForkError, FreezeError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError,
+    Snapshot, Stop, VmState,
 };
+
+pub use crate::stand_in::{ALIVE, answer, input, stand_in, strewn};
 
 /// Why a measurement is void.
 #[derive(Debug, thiserror::Error)]
@@ -73,55 +75,8 @@ pub struct Forks {
     pub prototype_teardown: Vec<Duration>,
 }
 
-/// A guest of a few bytes in a memory of the size and fill of a real template: what hosts that cannot run a
-/// Linux guest are measured with. `filled` of its pages are not zero.
-pub fn stand_in(host: &Host, size: MiB, filled: MiB) -> Result<Snapshot, BenchError> {
-    use zeroboot_proto::mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, TABLE_AT, VERSION};
-    const HEADER: u64 = 0x2000;
-    const CODE: u64 = 0x1000;
-    let memory = BootMemory::new(size)?;
-    let mut machine = Machine::new(host, memory.map()?)?;
-    let mut header = vec![0u8; 4096];
-    let mut field = |at: usize, bytes: &[u8]| {
-        if let Some(to) = header.get_mut(at..at + bytes.len()) {
-            to.copy_from_slice(bytes);
-        }
-    };
-    field(0, &MAGIC.to_le_bytes());
-    field(4, &VERSION.to_le_bytes());
-    for page in 0..2 * AREA_PAGES {
-        field(TABLE_AT + 8 * page, &(0x2_0000 + 0x1000 * page as u64).to_le_bytes());
-    }
-    // Twice: mov dx, doorbell; mov eax, value; out dx, eax.
-    let mut code = Vec::new();
-    for value in [Ring::Ready.encode((HEADER >> 12) as u32), Ring::Want.encode(0)] {
-        code.push(0xba);
-        code.extend(DOORBELL_PORT.to_le_bytes());
-        code.extend([0x66, 0xb8]);
-        code.extend(value.to_le_bytes());
-        code.extend([0x66, 0xef]);
-    }
-    let put = |at: u64, bytes: &[u8]| {
-        machine.memory().write(GuestPhys(at), bytes).map_err(|e| std::io::Error::other(e.to_string()))
-    };
-    put(HEADER, &header)?;
-    put(CODE, &code)?;
-    for page in 0..filled.bytes().min(size.bytes().saturating_sub(1 << 20)) / 4096 {
-        put((1 << 20) + page * 4096, &(page + 1).to_le_bytes())?;
-    }
-    let vcpu = machine.vcpu();
-    let mut sregs = vcpu.sregs()?;
-    (sregs.base.cs.base, sregs.base.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&Regs { rip: CODE, rflags: 2, ..Default::default() })?;
-    match machine.run(&mut Console::default(), &mut Exits::default())? {
-        Stop::Ring(Ring::Ready, argument) => Ok(Snapshot::freeze(host, machine, memory, argument)?),
-        other => Err(BenchError::WrongGuest(format!("{other:?}"))),
-    }
-}
-
 /// Measures forks of `snapshot`, which is either a real template (its guest waits for input: `Ring::Want` or
-/// output follows) or a [`stand_in`]. `request`: bytes of frames to put into the mailbox.
+/// output follows) or a [`stand_in()`]. `request`: bytes of frames to put into the mailbox.
 pub fn forks(host: &Host, snapshot: &Snapshot, request: &[u8], rounds: usize) -> Result<Forks, BenchError> {
     let idle = host.kvm().create_vm()?;
     let mut result = Forks::default();

@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 
 use zeroboot_sys::{
-    kvm::{Dtable, Regs, Segment, Sregs},
+    kvm::{Dtable, Regs},
     memory::{GuestPhys, MiB, OutOfBounds},
 };
 
-use crate::{Machine, exits::POWER_PORT};
+use crate::{Machine, exits::POWER_PORT, long_mode};
 
 /// Kernel parameters, each with its reason. None is needed for function.
 const PARAMETERS: &[&str] = &[
@@ -278,12 +278,7 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
 
 /// 64-bit mode with an identity map of the first GiB, as the boot protocol asks.
 fn enter(machine: &Machine, entry: u64, put: &impl Fn(u64, &[u8]) -> Result<(), LoadError>) -> Result<(), LoadError> {
-    const PRESENT_WRITE: u64 = 3;
-    const LARGE: u64 = 1 << 7;
-    put(PAGE_TABLES, &((PAGE_TABLES + 0x1000) | PRESENT_WRITE).to_le_bytes())?;
-    put(PAGE_TABLES + 0x1000, &((PAGE_TABLES + 0x2000) | PRESENT_WRITE).to_le_bytes())?;
-    let directory: Vec<u8> = (0..512u64).flat_map(|i| (i << 21 | LARGE | PRESENT_WRITE).to_le_bytes()).collect();
-    put(PAGE_TABLES + 0x2000, &directory)?;
+    put(PAGE_TABLES, &long_mode::identity_map(PAGE_TABLES, long_mode::KERNEL))?;
 
     // __BOOT_CS at 0x10, __BOOT_DS at 0x18, a TSS at 0x20.
     for (at, descriptor) in
@@ -291,22 +286,10 @@ fn enter(machine: &Machine, entry: u64, put: &impl Fn(u64, &[u8]) -> Result<(), 
     {
         put(GDT + at, &descriptor.to_le_bytes())?;
     }
-    let code =
-        Segment { limit: u32::MAX, selector: 0x10, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
-    let data =
-        Segment { limit: u32::MAX, selector: 0x18, type_: 3, present: 1, s: 1, db: 1, g: 1, ..Default::default() };
-    let task = Segment { limit: 0x67, selector: 0x20, type_: 11, present: 1, ..Default::default() };
-    let mut sregs: Sregs = machine.vcpu.sregs()?;
-    let base = &mut sregs.base;
-    base.cs = code;
-    (base.ds, base.es, base.fs, base.gs, base.ss) = (data, data, data, data, data);
-    base.tr = task;
-    base.gdt = Dtable { base: GDT, limit: 0x2f, ..Default::default() };
-    base.idt = Dtable::default();
-    base.cr3 = PAGE_TABLES;
-    base.cr4 = 1 << 5; // PAE
-    base.cr0 = 0x8005_0033; // PG, AM, WP, NE, ET, MP, PE
-    base.efer = 1 << 8 | 1 << 10; // LME, LMA
+    let mut sregs = machine.vcpu.sregs()?;
+    long_mode::enter(&mut sregs, PAGE_TABLES, 0x10, 0x18, 0x20);
+    sregs.base.gdt = Dtable { base: GDT, limit: 0x2f, ..Default::default() };
+    sregs.base.idt = Dtable::default();
     machine.vcpu.set_sregs(&sregs)?;
     machine.vcpu.set_regs(&Regs { rip: entry, rsi: ZERO_PAGE, rsp: STACK, rflags: 2, ..Default::default() })?;
     Ok(())

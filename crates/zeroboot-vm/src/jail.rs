@@ -1,16 +1,16 @@
 //! What holds a worker in, should a guest break out of its VM: first the zygote gives up everything that
-//! none of its workers needs, then each worker closes the rest behind itself.
+//! none of its workers needs, then each worker is made in namespaces of its own and closes the rest behind itself.
 
-use std::io;
+use std::{io, os::fd::BorrowedFd};
 
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
-    process::{Resource, Rlimit, setrlimit},
+    process::{Resource, Rlimit, WaitOptions, setrlimit, waitpid},
     thread::{CapabilitySet, CapabilitySets, UnshareFlags},
 };
 use zeroboot_sys::{
     jail::{self, Filter, JailError},
-    process,
+    process::{self, Forked, WORKER_NAMESPACES},
 };
 
 /// The filter of a worker, data with a reason at each rule.
@@ -35,21 +35,19 @@ fn step(what: &'static str) -> impl FnOnce(io::Error) -> VmJailError {
 }
 
 /// Once in the zygote, after `/dev/kvm` and the template are open: an empty root, no network, no other
-/// processes' IPC, no capabilities, no user that owns anything. Its workers inherit all of it.
+/// processes' IPC, no capabilities, no user that owns anything. Its workers begin with all of it.
 ///
-/// Returns whether it got namespaces of its own. As root it must; an ordinary user may be refused them by
-/// the distribution (AppArmor on Ubuntu), and then seccomp alone stands behind the VM.
-pub(crate) fn strip_zygote() -> Result<bool, VmJailError> {
+/// As root it must get its namespaces; an ordinary user may be refused them by the distribution (AppArmor on
+/// Ubuntu), and then seccomp alone stands behind the VM.
+pub(crate) fn strip_zygote() -> Result<(), VmJailError> {
     let root = rustix::thread::capabilities(None)
         .map_err(|e| step("read the capabilities")(e.into()))?
         .effective
         .contains(CapabilitySet::SYS_ADMIN);
-    let spaces = enter_nothing(root);
-    let separated = match spaces {
-        Ok(()) => true,
+    match enter_nothing(root) {
         Err(error) if root => return Err(step("leave the host's namespaces")(error)),
-        Err(_refused) => false,
-    };
+        Ok(()) | Err(_) => {}
+    }
     if root {
         // Groups first: without the user id there is no right to do it. A process in no user namespace of
         // its own keeps host ids, so they become nobody's.
@@ -64,14 +62,45 @@ pub(crate) fn strip_zygote() -> Result<bool, VmJailError> {
     jail::drop_capabilities().map_err(step("drop capabilities"))?;
     jail::deny_tracing().map_err(step("forbid tracing"))?;
     // A change of user ids clears it.
-    process::die_with_parent().map_err(step("tie the zygote to the front"))?;
-    Ok(separated)
+    process::die_with_parent().map_err(step("tie the zygote to the front"))
+}
+
+/// In a stripped zygote that ignores its children: whether it can give a worker namespaces of its own, found out by
+/// doing. A host may refuse them to whoever is not root (`user.max_user_namespaces`, AppArmor, a container's filter).
+pub(crate) fn own_namespaces() -> io::Result<()> {
+    match process::clone_into(WORKER_NAMESPACES)? {
+        Forked::Child => process::exit_now(0),
+        Forked::Parent(_) => Ok(()),
+    }
+}
+
+/// Whether workers get namespaces of their own on this host; without, they share their zygote's. Tries it in a child
+/// process, which is stripped as a zygote is.
+pub fn workers_have_namespaces() -> io::Result<()> {
+    const STRIP_FAILED: i32 = 255;
+    match process::fork()? {
+        Forked::Child => process::exit_now(match strip_zygote() {
+            Err(_) => STRIP_FAILED,
+            Ok(()) => own_namespaces().err().map_or(0, |error| error.raw_os_error().unwrap_or(STRIP_FAILED)),
+        }),
+        Forked::Parent(child) => {
+            let status = rustix::io::retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()))?;
+            match status.and_then(|(_, status)| status.exit_status()) {
+                Some(0) => Ok(()),
+                Some(errno) if errno != STRIP_FAILED => Err(io::Error::from_raw_os_error(errno)),
+                _ => Err(io::Error::other("a zygote cannot leave the host's namespaces")),
+            }
+        }
+    }
 }
 
 /// Namespaces in which there is nothing: an empty read-only root, no network interface that is up.
 fn enter_nothing(root: bool) -> io::Result<()> {
     let spaces = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    process::unshare(if root { spaces } else { spaces | UnshareFlags::NEWUSER })?;
+    if !root {
+        jail::own_user_namespace()?;
+    }
+    process::unshare(spaces)?;
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
     // Any directory that always exists: the tmpfs hides it and then becomes the root.
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -83,6 +112,16 @@ fn enter_nothing(root: bool) -> io::Result<()> {
     rustix::process::chdir("/")?;
     rustix::mount::mount_remount("/", flags | MountFlags::RDONLY | MountFlags::BIND, c"")?;
     Ok(())
+}
+
+/// In a new worker: what it must not keep of its making. No id is mapped in its user namespace, so there is nobody to
+/// become and none to make a further namespace; only the capabilities over its own few namespaces are left to drop.
+pub(crate) fn enter(zygote: BorrowedFd<'_>) -> io::Result<()> {
+    process::die_with_parent()?;
+    if process::has_ended(zygote)? {
+        return Err(io::Error::other("the zygote is gone"));
+    }
+    jail::drop_capabilities()
 }
 
 /// In the worker, with its VM made and its socket at hand: from here on it can run the guest, speak on its

@@ -8,11 +8,11 @@ use std::{
 
 use zeroboot_sys::{
     kick::Kick,
-    kvm::{Kvm, KvmError, Regs, Segment},
+    kvm::{Kvm, KvmError, Regs},
     memory::{BootMemory, GuestPhys, MiB},
 };
 
-use crate::{Console, Exits, Host, Machine, Stop};
+use crate::{Console, Exits, Host, Machine, Stop, long_mode};
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +123,7 @@ const USER: u64 = 0x4000;
 const TABLES: u64 = 0x1_0000;
 const GDT: u64 = 0x2_0000;
 
-/// A machine in 64-bit mode with 2 MiB mapped one to one for ring 3 as well, at the start of `CODE`.
+/// A machine in 64-bit mode with its memory mapped one to one for ring 3 as well, at the start of `CODE`.
 fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
     let failed = |source| KvmError { call: "mmap", source };
     let memory = BootMemory::new(MiB(2)).map_err(failed)?;
@@ -133,10 +133,7 @@ fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
         for (at, bytes) in code {
             put(*at, bytes)?;
         }
-        // Present, writable, user; the last level maps 2 MiB at once.
-        put(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes())?;
-        put(TABLES + 0x1000, &((TABLES + 0x2000) | 7).to_le_bytes())?;
-        put(TABLES + 0x2000, &(0x87u64).to_le_bytes())?;
+        put(TABLES, &long_mode::identity_map(TABLES, long_mode::USER))?;
         // 0x08, 0x10: ring 0 code and data; 0x1b, 0x23: ring 3 data and code, in the order that STAR wants.
         for (i, descriptor) in
             [0, 0x00af_9b00_0000_ffffu64, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff]
@@ -150,17 +147,10 @@ fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
     written.map_err(|e: zeroboot_sys::memory::OutOfBounds| KvmError { call: "write", source: io::Error::other(e) })?;
     let vcpu = machine.vcpu();
     let mut sregs = vcpu.sregs()?;
-    let base = &mut sregs.base;
-    base.cs = Segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
-    let data = Segment { limit: u32::MAX, selector: 16, type_: 3, present: 1, s: 1, db: 1, g: 1, ..Default::default() };
-    (base.ds, base.es, base.fs, base.gs, base.ss) = (data, data, data, data, data);
-    base.tr = Segment { limit: 0x67, selector: 0, type_: 11, present: 1, ..Default::default() };
-    (base.gdt.base, base.gdt.limit) = (GDT, 39);
-    base.cr3 = TABLES;
-    base.cr4 = 1 << 5;
-    base.cr0 = 0x8005_0033;
-    // LME, LMA and SCE: system calls on.
-    base.efer = 1 << 8 | 1 << 10 | 1;
+    long_mode::enter(&mut sregs, TABLES, 8, 16, 0);
+    (sregs.base.gdt.base, sregs.base.gdt.limit) = (GDT, 39);
+    // SCE: system calls on.
+    sregs.base.efer |= 1;
     vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&Regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
     Ok(machine)

@@ -7,10 +7,7 @@
 //!
 //! It frees nothing: the end of the process does, off the path of the answer.
 
-use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::{io, os::fd::BorrowedFd};
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -54,7 +51,7 @@ pub enum WorkerError {
 pub fn worker(
     host: Host,
     snapshot: &Snapshot,
-    socket: OwnedFd,
+    socket: BorrowedFd<'_>,
     prefault: Prefault,
     filter: Option<&Filter>,
 ) -> Result<SessionEnd, WorkerError> {
@@ -64,7 +61,7 @@ pub fn worker(
     drop(host);
     snapshot.prefault(&mut fork, prefault)?;
     fork.machine.vcpu.prime().map_err(ForkError::from)?;
-    kick::on_activity(socket.as_fd()).map_err(WorkerError::Kick)?;
+    kick::on_activity(socket).map_err(WorkerError::Kick)?;
     if let Some(filter) = filter {
         jail::close(filter)?;
     }
@@ -78,11 +75,11 @@ pub fn worker(
 
 /// The front at the other end of a stream socket that does not block.
 #[derive(Debug)]
-pub struct SocketFront {
-    socket: OwnedFd,
+pub struct SocketFront<'a> {
+    socket: BorrowedFd<'a>,
 }
 
-impl SocketFront {
+impl SocketFront<'_> {
     /// Waits for `events`, through any number of kicks.
     fn wait(&self, events: PollFlags) -> io::Result<()> {
         loop {
@@ -95,11 +92,11 @@ impl SocketFront {
     }
 }
 
-impl Front for SocketFront {
+impl Front for SocketFront<'_> {
     fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
         let mut chunk = [0u8; 16 * 1024];
         loop {
-            match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
+            match recv(self.socket, &mut chunk, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return Ok(Received::Gone),
                 Ok((n, _)) => {
                     into.extend_from_slice(chunk.get(..n).unwrap_or_default());
@@ -116,7 +113,7 @@ impl Front for SocketFront {
 
     fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            match send(&self.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match send(self.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
                 // The guest stands still while the front is slow: that is the backpressure.

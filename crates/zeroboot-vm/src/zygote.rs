@@ -2,18 +2,19 @@
 
 use std::{
     error::Error,
-    io,
+    fs::File,
+    io::{self, Write},
     os::fd::{AsFd, OwnedFd},
     path::Path,
 };
 
-use rustix::process::{PidfdFlags, getpid, getppid, pidfd_open};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use zeroboot_proto::{Kind, encode};
 use zeroboot_sys::{
     control::{self, Control},
     jail::{Filter, JailError},
     kvm::{KvmError, Vm},
-    process::{self, Forked},
+    process::{self, Forked, WORKER_NAMESPACES},
 };
 
 use crate::{Host, LoadSnapshotError, Prefault, Snapshot, jail, jail::VmJailError, worker};
@@ -101,6 +102,11 @@ struct Zygote {
     snapshot: Snapshot,
     filter: Filter,
     prefault: Prefault,
+    /// Whether this host gives workers namespaces of their own.
+    separated: bool,
+    oom: OomScore,
+    /// This process, for a worker to see whether it has ended.
+    own: OwnedFd,
     /// One idle VM is kept: with none alive anywhere KVM switches virtualisation off on every CPU and on
     /// again for the next, which doubles the cost of KVM_CREATE_VM.
     idle: Vm,
@@ -118,9 +124,27 @@ impl Zygote {
         if threads != 1 {
             return Err(ZygoteError::Threads(threads));
         }
+        let failed = |what| move |error| ZygoteError::Channel(what, error);
+        let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| failed("open its own pidfd")(e.into()))?;
+        let oom = OomScore::open().map_err(failed("open its own oom_score_adj"))?;
         jail::strip_zygote()?;
         process::ignore_children();
-        Ok(Zygote { host, snapshot, filter, prefault, idle })
+        let separated = jail::own_namespaces().is_ok();
+        Ok(Zygote { host, snapshot, filter, prefault, separated, oom, own, idle })
+    }
+
+    fn fork(&self) -> io::Result<Forked<OwnedFd>> {
+        if self.separated {
+            return process::clone_into(WORKER_NAMESPACES).map(|forked| match forked {
+                Forked::Child => Forked::Child,
+                Forked::Parent((_, pidfd)) => Forked::Parent(pidfd),
+            });
+        }
+        // A container's filter that refuses namespaces may refuse clone3 as a whole.
+        Ok(match process::fork()? {
+            Forked::Child => Forked::Child,
+            Forked::Parent(pid) => Forked::Parent(pidfd_open(pid, PidfdFlags::empty())?),
+        })
     }
 
     fn serve(self, control: OwnedFd) -> Result<(), ZygoteError> {
@@ -137,34 +161,27 @@ impl Zygote {
                 control::send(&control, &Control::ForkFailed { id, text }, &[]).map_err(broken)?;
                 continue;
             };
-            let parent = getpid();
-            let forked = match process::fork() {
-                Ok(Forked::Child) => {
-                    drop(control);
-                    self.become_worker(parent, socket, cgroup);
-                }
-                Ok(Forked::Parent(pid)) => pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from),
-                Err(error) => Err(error),
-            };
+            let forked = self.oom.first_to_go().and_then(|()| self.fork());
+            if let Ok(Forked::Child) = forked {
+                drop(control);
+                self.become_worker(socket, cgroup);
+            }
             drop((socket, cgroup));
-            match forked {
-                Ok(pidfd) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
+            match self.oom.as_before().and(forked) {
+                Ok(Forked::Parent(pidfd)) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
+                Ok(Forked::Child) => unreachable!("the child has gone its own way above"),
                 Err(error) => control::send(&control, &Control::ForkFailed { id, text: error.to_string() }, &[]),
             }
             .map_err(broken)?;
         }
     }
 
-    fn become_worker(self, parent: rustix::process::Pid, socket: OwnedFd, cgroup: Option<OwnedFd>) -> ! {
-        // A copy of the front's error channel for what comes before the worker owns its socket.
-        let last_words = socket.try_clone();
-        let Zygote { host, snapshot, filter, prefault, idle } = self;
-        drop(idle);
+    fn become_worker(self, socket: OwnedFd, cgroup: Option<OwnedFd>) -> ! {
+        let Zygote { host, snapshot, filter, prefault, separated: _, oom, own, idle } = self;
+        drop((oom, idle));
         let started = (|| -> io::Result<()> {
-            process::die_with_parent()?;
-            if getppid() != Some(parent) {
-                return Err(io::Error::other("the zygote is gone"));
-            }
+            jail::enter(own.as_fd())?;
+            drop(own);
             if let Some(cgroup) = cgroup {
                 // 0: the writer itself.
                 rustix::io::write(&cgroup, b"0")?;
@@ -172,7 +189,7 @@ impl Zygote {
             Ok(())
         })();
         let failure = match started {
-            Ok(()) => match worker::worker(host, &snapshot, socket, prefault, Some(&filter)) {
+            Ok(()) => match worker::worker(host, &snapshot, socket.as_fd(), prefault, Some(&filter)) {
                 Ok(_end) => process::exit_now(0),
                 Err(error) => chain(&error),
             },
@@ -180,10 +197,31 @@ impl Zygote {
         };
         let mut frame = Vec::new();
         encode(&mut frame, Kind::Failure, failure.as_bytes());
-        if let Ok(socket) = last_words {
-            // If the front is gone nobody needs the reason.
-            let _gone = rustix::net::send(&socket, &frame, rustix::net::SendFlags::NOSIGNAL);
-        }
+        // If the front is gone nobody needs the reason.
+        let _gone = rustix::net::send(&socket, &frame, rustix::net::SendFlags::NOSIGNAL);
         process::exit_now(1)
+    }
+}
+
+/// Workers go first when the host runs out of memory: before the server and the zygote. A worker cannot ask for that
+/// itself, since the files in `/proc` of a process that may not be traced are root's. So it inherits it: the zygote has
+/// that score itself while it makes one. (Of equal scores the kernel takes the largest, and a worker has more memory.)
+struct OomScore {
+    file: File,
+    before: String,
+}
+
+impl OomScore {
+    fn open() -> io::Result<OomScore> {
+        let path = "/proc/self/oom_score_adj";
+        Ok(OomScore { before: std::fs::read_to_string(path)?, file: File::options().write(true).open(path)? })
+    }
+
+    fn first_to_go(&self) -> io::Result<()> {
+        (&self.file).write_all(b"1000")
+    }
+
+    fn as_before(&self) -> io::Result<()> {
+        (&self.file).write_all(self.before.as_bytes())
     }
 }

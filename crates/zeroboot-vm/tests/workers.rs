@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
+        linux::fs::MetadataExt,
         unix::net::UnixStream,
     },
     path::Path,
@@ -26,7 +27,7 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, MiB},
     process,
 };
-use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop};
+use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop, bench};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -56,14 +57,19 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 9] = [
+    let tests: [(&str, fn(&Host)); 11] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
+        ("each_worker_has_namespaces_of_its_own", each_worker_has_namespaces_of_its_own),
         ("a_waiting_worker_is_small", a_waiting_worker_is_small),
         ("a_worker_whose_front_is_gone_ends_at_once", a_worker_whose_front_is_gone_ends_at_once),
         ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
         ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
         ("a_damaged_template_is_refused_with_words", a_damaged_template_is_refused_with_words),
+        (
+            "workers_alive_at_once_each_give_an_answer_of_their_own",
+            workers_alive_at_once_each_give_an_answer_of_their_own,
+        ),
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
         ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
@@ -256,46 +262,104 @@ fn a_worker_carries_an_exec_through_and_ends(host: &Host) {
     }
 }
 
+/// Some namespace of a process, as a number that names it.
+fn namespace(pid: u32, space: &str) -> String {
+    std::fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap().to_string_lossy().into_owned()
+}
+
 fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
     let template = answering(host);
     let mut zygote = Zygote::start(template.path());
     zygote.ready();
-    let worker = zygote.fork();
-    let pid = worker.pid();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
-    assert_eq!(field("Seccomp:"), "2");
-    assert_eq!(field("NoNewPrivs:"), "1");
-    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
-        assert_eq!(field(set), "0000000000000000", "{set}");
-    }
-    if rustix::process::geteuid().is_root() {
+    // In the pool, and in the middle of a guest.
+    let waiting = zygote.fork();
+    let spinning = spinning(host);
+    let mut spinning = Zygote::start(spinning.path());
+    spinning.ready();
+    let mut running = spinning.fork();
+    running.request(Duration::from_secs(60));
+    for worker in [&waiting, &running] {
+        let pid = worker.pid();
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+        let status = read("status");
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
+        assert_eq!(field("Seccomp:"), "2");
+        assert_eq!(field("NoNewPrivs:"), "1");
+        // Where a user is refused namespaces, nobody may empty the bounding set; with NoNewPrivs it gives nothing.
+        let bounded = ["CapBnd:"].into_iter().filter(|_| zeroboot_vm::workers_have_namespaces().is_ok());
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"].into_iter().chain(bounded) {
+            assert_eq!(field(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(read("oom_score_adj").trim(), "1000");
+        // What may not be traced belongs to root.
+        assert_eq!(std::fs::metadata(format!("/proc/{pid}/maps")).unwrap().st_uid(), 0);
+        if !rustix::process::geteuid().is_root() {
+            // Its descriptors cannot be looked at then.
+            continue;
+        }
         assert_eq!(field("Uid:"), "65534\t65534\t65534\t65534");
         assert_eq!(field("Groups:"), "");
         let root = std::fs::read_dir(format!("/proc/{pid}/root/")).unwrap();
         assert_eq!(root.count(), 0, "the worker's root is not empty");
-        for space in ["net", "ipc", "uts", "mnt"] {
-            let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
-            assert_ne!(of(&pid.to_string()), of("self"), "{space}");
-        }
         let mut open: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
-            .map(|e| std::fs::read_link(e.unwrap().path()).unwrap().to_string_lossy().into_owned())
+            .map(|e| {
+                let number: u32 = e.as_ref().unwrap().file_name().to_str().unwrap().parse().unwrap();
+                let name = std::fs::read_link(e.unwrap().path()).unwrap().to_string_lossy().into_owned();
+                if number < 3 { format!("stream {number}") } else { name.split(":[").next().unwrap().to_owned() }
+            })
             .collect();
         open.sort();
-        // The VM, its vCPU, the image (sealed), one socket and its copy, and the standard streams.
-        let allowed = |name: &str| {
-            ["anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0", "/memfd:zeroboot-image (deleted)"].contains(&name)
-                || name.starts_with("socket:")
-        };
-        let other: Vec<_> = open.iter().filter(|name| !allowed(name)).collect();
-        assert!(other.len() <= 3, "{open:?}");
-        assert!(!open.iter().any(|name| name == "/dev/kvm"), "{open:?}");
-        assert!(open.iter().filter(|name| name.starts_with("socket:")).count() <= 2, "{open:?}");
+        // Its VM, the VM's CPU, the sealed image, one socket to the front, and the standard streams. Not /dev/kvm.
+        let image = "/memfd:zeroboot-image (deleted)";
+        let expected =
+            [image, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm", "socket", "stream 0", "stream 1", "stream 2"];
+        assert_eq!(open, expected);
     }
 }
 
+fn each_worker_has_namespaces_of_its_own(host: &Host) {
+    if !rustix::process::geteuid().is_root() {
+        eprint!("skipped: only root can look ... ");
+        return;
+    }
+    if let Err(error) = zeroboot_vm::workers_have_namespaces() {
+        eprint!("skipped: none to be had here ({error}) ... ");
+        return;
+    }
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let workers = [zygote.fork(), zygote.fork(), zygote.fork()];
+    for space in ["user", "pid", "mnt", "ipc", "uts", "cgroup"] {
+        let own = [std::process::id(), zygote.child.id()].map(|pid| namespace(pid, space));
+        let theirs = workers.iter().map(|worker| namespace(worker.pid(), space));
+        let all: std::collections::BTreeSet<String> = own.iter().cloned().chain(theirs).collect();
+        // The zygote has no user, pid and cgroup namespace of its own as root.
+        let zygotes = usize::from(own[0] != own[1]);
+        assert_eq!(all.len(), 1 + zygotes + workers.len(), "{space}: {all:?}");
+    }
+    for worker in &workers {
+        let pid = worker.pid();
+        assert_eq!(namespace(pid, "net"), namespace(zygote.child.id(), "net"));
+        assert_ne!(namespace(pid, "net"), namespace(std::process::id(), "net"));
+        // First and only process of its namespace, and nobody: no user exists there.
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let ids = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap();
+        assert!(ids.ends_with("\t1"), "{ids}");
+        for map in ["uid_map", "gid_map"] {
+            assert_eq!(std::fs::read_to_string(format!("/proc/{pid}/{map}")).unwrap(), "");
+        }
+    }
+    let zygotes = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", zygote.child.id())).unwrap();
+    assert_eq!(zygotes, std::fs::read_to_string("/proc/self/oom_score_adj").unwrap());
+}
+
 fn a_waiting_worker_is_small(host: &Host) {
+    if !rustix::process::geteuid().is_root() {
+        eprint!("skipped: only root can look ... ");
+        return;
+    }
     let template = answering(host);
     let mut zygote = Zygote::start(template.path());
     zygote.ready();
@@ -368,6 +432,30 @@ fn a_damaged_template_is_refused_with_words(host: &Host) {
     let text = String::from_utf8(text).unwrap();
     assert_eq!(kind, Kind::Failure);
     assert!(text.contains("checksum") && text.contains("build the template again"), "{text}");
+}
+
+fn workers_alive_at_once_each_give_an_answer_of_their_own(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let pages = bench::strewn(MiB(2), 40, 40);
+    bench::stand_in(host, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
+    let mut zygote = Zygote::start(dir.path());
+    zygote.ready();
+    let mut workers: Vec<Worker> = (0..50).map(|_| zygote.fork()).collect();
+    for worker in &mut workers {
+        worker.request(Duration::from_secs(60));
+        assert_eq!(worker.frame().unwrap().0, Kind::Started);
+        assert_eq!(worker.frame().unwrap(), (Kind::Stdout, bench::ALIVE.into()));
+    }
+    for (number, worker) in workers.iter_mut().enumerate() {
+        let mut input = Vec::new();
+        encode(&mut input, Kind::Stdin, bench::input(number * 7919).as_bytes());
+        worker.socket.write_all(&input).unwrap();
+    }
+    for (number, worker) in workers.iter_mut().enumerate() {
+        assert_eq!(worker.frame().unwrap(), (Kind::Stdout, bench::answer(number * 7919).into()));
+        assert_eq!(worker.frame().unwrap().0, Kind::Exit);
+        assert!(worker.ended_within(Duration::from_secs(5)));
+    }
 }
 
 /// In the lane: with the Linux guest of a template that `cargo xtask nested-suite` built.

@@ -67,9 +67,11 @@ struct Document<'a> {
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
-    // The fork path up to the guest's entry can be measured where no Linux guest can run.
-    let stand_in =
-        args.from.engine == EngineChoice::Vm && args.what == [BenchWhat::Fork] && !resolve::kvm_finding().works;
+    // Forks, and how many can live, can be measured where no Linux guest can run.
+    let stand_in = args.from.engine == EngineChoice::Vm
+        && !args.what.is_empty()
+        && args.what.iter().all(|what| matches!(what, BenchWhat::Fork | BenchWhat::Density))
+        && !resolve::kvm_finding().works;
     let (engine, why) = if stand_in {
         (
             EngineChoice::Vm,
@@ -88,6 +90,8 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     }
     if !stand_in {
         through_the_engine(args, engine, &mut results)?;
+    } else if wants(BenchWhat::Density) {
+        runtime()?.block_on(vm::stand_in_density(args, &mut results))?;
     }
     print_table(&results)?;
     if let Some(path) = &args.json {
@@ -105,7 +109,7 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
         _ => resolve::process_template(Runtime::Python, &args.from, None, 0)?,
     };
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let tokio = runtime()?;
     tokio.block_on(async {
         if wants(BenchWhat::Exec) {
             exec::first_output(args, &template, results).await?;
@@ -117,7 +121,7 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
             exec::server(args, &template, results).await?;
         }
         if wants(BenchWhat::Density) {
-            density::alive_at_once(args, &template, results).await?;
+            density::alive_at_once(args, &template, density::PYTHON, "", results).await?;
         }
         anyhow::Ok(())
     })?;
@@ -125,16 +129,20 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
     Ok(())
 }
 
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
+}
+
 fn print_table(results: &Results) -> anyhow::Result<()> {
-    printer::line(format_args!("{:<52} {:>6} {:>9} {:>9} {:>9} {:>9}  (ms)", "", "n", "p50", "p95", "p99", "worst"))?;
+    printer::line(format_args!("{:<64} {:>6} {:>9} {:>9} {:>9} {:>9}  (ms)", "", "n", "p50", "p95", "p99", "worst"))?;
     for Row { name, summary: s } in &results.rows {
         printer::line(format_args!(
-            "{name:<52} {:>6} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
+            "{name:<64} {:>6} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
             s.n, s.p50, s.p95, s.p99, s.worst
         ))?;
     }
     for Figure { name, value, unit } in &results.figures {
-        printer::line(format_args!("{name:<52} {value:>16.2} {unit}"))?;
+        printer::line(format_args!("{name:<64} {value:>16.2} {unit}"))?;
     }
     Ok(())
 }

@@ -66,7 +66,7 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<u8> {
 }
 
 async fn diagnose(args: &DoctorArgs) -> Diagnosis {
-    let mut checks = vec![kernel(), kvm(), landlock()];
+    let mut checks = vec![kernel(), kvm(), worker_namespaces(), landlock()];
     let mut works = false;
     for runtime in [Runtime::Python, Runtime::Node] {
         let (check, ok) = canary(runtime, args, &mut checks).await;
@@ -103,6 +103,19 @@ fn kvm() -> Check {
         verdict: if finding.works { Verdict::Ok } else { Verdict::Missing },
         found: finding.found,
         mend: finding.mend,
+    }
+}
+
+fn worker_namespaces() -> Check {
+    let what = "vm: namespaces";
+    match zeroboot_vm::workers_have_namespaces() {
+        Ok(()) => Check { what, verdict: Verdict::Ok, found: "each worker has its own".into(), mend: None },
+        Err(error) => Check {
+            what,
+            verdict: Verdict::Weaker,
+            found: format!("workers share their zygote's, if any ({error}); seccomp stands behind the VM"),
+            mend: Some("allow unprivileged user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)".into()),
+        },
     }
 }
 

@@ -14,8 +14,26 @@ use zeroboot_engine::{Engine, Event, ExecRequest, Execution, Outcome, Stdin, Std
 use super::Results;
 use crate::cli::BenchArgs;
 
-/// Says that it lives, waits for a number, answers with its square.
-const CODE: &str = "print('alive', flush=True)\nn = int(input())\nprint(n * n)";
+/// How many are kept alive, step by step, up to `--alive`.
+const STEPS: [usize; 4] = [10, 100, 1000, 10_000];
+/// Forks one after the other while that many live.
+const ONE_MORE: usize = 20;
+
+/// What the sandboxes do: say that they live, wait for a number, answer with something that only this number gives.
+#[derive(Clone, Copy)]
+pub(crate) struct Program {
+    pub(crate) code: &'static str,
+    pub(crate) alive: &'static str,
+    pub(crate) input: fn(usize) -> String,
+    pub(crate) answer: fn(usize) -> String,
+}
+
+pub(crate) const PYTHON: Program = Program {
+    code: "print('alive', flush=True)\nn = int(input())\nprint(n * n)",
+    alive: "alive\n",
+    input: |number| format!("{number}\n"),
+    answer: |number| format!("{}\n", number * number),
+};
 
 struct Alive {
     execution: Execution,
@@ -23,63 +41,88 @@ struct Alive {
     fork: Duration,
 }
 
-/// Keeps `--alive` sandboxes alive at once.
+/// Keeps `--alive` sandboxes alive at once. `label` begins each line of the table.
 pub(crate) async fn alive_at_once(
     args: &BenchArgs,
     template: &TemplateConfig,
+    program: Program,
+    label: &str,
     results: &mut Results,
 ) -> anyhow::Result<()> {
     let count = args.alive as usize;
-    let engine = super::start(template, 0, count).await?;
-    drop(start(&engine).await?);
+    // Room for those that are just going.
+    let engine = super::start(template, 0, count + ONE_MORE).await?;
+    drop(start(&engine, program).await?);
+    gone(&engine, 0).await;
     let zygotes = descendants();
     let available = meminfo("MemAvailable:");
 
-    let begin = Instant::now();
-    let mut tasks = JoinSet::new();
-    let mut alive = Vec::with_capacity(count);
-    for _ in 0..count {
-        let engine = engine.clone();
-        tasks.spawn(async move { start(&engine).await });
-    }
-    while let Some(done) = tasks.join_next().await {
-        alive.push(done.context("a task ended")??);
-    }
-    let made = begin.elapsed();
-    ensure!(alive.len() == count, "not all sandboxes live");
-    let times = alive.iter().map(|a| a.fork).collect();
-    results.row(format!("{count} at once: fork to `alive` on stdout"), times);
-    results.figure(format!("{count} at once: all alive after"), made.as_secs_f64() * 1e3, "ms");
+    let mut alive: Vec<Alive> = Vec::with_capacity(count);
+    for target in STEPS.into_iter().filter(|&step| step < count).chain([count]) {
+        let begin = Instant::now();
+        let new = target - alive.len();
+        let mut tasks = JoinSet::new();
+        for _ in 0..new {
+            let engine = engine.clone();
+            tasks.spawn(async move { start(&engine, program).await });
+        }
+        while let Some(done) = tasks.join_next().await {
+            alive.push(done.context("a task ended")??);
+        }
+        let made = begin.elapsed();
+        ensure!(alive.len() == target, "not all sandboxes live");
+        let name = format!("{label}{target} alive");
+        let times = alive.iter().rev().take(new).map(|a| a.fork).collect();
+        results.row(format!("{name}: {new} made at once, fork to `alive`"), times);
+        results.figure(format!("{name}: a fork, when made in parallel"), made.as_secs_f64() * 1e3 / new as f64, "ms");
 
-    let lost = available.saturating_sub(meminfo("MemAvailable:"));
-    let (processes, dirty, tables) = memory_of(&descendants(), &zygotes);
-    ensure!(processes >= count, "only {processes} processes were found for {count} sandboxes");
-    let each = |bytes: u64| bytes as f64 / count as f64 / 1024.0;
-    results.figure("each: private dirty memory of its processes", each(dirty), "KiB");
-    results.figure("each: page tables of its processes", each(tables), "KiB");
-    results.figure("each: memory that the host has less", each(lost), "KiB");
+        let lost = available.saturating_sub(meminfo("MemAvailable:"));
+        let (processes, dirty, tables) = memory_of(&descendants(), &zygotes);
+        ensure!(processes >= target, "only {processes} processes were found for {target} sandboxes");
+        let each = |bytes: u64| bytes as f64 / target as f64 / 1024.0;
+        results.figure(format!("{name}: each, private dirty memory"), each(dirty), "KiB");
+        results.figure(format!("{name}: each, page tables"), each(tables), "KiB");
+        results.figure(format!("{name}: each, memory that the host has less"), each(lost), "KiB");
 
+        let mut one_more = Vec::with_capacity(ONE_MORE);
+        for _ in 0..ONE_MORE {
+            let one = start(&engine, program).await?;
+            one_more.push(one.execution.fork_time());
+            drop(one);
+            gone(&engine, target).await;
+        }
+        results.row(format!("{name}: one more fork, ready"), one_more);
+    }
+
+    let name = format!("{label}{count} alive");
     let begin = Instant::now();
     let mut tasks = JoinSet::new();
     for (number, one) in alive.into_iter().enumerate() {
-        tasks.spawn(answer(one, number));
+        tasks.spawn(answer(one, program, number));
     }
     while let Some(done) = tasks.join_next().await {
         done.context("a task ended")??;
     }
-    results.figure(format!("{count} at once: all answered after"), begin.elapsed().as_secs_f64() * 1e3, "ms");
+    results.figure(format!("{name}: all answered after"), begin.elapsed().as_secs_f64() * 1e3, "ms");
     let begin = Instant::now();
-    while engine.stats().live > 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    results.figure(format!("{count} at once: all gone after"), begin.elapsed().as_secs_f64() * 1e3, "ms");
+    gone(&engine, 0).await;
+    results.figure(format!("{name}: all gone after"), begin.elapsed().as_secs_f64() * 1e3, "ms");
+    let left = descendants().iter().filter(|pid| !zygotes.contains(pid)).count();
+    ensure!(left == 0, "{left} processes are left");
     engine.shutdown(Duration::from_secs(5)).await;
     Ok(())
 }
 
-async fn start(engine: &Engine) -> anyhow::Result<Alive> {
+/// Until no more than `live` sandboxes are left.
+async fn gone(engine: &Engine, live: usize) {
+    while engine.stats().live > live {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+async fn start(engine: &Engine, program: Program) -> anyhow::Result<Alive> {
     let begin = Instant::now();
-    let mut request = ExecRequest::new("python", CODE);
+    let mut request = ExecRequest::new("python", program.code);
     request.stdin = Stdin::Stream;
     request.limits.timeout = Duration::from_secs(600);
     let mut execution = engine.exec(request).await?;
@@ -87,7 +130,7 @@ async fn start(engine: &Engine) -> anyhow::Result<Alive> {
     loop {
         match execution.next().await? {
             Some(Event::Stdout(bytes)) => {
-                ensure!(bytes == "alive\n", "a sandbox said {bytes:?}");
+                ensure!(bytes == program.alive, "a sandbox said {bytes:?}");
                 return Ok(Alive { execution, stdin, fork: begin.elapsed() });
             }
             Some(Event::Started) => {}
@@ -96,13 +139,12 @@ async fn start(engine: &Engine) -> anyhow::Result<Alive> {
     }
 }
 
-async fn answer(mut one: Alive, number: usize) -> anyhow::Result<()> {
-    ensure!(one.stdin.write(Bytes::from(format!("{number}\n"))).await, "a sandbox takes no input");
+async fn answer(mut one: Alive, program: Program, number: usize) -> anyhow::Result<()> {
+    ensure!(one.stdin.write(Bytes::from((program.input)(number))).await, "a sandbox takes no input");
     drop(one.stdin);
     let done = one.execution.collect().await?;
-    let expected = format!("{}\n", number * number);
     ensure!(
-        done.stdout == expected.as_bytes() && done.report.outcome == Outcome::Exited { code: 0 },
+        done.stdout == (program.answer)(number).as_bytes() && done.report.outcome == Outcome::Exited { code: 0 },
         "sandbox {number} answered {:?}",
         String::from_utf8_lossy(&done.stdout)
     );

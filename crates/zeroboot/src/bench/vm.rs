@@ -1,22 +1,58 @@
 //! The VM engine's fork path, step by step, against its bare calls and the prototype's order of calls.
 
-use anyhow::Context;
-use zeroboot_engine::{ExecRequest, request_frames};
-use zeroboot_sys::memory::MiB;
-use zeroboot_vm::{Host, Prefault, Snapshot, bench};
+use std::path::PathBuf;
 
-use super::Results;
+use anyhow::Context;
+use zeroboot_engine::{ExecRequest, TemplateConfig, ZygoteSpec, request_frames};
+use zeroboot_sys::memory::MiB;
+use zeroboot_vm::{Host, Prefault, Snapshot, WorkingSet, bench};
+
+use super::{
+    Results,
+    density::{self, Program},
+};
 use crate::cli::BenchArgs;
 
 /// Memory of the stand-in template, and how much of it is not zero: as the Python template has.
 const STAND_IN: (MiB, MiB) = (MiB(512), MiB(200));
+/// Pages that `print(1)` writes and reads in the Python template (docs/adr/0010).
+const WORKING_SET: (u32, u32) = (855, 2335);
+
+/// Keeps stand-ins alive at once: bare forks, and forks that have the pages of an exec ahead of it, as real ones do.
+pub(crate) async fn stand_in_density(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
+    let program = Program { code: "not looked at", alive: bench::ALIVE, input: bench::input, answer: bench::answer };
+    for (label, (written, read)) in [("bare: ", (0, 0)), ("pages ahead: ", WORKING_SET)] {
+        let place = Place(std::env::temp_dir().join(format!("zeroboot-bench-{}", uuid::Uuid::now_v7())));
+        std::fs::create_dir(&place.0).context("make a directory for the stand-in")?;
+        let pages = bench::strewn(STAND_IN.1, written, read);
+        bench::stand_in(&Host::open()?, STAND_IN.0, STAND_IN.1, pages)?.save(&place.0)?;
+        let template = TemplateConfig {
+            name: "python".into(),
+            language: "python".into(),
+            spec: ZygoteSpec::Vm { template: place.0.clone() },
+            pool: 0,
+        };
+        density::alive_at_once(args, &template, program, label, results).await?;
+    }
+    Ok(())
+}
+
+/// A directory that goes with the value.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // In the temporary directory: what cannot be removed there is the host's to clear away.
+        let _left = std::fs::remove_dir_all(&self.0);
+    }
+}
 
 /// Measures on the Python template, or on a guest of a few bytes in an image of its size.
 pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results) -> anyhow::Result<()> {
     let host = Host::open()?;
     let request = request_frames(&ExecRequest::new("python", "print(1)\n"), uuid::Uuid::now_v7())?;
     let snapshot = if stand_in {
-        bench::stand_in(&host, STAND_IN.0, STAND_IN.1)?
+        bench::stand_in(&host, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
     } else {
         Snapshot::load(&host, &crate::template::ensure("python")?.dir).context("load the python template")?
     };

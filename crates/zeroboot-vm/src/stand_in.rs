@@ -1,0 +1,176 @@
+//! A guest of a few bytes in a memory of the size and fill of a real template: what hosts that cannot run a Linux
+//! guest are measured with. It behaves as a template's agent does, for one program:
+//!
+//! ```text
+//! ready ─▶ says `alive` ─▶ sleeps, and looks for input once a second ─▶ answers ─▶ is done
+//! ```
+
+use std::io;
+
+use zeroboot_proto::{
+    Ending, ExitReport, Kind, encode,
+    mailbox::{AREA_PAGES, DOORBELL_PORT, LENGTH_AT, MAGIC, Ring, TABLE_AT, VERSION},
+};
+use zeroboot_sys::{
+    kvm::Regs,
+    memory::{BootMemory, GuestPhys, MiB},
+};
+
+use crate::{Console, Exits, Host, Machine, Snapshot, Stop, WorkingSet, bench::BenchError};
+
+const CODE: u16 = 0x1000;
+const HEADER: u16 = 0x2000;
+const TO_GUEST: u16 = 0x3000;
+const FROM_GUEST: u16 = 0x4000;
+/// The last frames, put together when the template is made.
+const LAST: u16 = 0x5000;
+/// A byte of the template's memory that each fork counts up once.
+const COUNTER: u16 = 0x6000;
+const STACK: u16 = 0x7000;
+/// Where the other pages of the areas lie: never used.
+const REST: u64 = 0x1_0000;
+const FILL: u64 = 1 << 20;
+const VECTOR: u8 = 0x20;
+/// Digits of the input.
+const DIGITS: u16 = 6;
+
+/// What the stand-in says when it lives.
+pub const ALIVE: &str = "alive\n";
+
+/// The input that it waits for.
+pub fn input(number: usize) -> String {
+    format!("{number:06}\n")
+}
+
+/// What it answers: a letter for each digit of the input, and how often its own memory was counted up.
+pub fn answer(number: usize) -> String {
+    let letters: String = input(number).trim_end().bytes().map(|digit| char::from(digit - b'0' + b'A')).collect();
+    format!("{letters}1\n")
+}
+
+/// Makes the template. `filled` of its memory is not zero; a worker has `working_set` before its guest runs.
+pub fn stand_in(host: &Host, size: MiB, filled: MiB, working_set: WorkingSet) -> Result<Snapshot, BenchError> {
+    let memory = BootMemory::new(size)?;
+    let mut machine = Machine::new(host, memory.map()?)?;
+    let put = |at: u64, bytes: &[u8]| machine.memory().write(GuestPhys(at), bytes).map_err(io::Error::other);
+
+    let mut pages = [[0; 8]; 2 * AREA_PAGES];
+    for (i, page) in pages.iter_mut().enumerate() {
+        let at = match i {
+            0 => u64::from(TO_GUEST),
+            AREA_PAGES => u64::from(FROM_GUEST),
+            _ => REST + 4096 * i as u64,
+        };
+        *page = at.to_le_bytes();
+    }
+    put(HEADER.into(), &MAGIC.to_le_bytes())?;
+    put(u64::from(HEADER) + 4, &VERSION.to_le_bytes())?;
+    put(u64::from(HEADER) + TABLE_AT as u64, pages.as_flattened())?;
+
+    let mut first = Vec::new();
+    encode(&mut first, Kind::Started, b"");
+    encode(&mut first, Kind::Stdout, ALIVE.as_bytes());
+    put(FROM_GUEST.into(), &first)?;
+    let mut last = Vec::new();
+    encode(&mut last, Kind::Stdout, answer(0).as_bytes());
+    let report = ExitReport { ending: Ending::Exited(0), wall_ns: 1, cpu_ns: 1, peak_memory: 4096 };
+    encode(&mut last, Kind::Exit, &report.encode());
+    put(LAST.into(), &last)?;
+    put(COUNTER.into(), b"0")?;
+    let (code, interrupt) = program(first.len() as u16, last.len() as u16);
+    put(CODE.into(), &code)?;
+    // Real mode's vector: offset and segment.
+    put(u64::from(VECTOR) * 4, &u32::from(interrupt).to_le_bytes())?;
+    for page in 0..filled.bytes().min(size.bytes().saturating_sub(FILL)) / 4096 {
+        put(FILL + page * 4096, &(page + 1).to_le_bytes())?;
+    }
+
+    let vcpu = machine.vcpu();
+    let mut sregs = vcpu.sregs()?;
+    (sregs.base.cs.base, sregs.base.cs.selector) = (0, 0);
+    // x2APIC: the timer's registers are MSRs, in reach of real mode.
+    sregs.base.apic_base |= 1 << 10 | 1 << 11;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&Regs { rip: CODE.into(), rsp: STACK.into(), rflags: 2, ..Default::default() })?;
+    let argument = match machine.run(&mut Console::default(), &mut Exits::default())? {
+        Stop::Ring(Ring::Ready, argument) => argument,
+        other => return Err(BenchError::WrongGuest(format!("{other:?}"))),
+    };
+    let mut snapshot = Snapshot::freeze(host, machine, memory, argument)?;
+    snapshot.body.working_set = working_set;
+    Ok(snapshot)
+}
+
+/// `written` and `read` pages in runs of four, strewn over the filled memory as those of a real exec are.
+pub fn strewn(filled: MiB, written: u32, read: u32) -> WorkingSet {
+    let runs = (written + read).div_ceil(4).max(1);
+    let step = (filled.bytes() / 4096) as u32 / runs;
+    let mut runs = (0..runs).map(|i| ((FILL / 4096) as u32 + i * step, 4));
+    WorkingSet { written: runs.by_ref().take(written.div_ceil(4) as usize).collect(), read: runs.collect() }
+}
+
+/// The guest's code, for [`CODE`], and the address of its interrupt handler.
+fn program(first: u16, last: u16) -> (Vec<u8>, u16) {
+    let mut code = Vec::new();
+    ring(&mut code, Ring::Ready, u32::from(HEADER >> 12));
+    // The APIC on; its timer undivided, periodic. KVM's counts nanoseconds.
+    for (msr, value) in [(0x80f, 0x1ff), (0x83e, 0xb), (0x832, 1 << 17 | u32::from(VECTOR)), (0x838, 1_000_000_000)] {
+        wrmsr(&mut code, msr, value);
+    }
+    ring(&mut code, Ring::Output, first.into());
+    let poll = code.len();
+    ring(&mut code, Ring::Want, 0);
+    // mov ax, [length]; test ax, ax; jnz over the next 6 bytes; sti; hlt; cli; jmp poll
+    code.push(0xa1);
+    code.extend((HEADER + LENGTH_AT as u16).to_le_bytes());
+    code.extend([0x85, 0xc0, 0x75, 6, 0xfb, 0xf4, 0xfa, 0xe9]);
+    let next = code.len() + 2;
+    code.extend((poll as u16).wrapping_sub(next as u16).to_le_bytes());
+    // inc byte [COUNTER]
+    code.extend([0xfe, 0x06]);
+    code.extend(COUNTER.to_le_bytes());
+    // The last frames into the area: mov si, LAST; mov di, FROM_GUEST; mov cx, last; rep movsb
+    let (si, di, cx) = (0xbe, 0xbf, 0xb9);
+    let mov = |code: &mut Vec<u8>, register: u8, value: u16| {
+        code.push(register);
+        code.extend(value.to_le_bytes());
+    };
+    mov(&mut code, si, LAST);
+    mov(&mut code, di, FROM_GUEST);
+    mov(&mut code, cx, last);
+    code.extend([0xf3, 0xa4]);
+    // Behind both frames' headers, a letter for a digit: 1: lodsb; add al, 'A' - '0'; stosb; loop 1b
+    let header = zeroboot_proto::HEADER_LEN as u16;
+    mov(&mut code, si, TO_GUEST + header);
+    mov(&mut code, di, FROM_GUEST + header);
+    mov(&mut code, cx, DIGITS);
+    code.extend([0xac, 0x04, b'A' - b'0', 0xaa, 0xe2, 0xfa]);
+    // mov al, [COUNTER]; stosb
+    code.push(0xa0);
+    code.extend(COUNTER.to_le_bytes());
+    code.push(0xaa);
+    ring(&mut code, Ring::Done, last.into());
+    // The handler: end of interrupt; iret
+    let interrupt = CODE + code.len() as u16;
+    wrmsr(&mut code, 0x80b, 0);
+    code.push(0xcf);
+    (code, interrupt)
+}
+
+/// `mov dx, port; mov eax, value; out dx, eax`
+fn ring(code: &mut Vec<u8>, ring: Ring, argument: u32) {
+    code.push(0xba);
+    code.extend(DOORBELL_PORT.to_le_bytes());
+    code.extend([0x66, 0xb8]);
+    code.extend(ring.encode(argument).to_le_bytes());
+    code.extend([0x66, 0xef]);
+}
+
+/// `mov ecx, msr; mov eax, value; xor edx, edx; wrmsr`
+fn wrmsr(code: &mut Vec<u8>, msr: u32, value: u32) {
+    code.extend([0x66, 0xb9]);
+    code.extend(msr.to_le_bytes());
+    code.extend([0x66, 0xb8]);
+    code.extend(value.to_le_bytes());
+    code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+}
