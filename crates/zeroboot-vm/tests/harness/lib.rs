@@ -7,11 +7,14 @@
 )]
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     path::PathBuf,
-    sync::OnceLock,
-    time::{Duration, Instant},
+    sync::{
+        Mutex, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 
 use zeroboot_proto::{Decoder, Ending, ExitReport, FileChunk, Identity, Kind, Limits, encode};
@@ -216,3 +219,38 @@ pub(crate) fn exec(template: &Template, request: &Request) -> Answer {
 pub(crate) fn run(template: &Template, code: &str) -> Answer {
     exec(template, &request(code))
 }
+
+/// Runs code in [`FORKS`] forks, two at a time; each of the first `lines` lines that it prints must be another one in
+/// each fork. Gives what each fork printed, with the times before and after it.
+pub(crate) fn all_differ(template: &Template, code: &str, lines: usize) -> Vec<(SystemTime, Answer, SystemTime)> {
+    let forks: usize = std::env::var("ZEROBOOT_IDENTITY_FORKS").map_or(FORKS, |text| text.parse().unwrap());
+    let left = AtomicUsize::new(forks);
+    let answers = Mutex::new(Vec::new());
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+                    let before = SystemTime::now();
+                    let answer = run(template, code).ok();
+                    answers.lock().unwrap().push((before, answer, SystemTime::now()));
+                }
+            });
+        }
+    });
+    let answers = answers.into_inner().unwrap();
+    assert_eq!(answers.len(), forks);
+    let mut seen: Vec<HashSet<&str>> = vec![HashSet::new(); lines];
+    for (_, answer, _) in &answers {
+        let printed: Vec<&str> = answer.text().lines().collect();
+        assert!(printed.len() >= lines, "{answer:?}");
+        for (value, seen) in printed.iter().zip(&mut seen) {
+            assert!(seen.insert(value), "{value} twice");
+        }
+    }
+    eprintln!("{forks} forks in {:?}", start.elapsed());
+    answers
+}
+
+/// Forks of one template that are compared with each other.
+const FORKS: usize = 200;
