@@ -114,7 +114,8 @@ fn rooted() -> Option<&'static Template> {
                 timeout: Duration::from_secs(300),
             };
             let host = Host::open().expect("a usable /dev/kvm");
-            let snapshot = zeroboot_vm::build(&host, &options, |_| ()).unwrap();
+            let mut snapshot = zeroboot_vm::build(&host, &options, |_| ()).unwrap();
+            snapshot.rehearse(&host, &request("print(1)").frames()).unwrap();
             Some(Template { host, snapshot })
         })
         .as_ref()
