@@ -6,7 +6,8 @@
 //!
 //! A test program belongs to the lane when its file is `crates/*/tests/nested*.rs`, or is listed in [`ALSO`]. It finds
 //! `ZEROBOOT_BIN` (the binary), `ZEROBOOT_HOME` (a store with the templates `python` and `node`, in memory),
-//! `ZEROBOOT_NESTED=1` and `ZEROBOOT_REQUIRE_KVM=1` (fail, do not skip) in its environment.
+//! `ZEROBOOT_TEST_ENGINE=vm` (for tests that run on either engine), `ZEROBOOT_NESTED=1` and `ZEROBOOT_REQUIRE_KVM=1`
+//! (fail, do not skip) in its environment.
 
 use std::{
     ffi::OsString,
@@ -22,7 +23,8 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 2] = [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers")];
+const ALSO: [(&str, &str); 4] =
+    [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot", "http"), ("zeroboot", "http_kill")];
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [
@@ -34,7 +36,8 @@ const USAGE: &str = "\
 cargo xtask nested-suite [OPTION...] [FILTER]
 
 Builds zeroboot, assembles its templates, and runs in the nested lane: the templates' builds, a first exec in each,
-and every test program for the lane (crates/*/tests/nested*.rs and byte_guests), those tests that match FILTER.
+and every test program for the lane (crates/*/tests/nested*.rs, byte_guests, workers, http, http_kill), those tests
+that match FILTER.
 
   --debug            the debug build of zeroboot
   --kernel VERSION   of the lane (6.1)
@@ -86,6 +89,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
     lane.env("ZEROBOOT_BIN", &zeroboot);
     lane.env("ZEROBOOT_HOME", "/dev/shm/zeroboot");
     lane.env("ZEROBOOT_REQUIRE_KVM", "1");
+    lane.env("ZEROBOOT_TEST_ENGINE", "vm");
     timed("the lane is done", || nested::run(&lane))
 }
 

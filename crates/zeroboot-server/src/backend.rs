@@ -42,14 +42,6 @@ impl Backend {
             Backend::Fake(_) => EngineStats::default(),
         }
     }
-
-    pub(crate) async fn shutdown(&self, drain: std::time::Duration) {
-        match self {
-            Backend::Engine(engine) => engine.shutdown(drain).await,
-            #[cfg(test)]
-            Backend::Fake(_) => {}
-        }
-    }
 }
 
 impl Run {

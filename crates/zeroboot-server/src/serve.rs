@@ -55,7 +55,9 @@ pub struct Server {
 
 /// Binds and serves until `shutdown` is ready, then drains. The engine is shut down with it.
 pub async fn serve(config: ServerConfig, engine: Engine, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-    Server::bind(config, engine).await?.run(shutdown).await
+    let result = Server::bind(config, engine.clone()).await?.run(shutdown).await;
+    engine.shutdown(Duration::from_secs(1)).await;
+    result
 }
 
 impl Server {
@@ -93,7 +95,7 @@ impl Server {
     }
 
     /// Serves until `shutdown` is ready, then drains: new execs are refused, those under way may end within the
-    /// configured time, then whatever is left is ended.
+    /// configured time, then whatever is left is ended. The engine goes on; its owner ends it.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let Server { app, bound, tls } = self;
         let mut hangup =
@@ -157,7 +159,6 @@ impl Server {
         if timeout(Duration::from_secs(5), all_closed.recv()).await.is_err() {
             tracing::warn!("a connection did not end");
         }
-        app.backend.shutdown(Duration::from_secs(1)).await;
         tracing::info!(seconds = begun.elapsed().as_secs_f64(), "ended");
         Ok(())
     }

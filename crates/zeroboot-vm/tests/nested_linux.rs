@@ -3,212 +3,17 @@
 //! They need templates built on this very host: `ZEROBOOT_HOME` names where. `cargo xtask nested-suite` makes
 //! them and runs this. Without `ZEROBOOT_NESTED=1` (or `ZEROBOOT_REQUIRE_TEMPLATES=1`) the tests say that they
 //! were skipped.
-#![allow(clippy::print_stderr, clippy::type_complexity, reason = "tests speak to people")]
+#![allow(clippy::print_stderr, reason = "tests speak to people")]
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    path::PathBuf,
-    sync::OnceLock,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
-};
+#[path = "harness/lib.rs"]
+mod harness;
 
-use zeroboot_proto::{Decoder, Ending, ExitReport, FileChunk, Identity, Kind, Limits, encode};
-use zeroboot_sys::kick::Kick;
-use zeroboot_vm::{Front, Host, Prefault, Received, Session, SessionEnd, Snapshot};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-struct Template {
-    host: Host,
-    snapshot: Snapshot,
-}
+use zeroboot_proto::{Ending, Kind, encode};
+use zeroboot_vm::Prefault;
 
-fn load(name: &'static str) -> Option<Template> {
-    let on = |variable| std::env::var_os(variable).is_some_and(|v| v == "1");
-    let wanted = on("ZEROBOOT_NESTED") || on("ZEROBOOT_REQUIRE_TEMPLATES");
-    let Some(home) = std::env::var_os("ZEROBOOT_HOME").map(PathBuf::from).filter(|_| wanted) else {
-        eprintln!("skipped: run it with cargo xtask nested-suite");
-        return None;
-    };
-    let host = Host::open().expect("a usable /dev/kvm");
-    let snapshot = Snapshot::load(&host, &home.join("templates").join(name))
-        .unwrap_or_else(|error| panic!("template {name}: {error}; {}", error.mend()));
-    Some(Template { host, snapshot })
-}
-
-fn python() -> Option<&'static Template> {
-    static TEMPLATE: OnceLock<Option<Template>> = OnceLock::new();
-    TEMPLATE.get_or_init(|| load("python")).as_ref()
-}
-
-fn node() -> Option<&'static Template> {
-    static TEMPLATE: OnceLock<Option<Template>> = OnceLock::new();
-    TEMPLATE.get_or_init(|| load("node")).as_ref()
-}
-
-/// A request, with what most tests want already in it.
-#[derive(Clone)]
-struct Request {
-    code: Vec<u8>,
-    args: Vec<Vec<u8>>,
-    env: Vec<(&'static str, &'static str)>,
-    put: Vec<(&'static str, Vec<u8>)>,
-    get: Vec<&'static str>,
-    stdin: Option<Vec<u8>>,
-    limits: Limits,
-}
-
-fn request(code: impl Into<Vec<u8>>) -> Request {
-    Request {
-        code: code.into(),
-        args: vec![b"-c".to_vec()],
-        env: Vec::new(),
-        put: Vec::new(),
-        get: Vec::new(),
-        stdin: Some(Vec::new()),
-        limits: Limits {
-            wall_ns: 120_000_000_000,
-            cpu_ns: u64::MAX,
-            memory: 256 << 20,
-            output: 16 << 20,
-            file_size: 64 << 20,
-            output_files: 16 << 20,
-            processes: 64,
-            open_files: 256,
-        },
-    }
-}
-
-impl Request {
-    fn frames(&self) -> Vec<u8> {
-        let mut entropy = [0; 64];
-        let mut id = [0; 16];
-        rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty()).unwrap();
-        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).unwrap();
-        let mut out = Vec::new();
-        encode(&mut out, Kind::Identity, &Identity { entropy, realtime_ns: 0, sandbox_id: id }.encode());
-        encode(&mut out, Kind::Limits, &self.limits.encode());
-        for arg in &self.args {
-            encode(&mut out, Kind::Arg, arg);
-        }
-        for (name, value) in &self.env {
-            encode(&mut out, Kind::Env, format!("{name}\0{value}").as_bytes());
-        }
-        for (path, data) in &self.put {
-            for (i, data) in data.chunks(60_000).enumerate() {
-                let chunk = FileChunk { path: path.as_bytes(), data, mode: 0o644, append: i > 0, failed: false };
-                encode(&mut out, Kind::Put, &chunk.encode());
-            }
-        }
-        for path in &self.get {
-            encode(&mut out, Kind::Get, path.as_bytes());
-        }
-        encode(&mut out, Kind::Code, &self.code);
-        encode(&mut out, Kind::Run, b"");
-        if let Some(stdin) = &self.stdin {
-            if !stdin.is_empty() {
-                encode(&mut out, Kind::Stdin, stdin);
-            }
-            encode(&mut out, Kind::StdinEnd, b"");
-        }
-        out
-    }
-}
-
-/// What came of an exec.
-#[derive(Debug, Default)]
-struct Answer {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    files: HashMap<String, Vec<u8>>,
-    ending: Option<Ending>,
-    failure: Option<String>,
-    took: Duration,
-}
-
-impl Answer {
-    fn text(&self) -> &str {
-        std::str::from_utf8(&self.stdout).unwrap().trim_end()
-    }
-    fn ok(self) -> Answer {
-        let said = String::from_utf8_lossy(&self.stderr).into_owned();
-        assert_eq!(self.ending, Some(Ending::Exited(0)), "{:?} {:?} {said}", self.failure, self.text());
-        self
-    }
-}
-
-struct Caller {
-    input: Vec<u8>,
-    decoder: Decoder,
-    answer: Answer,
-    /// Gives the next input once this many bytes of output have come.
-    conversation: Vec<(usize, Vec<u8>)>,
-}
-
-impl Front for Caller {
-    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
-        if self.input.is_empty()
-            && let Some((after, _)) = self.conversation.first()
-            && self.answer.stdout.len() >= *after
-        {
-            self.input = self.conversation.remove(0).1;
-        }
-        if self.input.is_empty() {
-            return Ok(if wait { Received::Gone } else { Received::Nothing });
-        }
-        // As a socket would: not all at once.
-        let n = self.input.len().min(50_000);
-        into.extend(self.input.drain(..n));
-        Ok(Received::Bytes)
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.decoder.feed(bytes);
-        while let Some((kind, payload)) = self.decoder.next_frame().unwrap() {
-            let answer = &mut self.answer;
-            assert!(answer.ending.is_none() && answer.failure.is_none(), "{kind:?} after the last frame");
-            match kind {
-                Kind::Started => {}
-                Kind::Stdout => answer.stdout.extend(payload),
-                Kind::Stderr => answer.stderr.extend(payload),
-                Kind::File => {
-                    let chunk = FileChunk::decode(payload).unwrap();
-                    let path = String::from_utf8(chunk.path.to_vec()).unwrap();
-                    let path = if chunk.failed { format!("failed:{path}") } else { path };
-                    answer.files.entry(path).or_default().extend(chunk.data);
-                }
-                Kind::Exit => answer.ending = Some(ExitReport::decode(payload).unwrap().ending),
-                Kind::Failure => answer.failure = Some(String::from_utf8_lossy(payload).into_owned()),
-                other => panic!("{other:?}"),
-            }
-        }
-        Ok(())
-    }
-}
-
-fn converse(template: &Template, request: &Request, conversation: Vec<(usize, Vec<u8>)>) -> Answer {
-    let mut fork = template.snapshot.fork(&template.host).unwrap();
-    template.snapshot.prefault(&mut fork, Prefault::All).unwrap();
-    let mut caller =
-        Caller { input: request.frames(), decoder: Decoder::new(), answer: Answer::default(), conversation };
-    let kick = Kick::new().unwrap();
-    let start = Instant::now();
-    let (end, _stats) = Session::new(&template.snapshot, &mut fork, &mut caller, &kick).run().unwrap();
-    caller.answer.took = start.elapsed();
-    match (end, caller.answer.ending) {
-        (SessionEnd::Done(end), Some(said)) => assert_eq!(end, said),
-        (SessionEnd::Failed, None) => {}
-        other => panic!("{other:?}"),
-    }
-    caller.answer
-}
-
-fn exec(template: &Template, request: &Request) -> Answer {
-    converse(template, request, Vec::new())
-}
-
-fn run(template: &Template, code: &str) -> Answer {
-    exec(template, &request(code))
-}
+use crate::harness::{all_differ, converse, exec, node, python, request, run};
 
 #[test]
 fn the_runtime_works_in_a_fork_as_in_a_machine() {
@@ -414,19 +219,10 @@ print(open('/proc/sys/kernel/random/boot_id').read().strip())
 print(socket.gethostname())
 print(time.time())
 ";
-    let forks = std::env::var("ZEROBOOT_IDENTITY_FORKS").ok().and_then(|v| v.parse().ok()).unwrap_or(16);
-    let mut seen: Vec<HashSet<String>> = vec![HashSet::new(); 11];
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
-    for _ in 0..forks {
-        let before = now();
-        let answer = run(python, code).ok();
-        let after = now();
-        let lines: Vec<&str> = answer.text().lines().collect();
-        assert_eq!(lines.len(), 12, "{answer:?}");
-        for (value, seen) in lines.iter().zip(&mut seen) {
-            assert!(seen.insert((*value).to_owned()), "{value} twice");
-        }
-        let inside: f64 = lines[11].parse().unwrap();
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    for (before, answer, after) in all_differ(python, code, 11) {
+        let (before, after) = (seconds(before), seconds(after));
+        let inside: f64 = answer.text().lines().nth(11).unwrap().parse().unwrap();
         assert!(inside > before - 0.05 && inside < after + 0.05, "{before} {inside} {after}");
     }
 }
@@ -469,17 +265,24 @@ fn node_works_in_a_fork_as_in_a_machine() {
 }
 
 #[test]
-fn forks_of_node_share_no_random_number() {
+fn forks_of_node_share_no_random_number_and_no_name() {
     let Some(node) = node() else { return };
-    let code = "console.log(Math.random()); console.log(require('crypto').randomUUID()); console.log(require('crypto').randomBytes(8).toString('hex'))";
-    let mut seen: Vec<HashSet<String>> = vec![HashSet::new(); 3];
-    for _ in 0..8 {
-        let answer = run(node, code).ok();
-        for (value, seen) in answer.text().lines().zip(&mut seen) {
-            assert!(seen.insert(value.to_owned()), "{value} twice");
-        }
+    let code = "\
+const crypto = require('crypto'), fs = require('fs');
+console.log(Math.random());
+console.log(crypto.randomUUID());
+console.log(crypto.randomBytes(8).toString('hex'));
+console.log(crypto.getRandomValues(new Uint32Array(4)).join());
+console.log(fs.mkdtempSync('/tmp/x'));
+console.log(fs.readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim());
+console.log(require('os').hostname());
+console.log(Date.now() / 1000);
+";
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    for (before, answer, after) in all_differ(node, code, 7) {
+        let inside: f64 = answer.text().lines().nth(7).unwrap().parse().unwrap();
+        assert!(inside > seconds(before) - 0.05 && inside < seconds(after) + 0.05, "{before:?} {inside} {after:?}");
     }
-    assert_eq!(seen.iter().map(HashSet::len).collect::<Vec<_>>(), [8, 8, 8]);
 }
 
 #[test]

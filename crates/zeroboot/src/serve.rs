@@ -47,7 +47,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
         };
-        let server = Server::bind(config, engine).await?;
+        let server = Server::bind(config, engine.clone()).await?;
         for address in server.addresses() {
             let keys = if server.has_keys() { "" } else { " (no keys: local callers only)" };
             printer::note(format_args!("zeroboot listens on {address}{keys}"));
@@ -58,8 +58,9 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
                 _ = interrupt.recv() => {}
             }
         };
-        // It drains and shuts the engine down.
+        // It drains: nothing is under way afterwards.
         server.run(stop).await?;
+        engine.shutdown(Duration::from_secs(1)).await;
         anyhow::Ok(())
     })?;
     tokio.shutdown_timeout(Duration::from_secs(1));

@@ -1,15 +1,16 @@
-//! A server with the process engine, in this process; its zygotes are the real program.
+//! A server in this process; its zygotes are the real program. The engine is `process`, or what `ZEROBOOT_TEST_ENGINE`
+//! says: `vm` takes the templates in `ZEROBOOT_HOME`, as the nested lane makes them.
 
 use std::{
     io::{BufReader, Write},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use zeroboot_engine::{Engine, EngineConfig, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 use zeroboot_server::{Listen, ServeError, Server, ServerConfig};
 
 use crate::client::{self, Answer};
@@ -19,6 +20,8 @@ pub(crate) const JSON: &str = "Content-Type: application/json";
 /// How a test's server differs from the default one.
 pub(crate) struct Setup {
     pub(crate) config: ServerConfig,
+    /// With an engine that no other test uses. With a pool or limits of its own it has one anyway.
+    pub(crate) own_engine: bool,
     pub(crate) node: bool,
     pub(crate) pool: usize,
     pub(crate) max_live: usize,
@@ -31,13 +34,18 @@ impl Default for Setup {
         Setup {
             // No canary but the first: it would be counted among the live sandboxes.
             config: ServerConfig { listen, canary_interval: Duration::from_secs(3600), ..ServerConfig::default() },
+            own_engine: false,
             node: false,
-            pool: 2,
-            max_live: 16,
-            admission_wait: Duration::from_secs(20),
+            pool: POOL,
+            max_live: MAX_LIVE,
+            admission_wait: ADMISSION_WAIT,
         }
     }
 }
+
+const POOL: usize = 2;
+const MAX_LIVE: usize = 16;
+const ADMISSION_WAIT: Duration = Duration::from_secs(20);
 
 pub(crate) struct Fixture {
     pub(crate) address: SocketAddr,
@@ -46,7 +54,36 @@ pub(crate) struct Fixture {
     server: Option<std::thread::JoinHandle<Result<(), ServeError>>>,
 }
 
-fn template(host: zeroboot_process::HostRuntime, pool: usize) -> TemplateConfig {
+/// The engine under test.
+pub(crate) fn isolation() -> Isolation {
+    match std::env::var("ZEROBOOT_TEST_ENGINE").as_deref() {
+        Ok("vm") => Isolation::Vm,
+        Ok("process") | Err(_) => Isolation::Process,
+        Ok(other) => panic!("ZEROBOOT_TEST_ENGINE={other}: vm or process"),
+    }
+}
+
+/// A time that the process engine takes on an ordinary host, for the engine and host under test: in the nested lane
+/// the host is emulated.
+pub(crate) fn patience(ordinary: Duration) -> Duration {
+    if isolation() == Isolation::Vm { ordinary * 10 } else { ordinary }
+}
+
+fn template(language: &str, pool: usize) -> TemplateConfig {
+    if isolation() == Isolation::Vm {
+        let home = std::env::var_os("ZEROBOOT_HOME").expect("ZEROBOOT_HOME names the templates' store");
+        let template = std::path::Path::new(&home).join("templates").join(language);
+        return TemplateConfig {
+            name: language.into(),
+            language: language.into(),
+            spec: ZygoteSpec::Vm { template },
+            pool,
+        };
+    }
+    let host = match language {
+        "node" => zeroboot_process::node(None).unwrap(),
+        _ => zeroboot_process::python(None).unwrap(),
+    };
     TemplateConfig {
         name: host.language.into(),
         language: host.language.into(),
@@ -63,19 +100,10 @@ fn template(host: zeroboot_process::HostRuntime, pool: usize) -> TemplateConfig 
 
 impl Setup {
     pub(crate) fn start(self) -> Fixture {
-        let mut templates = vec![template(zeroboot_process::python(None).unwrap(), self.pool)];
-        if self.node {
-            templates.push(template(zeroboot_process::node(None).unwrap(), 1));
-        }
-        let engine_config = EngineConfig {
-            program: env!("CARGO_BIN_EXE_zeroboot").into(),
-            templates,
-            max_live: self.max_live,
-            max_memory: 64 << 30,
-            admission_wait: self.admission_wait,
-            warm_timeout: Duration::from_secs(60),
-            cgroups: false,
-        };
+        let usual = (self.pool, self.max_live, self.admission_wait) == (POOL, MAX_LIVE, ADMISSION_WAIT);
+        // A VM's template takes seconds to load in the nested lane.
+        let shared = (isolation() == Isolation::Vm && usual && !self.own_engine).then(shared_engine);
+        let engine_config = self.engine_config();
         let stop = Arc::new(Notify::new());
         let (tell, told) = std::sync::mpsc::channel();
         let stopped = stop.clone();
@@ -83,10 +111,17 @@ impl Setup {
         let server = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
-                let engine = Engine::start(engine_config).await.unwrap();
+                let engine = match &shared {
+                    Some(engine) => engine.clone(),
+                    None => Engine::start(engine_config).await.unwrap(),
+                };
                 let server = Server::bind(config, engine.clone()).await?;
-                tell.send((server.addresses(), engine)).unwrap();
-                server.run(stopped.notified()).await
+                tell.send((server.addresses(), engine.clone())).unwrap();
+                let result = server.run(stopped.notified()).await;
+                if shared.is_none() {
+                    engine.shutdown(Duration::from_secs(1)).await;
+                }
+                result
             })
         });
         let (listens, engine) = told.recv().expect("the server did not start");
@@ -100,9 +135,37 @@ impl Setup {
         let mut stream = client::connect(address);
         stream.write_all(&client::request("GET", "/v1/health", &[], b"")).unwrap();
         let _answered = client::read_answer(&mut BufReader::new(stream));
-        fixture.wait_for_live(0, Duration::from_secs(20));
+        fixture.wait_for_live(0, patience(Duration::from_secs(20)));
         fixture
     }
+
+    fn engine_config(&self) -> EngineConfig {
+        let mut templates = vec![template("python", self.pool)];
+        if self.node {
+            templates.push(template("node", 1));
+        }
+        EngineConfig {
+            program: env!("CARGO_BIN_EXE_zeroboot").into(),
+            templates,
+            max_live: self.max_live,
+            max_memory: 64 << 30,
+            admission_wait: self.admission_wait,
+            warm_timeout: patience(Duration::from_secs(60)),
+            cgroups: false,
+        }
+    }
+}
+
+/// One engine for all tests that want the usual one. They look at what is alive in it: one test at a time.
+fn shared_engine() -> Engine {
+    static SHARED: OnceLock<(tokio::runtime::Runtime, Engine)> = OnceLock::new();
+    let (_, engine) = SHARED.get_or_init(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let setup = Setup { node: true, ..Setup::default() };
+        let engine = runtime.block_on(Engine::start(setup.engine_config())).unwrap();
+        (runtime, engine)
+    });
+    engine.clone()
 }
 
 impl Fixture {

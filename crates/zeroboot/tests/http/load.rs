@@ -8,10 +8,11 @@ use std::{
 };
 
 use serde_json::json;
+use zeroboot_engine::Isolation;
 
 use crate::{
     client::{self, connect, read_answer},
-    fixture::{JSON, Setup, wait_for},
+    fixture::{JSON, Setup, isolation, wait_for},
 };
 
 #[test]
@@ -19,7 +20,8 @@ fn under_load_every_answer_is_right_or_an_honest_503() {
     let fixture =
         Setup { pool: 4, max_live: 8, admission_wait: Duration::from_millis(200), ..Setup::default() }.start();
     let counts = Mutex::new(BTreeMap::<u16, usize>::new());
-    let until = Instant::now() + Duration::from_secs(4);
+    let until =
+        Instant::now() + if isolation() == Isolation::Vm { Duration::from_secs(10) } else { Duration::from_secs(4) };
     std::thread::scope(|scope| {
         for client in 0..50 {
             let (fixture, counts) = (&fixture, &counts);
@@ -47,7 +49,7 @@ fn under_load_every_answer_is_right_or_an_honest_503() {
         }
     });
     let counts = counts.into_inner().unwrap();
-    assert!(counts.get(&200).is_some_and(|count| *count > 20), "{counts:?}");
+    assert!(counts.get(&200).is_some_and(|count| *count > 8), "no place was given on: {counts:?}");
     fixture.wait_for_live(0, Duration::from_secs(5));
     wait_for("connections to end", Duration::from_secs(5), || {
         fixture.get("/v1/metrics").text().contains("\nzeroboot_http_connections 1\n")

@@ -1,4 +1,4 @@
-//! The HTTP API over real sockets, with the process engine behind it.
+//! The HTTP API over real sockets, with a real engine behind it ([`fixture`] says which).
 
 mod client;
 mod exec;

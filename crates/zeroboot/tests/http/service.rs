@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::fixture::{Fixture, Setup};
+use crate::fixture::{Fixture, Setup, isolation};
 
 #[test]
 fn health_says_what_the_templates_can_do() {
@@ -16,7 +16,7 @@ fn health_says_what_the_templates_can_do() {
     let python = &body["templates"]["python"];
     assert_eq!(
         (&python["ready"], &python["isolation"], &python["engine"]),
-        (&json!(true), &json!("process"), &json!("process"))
+        (&json!(true), &json!(isolation().as_str()), &json!(isolation().as_str()))
     );
     assert!(python["memory_mb"].as_f64().unwrap() > 1.0, "{body}");
     assert_eq!(python["pool_target"], 2);
@@ -30,11 +30,15 @@ fn metrics_count_what_happened() {
     fixture.exec(&json!({"code": "while True: pass", "timeout_seconds": 0.2}));
     fixture.post("/v1/exec", &json!({"code": "1", "language": "ruby"}), &[]);
     let text = fixture.get("/v1/metrics").text();
+    let execs = format!(
+        "zeroboot_execs_total{{isolation=\"{}\",template=\"python\",outcome=\"deadline_passed\"}} 1",
+        isolation().as_str()
+    );
     for line in [
         "zeroboot_total_executions{status=\"success\"} 1",
         "zeroboot_total_executions{status=\"error\"} 1",
         "zeroboot_total_executions{status=\"timeout\"} 1",
-        "zeroboot_execs_total{isolation=\"process\",template=\"python\",outcome=\"deadline_passed\"} 1",
+        execs.as_str(),
         "zeroboot_fork_time_milliseconds_count 3",
         "zeroboot_http_requests_total{route=\"/v1/exec\",status=\"200\"} 3",
         "zeroboot_http_requests_total{route=\"/v1/exec\",status=\"400\"} 1",

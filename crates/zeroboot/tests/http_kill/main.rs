@@ -9,13 +9,16 @@ mod fixture;
 use std::{
     io::{BufRead, BufReader, Write},
     process::{Command, Stdio},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use serde_json::json;
 
-use crate::fixture::{Fixture, wait_for};
+use crate::fixture::{Fixture, Setup, isolation, patience, wait_for};
 
 /// One at a time: each looks at the children of this process.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -42,7 +45,7 @@ fn children(of: u32) -> Vec<i32> {
 #[test]
 fn a_killed_zygote_costs_only_its_requests_and_comes_back() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let fixture = Fixture::new();
+    let fixture = Setup { own_engine: true, ..Setup::default() }.start();
     let zygotes = children(std::process::id());
     assert!(!zygotes.is_empty());
     std::thread::scope(|scope| {
@@ -61,6 +64,90 @@ fn a_killed_zygote_costs_only_its_requests_and_comes_back() {
     });
 }
 
+/// Keeps asking for short sums in both languages, two callers each, while `disturb` does its worst. Every answer is
+/// right or a 5xx; gives the number of right ones and of failures for Python and for Node.
+fn under_load(fixture: &Fixture, disturb: impl FnOnce()) -> [(usize, usize); 2] {
+    let stop = AtomicBool::new(false);
+    let counts = Mutex::new([(0, 0); 2]);
+    std::thread::scope(|scope| {
+        for caller in 0..4 {
+            let (stop, counts) = (&stop, &counts);
+            scope.spawn(move || {
+                let (at, language, print) =
+                    if caller < 2 { (0, "python", "print") } else { (1, "node", "console.log") };
+                for round in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let number = caller * 10_000 + round;
+                    let body = json!({"code": format!("{print}({number} + 1)"), "language": language});
+                    let answer = fixture.post("/v1/exec", &body, &[]);
+                    if answer.status == 200 {
+                        assert_eq!(answer.json()["stdout"], format!("{}\n", number + 1));
+                        counts.lock().unwrap()[at].0 += 1;
+                    } else {
+                        assert!(answer.status >= 500, "{} {}", answer.status, answer.text());
+                        counts.lock().unwrap()[at].1 += 1;
+                        // A template that is down refuses at once; that is not to take the CPU from its restart.
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                }
+            });
+        }
+        disturb();
+        stop.store(true, Ordering::Relaxed);
+    });
+    counts.into_inner().unwrap()
+}
+
+#[test]
+fn killed_workers_under_load_cost_only_their_own_requests() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let fixture = Setup { node: true, own_engine: true, ..Setup::default() }.start();
+    let zygotes = children(std::process::id());
+    let mut killed = 0;
+    let [python, node] = under_load(&fixture, || {
+        for round in 0..12 {
+            std::thread::sleep(patience(Duration::from_millis(100)));
+            // Of any template, waiting or at work.
+            let workers: Vec<i32> = zygotes.iter().flat_map(|zygote| children(*zygote as u32)).collect();
+            if let Some(pid) = workers.get(round % workers.len().max(1)) {
+                // It may have ended by itself just now.
+                killed += usize::from(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+            }
+        }
+    });
+    assert!(killed > 3, "{killed}");
+    assert!(python.0 > 0 && node.0 > 0 && python.1 + node.1 <= killed, "{python:?} {node:?} of {killed} killed");
+    for body in [json!({"code": "print(1)"}), json!({"code": "console.log(1)", "language": "node"})] {
+        assert_eq!(fixture.exec(&body)["stdout"], "1\n");
+    }
+    assert_eq!(children(std::process::id()), zygotes, "a zygote went too");
+    wait_for("a full pool", patience(Duration::from_secs(20)), || {
+        fixture.engine.templates().iter().all(|template| template.pool_ready == template.pool_target)
+    });
+}
+
+#[test]
+fn a_killed_zygote_under_load_costs_only_its_template_and_comes_back() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let fixture = Setup { node: true, own_engine: true, ..Setup::default() }.start();
+    let zygotes = children(std::process::id());
+    let restarts = || fixture.engine.templates().iter().map(|template| template.restarts).collect::<Vec<_>>();
+    let [python, node] = under_load(&fixture, || {
+        std::thread::sleep(patience(Duration::from_millis(300)));
+        kill_9(zygotes[0]);
+        wait_for("a new zygote", patience(Duration::from_secs(20)), || restarts().iter().sum::<u64>() == 1);
+        std::thread::sleep(patience(Duration::from_millis(300)));
+    });
+    let [hurt, other] = if restarts()[0] == 1 { [python, node] } else { [node, python] };
+    assert!(hurt.0 > 0 && hurt.1 > 0, "{hurt:?}");
+    assert!(other.0 > 0 && other.1 == 0, "{other:?}");
+    for body in [json!({"code": "print(1)"}), json!({"code": "console.log(1)", "language": "node"})] {
+        assert_eq!(fixture.exec(&body)["stdout"], "1\n");
+    }
+}
+
 fn descendants(of: u32) -> Vec<i32> {
     let mut all = children(of);
     let mut at = 0;
@@ -75,7 +162,7 @@ fn descendants(of: u32) -> Vec<i32> {
 fn no_sandbox_survives_a_killed_server() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut server = Command::new(env!("CARGO_BIN_EXE_zeroboot"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--engine", "process"])
+        .args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -112,7 +199,7 @@ fn the_program_ends_in_order_on_sigterm() {
     let manager = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut server = Command::new(env!("CARGO_BIN_EXE_zeroboot"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--engine", "process"])
+        .args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()])
         .env("NOTIFY_SOCKET", &notify)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
