@@ -23,6 +23,8 @@ const STEPS: &[Step] = &[
     ("deny", "licences, sources and double crates (cargo-deny, where it is installed)", deny),
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
+    ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
+    ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -113,8 +115,17 @@ fn install_packages() -> anyhow::Result<()> {
         "these packages are missing, and only root can install them: apt-get install {list}"
     );
     println!("installing {list}");
-    command("apt-get", ["update", "-q"])
-        .and_then(|()| command("apt-get", ["install", "-y", "-q", "--no-install-recommends"].iter().chain(&missing)))
+    apt_install(&missing)
+}
+
+fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
+    command("apt-get", ["update", "-q"])?;
+    command("apt-get", ["install", "-y", "-q", "--no-install-recommends"].iter().chain(packages))
+}
+
+/// Whether a program is on the PATH: not each one has a way to be started that succeeds.
+fn found(program: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
 /// A virtual environment with the modules that templates warm, kept in `target/`.
@@ -180,6 +191,22 @@ fn sdk(setup: &Setup) -> anyhow::Result<()> {
     let mut tests = Command::new("bash");
     tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
     check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
+}
+
+fn openapi(setup: &Setup) -> anyhow::Result<()> {
+    check(Command::new("tests/openapi/run").arg(binary(setup)?))
+}
+
+fn load(setup: &Setup) -> anyhow::Result<()> {
+    if !found("wrk") {
+        if !rustix::process::geteuid().is_root() {
+            ensure!(env::var_os("CI").is_none(), "wrk is missing, and only root can install it: apt-get install wrk");
+            println!("wrk is not installed (apt-get install wrk): NOT TESTED under load");
+            return Ok(());
+        }
+        apt_install(&["wrk"])?;
+    }
+    check(Command::new("tests/load/run").arg("--program").arg(binary(setup)?))
 }
 
 fn nested(_: &Setup) -> anyhow::Result<()> {
