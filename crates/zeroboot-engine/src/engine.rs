@@ -256,6 +256,6 @@ impl Engine {
 /// Waits for the ends of workers, off every response path.
 async fn reap(mut remains: mpsc::UnboundedReceiver<Remains>) {
     while let Some(worker) = remains.recv().await {
-        tokio::spawn(worker.clear().instrument(tracing::info_span!("exec.reap")));
+        tokio::spawn(worker.clear());
     }
 }

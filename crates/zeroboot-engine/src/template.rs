@@ -123,6 +123,7 @@ impl Template {
     }
 
     /// A fresh sandbox, ready for its request.
+    #[tracing::instrument(name = "exec.fork", level = "debug", skip_all)]
     async fn fork(&self) -> Result<Worker, String> {
         let (answer, worker) = oneshot::channel();
         self.requests.send(answer).await.map_err(|_| "the engine is shutting down".to_owned())?;

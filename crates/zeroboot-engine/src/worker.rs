@@ -12,6 +12,7 @@ use tokio::{
     net::UnixStream,
     sync::{OwnedSemaphorePermit, mpsc},
 };
+use tracing::Instrument as _;
 use zeroboot_proto::{Decoder, Message};
 
 use crate::cgroup::Cgroup;
@@ -28,11 +29,18 @@ pub(crate) struct Remains {
     pidfd: OwnedFd,
     cgroup: Option<Cgroup>,
     permits: Vec<OwnedSemaphorePermit>,
+    /// Made where the worker was dropped, so that it belongs to that exec.
+    span: tracing::Span,
 }
 
 impl Remains {
     /// Waits for the process's end, then lets go of everything it was charged for.
     pub(crate) async fn clear(self) {
+        let span = self.span.clone();
+        self.wait_and_let_go().instrument(span).await;
+    }
+
+    async fn wait_and_let_go(self) {
         match watch(self.pidfd) {
             Ok(pidfd) => {
                 if let Err(error) = pidfd.readable().await {
@@ -143,7 +151,12 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.kill();
         if let Some(pidfd) = self.pidfd.take() {
-            let remains = Remains { pidfd, cgroup: self.cgroup.take(), permits: std::mem::take(&mut self.permits) };
+            let remains = Remains {
+                pidfd,
+                cgroup: self.cgroup.take(),
+                permits: std::mem::take(&mut self.permits),
+                span: tracing::info_span!("exec.reap"),
+            };
             // The reaper ends with the engine only; then everything goes at once.
             let _ended = self.reaper.send(remains);
         }

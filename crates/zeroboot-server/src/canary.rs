@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
+use tracing::Instrument as _;
 use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
 
 use crate::{backend::Backend, wire::Catalog};
@@ -80,7 +81,9 @@ impl Canary {
         {
             return health.clone();
         }
-        let outcome = tokio::time::timeout(TIMEOUT, self.run(backend)).await;
+        // In traces, its steps are under a name of their own.
+        let run = self.run(backend).instrument(tracing::debug_span!("canary", template = self.template));
+        let outcome = tokio::time::timeout(TIMEOUT, run).await;
         let mut result = outcome.unwrap_or_else(|_| Err(Failure::Failed("the canary took too long".into())));
         if let Err(Failure::Busy) = result {
             let worked = *self.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

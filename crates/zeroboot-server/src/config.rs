@@ -25,7 +25,7 @@ pub mod env {
     pub const TLS_KEY: &str = "ZEROBOOT_TLS_KEY";
     /// Addresses or networks of proxies whose forwarded headers count, separated by commas.
     pub const TRUSTED_PROXIES: &str = "ZEROBOOT_TRUSTED_PROXIES";
-    /// Where OTLP traces go (only in builds with the feature `otlp`), such as `http://127.0.0.1:4318`.
+    /// Where OTLP traces go, such as `http://127.0.0.1:4318`.
     pub const OTLP_ENDPOINT: &str = "ZEROBOOT_OTLP_ENDPOINT";
 }
 

@@ -85,7 +85,7 @@ pub struct LogSection {
     pub format: Option<crate::LogFormat>,
     /// A filter such as `info` or `zeroboot_server=debug`.
     pub filter: Option<String>,
-    /// Where OTLP traces go; only in builds with the feature `otlp`.
+    /// Where OTLP traces go, such as `http://127.0.0.1:4318`; without it there are none.
     pub otlp_endpoint: Option<String>,
 }
 

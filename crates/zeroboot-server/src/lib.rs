@@ -19,6 +19,7 @@ mod logging;
 mod metrics;
 mod notify;
 mod openapi;
+mod otlp;
 mod overhead;
 mod routes;
 mod serve;
@@ -36,6 +37,7 @@ pub use listen::TlsError;
 pub use logging::{DEFAULT_FILTER, LogError, LogGuard, init_logging};
 pub use metrics::names as metric_names;
 pub use openapi::openapi_json;
+pub use otlp::OtlpError;
 pub use overhead::{Overhead, OverheadError, measure_overhead};
 pub use serve::{ServeError, Server, serve};
 

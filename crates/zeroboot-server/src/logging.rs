@@ -1,8 +1,8 @@
-//! Where log lines go: standard error, as text or JSON, and (with the feature `otlp`) spans to a collector.
+//! Where log lines go: standard error, as text or JSON, and spans to a collector if one is named.
 
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-use crate::LogFormat;
+use crate::{LogFormat, otlp, otlp::OtlpError};
 
 /// What is logged if nothing is said.
 pub const DEFAULT_FILTER: &str = "info";
@@ -17,23 +17,17 @@ pub enum LogError {
     /// There is a logger already.
     #[error("logging is set up already")]
     Twice(#[source] tracing_subscriber::util::TryInitError),
-    /// A collector was named, and this build cannot send to one.
-    #[error("this build has no OTLP traces; build it with --features otlp")]
-    NoOtlp,
-    /// The exporter.
-    #[cfg(feature = "otlp")]
-    #[error("cannot send traces")]
-    Otlp(#[source] opentelemetry_otlp::ExporterBuildError),
+    /// The collector that was named.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
 }
 
 /// Keeps the exporter; dropping it sends what is left.
 #[derive(Debug, Default)]
 pub struct LogGuard {
-    #[cfg(feature = "otlp")]
     provider: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
 }
 
-#[cfg(feature = "otlp")]
 impl Drop for LogGuard {
     fn drop(&mut self) {
         if let Some(provider) = self.provider.take()
@@ -57,31 +51,10 @@ pub fn init_logging(format: LogFormat, filter: &str, otlp_endpoint: Option<&str>
         registry.try_init().map_err(LogError::Twice)?;
         return Ok(LogGuard::default());
     };
-    #[cfg(not(feature = "otlp"))]
-    {
-        drop((registry, endpoint));
-        Err(LogError::NoOtlp)
-    }
-    #[cfg(feature = "otlp")]
-    {
-        let provider = otlp(endpoint).map_err(LogError::Otlp)?;
-        let tracer = opentelemetry::trace::TracerProvider::tracer(&provider, "zeroboot");
-        let spans = tracing_opentelemetry::layer()
-            .with_tracer(tracer)
-            .with_filter(tracing_subscriber::filter::Targets::new().with_target("zeroboot", tracing::Level::DEBUG));
-        registry.with(spans).try_init().map_err(LogError::Twice)?;
-        Ok(LogGuard { provider: Some(provider) })
-    }
-}
-
-#[cfg(feature = "otlp")]
-fn otlp(endpoint: &str) -> Result<opentelemetry_sdk::trace::SdkTracerProvider, opentelemetry_otlp::ExporterBuildError> {
-    use opentelemetry_otlp::WithExportConfig as _;
-    let endpoint = format!("{}/v1/traces", endpoint.trim_end_matches('/'));
-    let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().with_endpoint(endpoint).build()?;
-    let resource = opentelemetry_sdk::Resource::builder().with_service_name("zeroboot").build();
-    Ok(opentelemetry_sdk::trace::SdkTracerProvider::builder()
-        .with_batch_exporter(exporter)
-        .with_resource(resource)
-        .build())
+    let provider = otlp::provider(endpoint)?;
+    let tracer = opentelemetry::trace::TracerProvider::tracer(&provider, "zeroboot");
+    let ours = tracing_subscriber::filter::Targets::new().with_target("zeroboot", tracing::Level::DEBUG);
+    let spans = tracing_opentelemetry::layer().with_tracer(tracer).with_filter(ours);
+    registry.with(spans).try_init().map_err(LogError::Twice)?;
+    Ok(LogGuard { provider: Some(provider) })
 }

@@ -1,4 +1,4 @@
-//! Many connections at once for a short time; `bench/http-load` does it for a minute with an ordinary load generator.
+//! Many connections at once for a short time; `tests/load/run` does it for a minute with an ordinary load generator.
 
 use std::{
     collections::BTreeMap,
