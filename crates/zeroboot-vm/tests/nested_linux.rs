@@ -10,7 +10,10 @@ mod harness;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use zeroboot_proto::{Ending, Kind, encode};
+use zeroboot_proto::{
+    Ending, Kind, encode,
+    mailbox::{CONSOLE_PORT, DOORBELL_PORT},
+};
 use zeroboot_vm::Prefault;
 
 use crate::harness::{all_differ, converse, exec, node, python, request, run};
@@ -312,5 +315,40 @@ fn what_an_exec_costs_is_told() {
             );
             assert!(cost.exits.rings <= 4, "{:?}", cost.exits);
         }
+    }
+}
+
+#[test]
+fn code_cannot_ring_in_the_agents_name() {
+    let Some(python) = python() else { return };
+    // mov dx, port; mov eax, 1; out dx, eax; ret
+    let code = r"
+import ctypes, mmap, sys
+port = int(sys.argv[1])
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(b'\x66\xba' + port.to_bytes(2, 'little') + b'\xb8\x01\x00\x00\x00\xef\xc3')
+print('before', flush=True)
+ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+print('after')
+";
+    for port in [DOORBELL_PORT, CONSOLE_PORT] {
+        let mut r = request(code);
+        r.args.push(port.to_string().into());
+        let answer = exec(python, &r);
+        assert_eq!((answer.ending, answer.text()), (Some(Ending::Signaled(11)), "before"), "port {port:#x}");
+    }
+}
+
+#[test]
+fn memory_that_no_process_maps_is_the_sandboxs() {
+    let Some(python) = python() else { return };
+    for (what, code) in [
+        ("a file in memory", "import os\nf = os.memfd_create('x')\nfor _ in range(192): os.write(f, bytes(1 << 20))"),
+        ("shared pages", "import mmap\nm = mmap.mmap(-1, 192 << 20)\nfor i in range(0, len(m), 4096): m[i] = 1"),
+    ] {
+        let mut r = request(format!("{code}\nimport time; time.sleep(5)\nprint('kept')"));
+        r.limits.memory = 128 << 20;
+        let answer = exec(python, &r);
+        assert_eq!(answer.ending, Some(Ending::OutOfMemory(137)), "{what}: {answer:?}");
     }
 }
