@@ -57,10 +57,11 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 11] = [
+    let tests: [(&str, fn(&Host)); 12] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
         ("each_worker_has_namespaces_of_its_own", each_worker_has_namespaces_of_its_own),
+        ("a_worker_is_in_the_cgroup_that_it_was_given", a_worker_is_in_the_cgroup_that_it_was_given),
         ("a_waiting_worker_is_small", a_waiting_worker_is_small),
         ("a_worker_whose_front_is_gone_ends_at_once", a_worker_whose_front_is_gone_ends_at_once),
         ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
@@ -165,9 +166,13 @@ impl Zygote {
         assert_eq!(kind, Kind::Ready, "{}", String::from_utf8_lossy(&text));
     }
     fn fork(&self) -> Worker {
+        self.fork_into(None)
+    }
+    fn fork_into(&self, cgroup: Option<&std::fs::File>) -> Worker {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        control::send(&self.control, &Control::Fork { id: 7 }, &[theirs.as_fd()]).unwrap();
+        let fds: Vec<_> = [theirs.as_fd()].into_iter().chain(cgroup.map(|file| file.as_fd())).collect();
+        control::send(&self.control, &Control::Fork { id: 7 }, &fds).unwrap();
         drop(theirs);
         let (message, mut fds) = control::receive(&self.control).unwrap().unwrap();
         assert_eq!(message, Control::Forked { id: 7 });
@@ -353,6 +358,29 @@ fn each_worker_has_namespaces_of_its_own(host: &Host) {
     }
     let zygotes = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", zygote.child.id())).unwrap();
     assert_eq!(zygotes, std::fs::read_to_string("/proc/self/oom_score_adj").unwrap());
+}
+
+fn a_worker_is_in_the_cgroup_that_it_was_given(host: &Host) {
+    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+    let name = format!("zeroboot-test-{}", std::process::id());
+    let group = roots.into_iter().find(|root| root.join("cgroup.controllers").exists()).map(|root| root.join(&name));
+    let Some(group) = group.filter(|group| std::fs::create_dir(group).is_ok()) else {
+        eprint!("skipped: no cgroup v2 to be had ... ");
+        return;
+    };
+    let procs = std::fs::File::options().write(true).open(group.join("cgroup.procs")).unwrap();
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let worker = zygote.fork_into(Some(&procs));
+    let inside = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+    let pid = worker.pid();
+    let Worker { socket, pidfd, .. } = worker;
+    drop(socket);
+    assert!(ended_within(&pidfd, Duration::from_secs(5)));
+    std::fs::remove_dir(group).unwrap();
+    // Before Linux 6.14 a kernel thread of KVM's is with it.
+    assert!(inside.lines().any(|line| line == pid.to_string()), "{inside}");
 }
 
 fn a_waiting_worker_is_small(host: &Host) {
