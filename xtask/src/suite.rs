@@ -41,7 +41,7 @@ that match FILTER.
 
   --debug            the debug build of zeroboot
   --kernel VERSION   of the lane (6.1)
-  --timeout SECONDS  of the lane (1500)
+  --timeout SECONDS  of the lane (2400)
   --memory SIZE      of the lane (5G)
   --no-templates     neither assemble nor build templates, nor test what they are made of
 ";
@@ -60,7 +60,7 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
     let (mut debug, mut templates, mut filter) = (false, true, None);
     let mut lane = Run::new(Vec::new());
-    lane.timeout = Duration::from_secs(1500);
+    lane.timeout = Duration::from_secs(2400);
     lane.set_memory("5G");
     while let Some(arg) = args.next() {
         let mut value = || args.next().and_then(|value| value.into_string().ok()).context("an option needs a value");

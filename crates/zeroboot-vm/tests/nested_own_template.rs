@@ -200,7 +200,7 @@ fn a_guest_kernel_gone_wrong_is_ended() {
 fn generators_made_before_the_snapshot_give_each_fork_other_numbers() {
     let Some(template) = rooted() else { return };
     let code = "import made_before as m\nprint(m.plain.random(), m.default.random(), m.generator.random(), m.legacy.rand(), sep='\\n')";
-    all_differ(template, code, 4);
+    all_differ(template, code, 4, 20);
 }
 
 #[test]

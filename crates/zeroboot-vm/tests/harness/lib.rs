@@ -220,10 +220,15 @@ pub(crate) fn run(template: &Template, code: &str) -> Answer {
     exec(template, &request(code))
 }
 
-/// Runs code in [`FORKS`] forks, two at a time; each of the first `lines` lines that it prints must be another one in
+/// Runs code in this many forks (or in `ZEROBOOT_IDENTITY_FORKS`), two at a time; each of the first `lines` lines that it prints must be another one in
 /// each fork. Gives what each fork printed, with the times before and after it.
-pub(crate) fn all_differ(template: &Template, code: &str, lines: usize) -> Vec<(SystemTime, Answer, SystemTime)> {
-    let forks: usize = std::env::var("ZEROBOOT_IDENTITY_FORKS").map_or(FORKS, |text| text.parse().unwrap());
+pub(crate) fn all_differ(
+    template: &Template,
+    code: &str,
+    lines: usize,
+    forks: usize,
+) -> Vec<(SystemTime, Answer, SystemTime)> {
+    let forks: usize = std::env::var("ZEROBOOT_IDENTITY_FORKS").map_or(forks, |text| text.parse().unwrap());
     let left = AtomicUsize::new(forks);
     let answers = Mutex::new(Vec::new());
     let start = Instant::now();
@@ -251,6 +256,3 @@ pub(crate) fn all_differ(template: &Template, code: &str, lines: usize) -> Vec<(
     eprintln!("{forks} forks in {:?}", start.elapsed());
     answers
 }
-
-/// Forks of one template that are compared with each other.
-const FORKS: usize = 200;
