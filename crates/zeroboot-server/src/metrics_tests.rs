@@ -101,11 +101,29 @@ fn the_dashboard_asks_only_for_metrics_that_exist() {
     let dashboard: serde_json::Value =
         serde_json::from_str(include_str!("../../../deploy/grafana/zeroboot.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
-    let queries = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
-    let asked: HashSet<String> = queries.flat_map(|target| words(target["expr"].as_str().unwrap())).collect();
+    let queries: Vec<_> = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap()).collect();
+    let asked: HashSet<String> = queries.iter().flat_map(|target| words(target["expr"].as_str().unwrap())).collect();
     let unknown: Vec<_> = asked.difference(&known).collect();
     assert!(unknown.is_empty(), "{unknown:?}");
     assert!(asked.len() > 15, "{asked:?}");
+    // The same for the alerts that docs/deployment.md tells to make.
+    let alerts = words(include_str!("../../../docs/deployment.md"));
+    let unknown: Vec<_> = alerts.difference(&known).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+
+    // Labels: what is summed by, and what stands in a legend. Prometheus adds `instance` itself.
+    let mut labels = HashSet::new();
+    for target in queries {
+        let (expr, legend) = (target["expr"].as_str().unwrap(), target["legendFormat"].as_str().unwrap());
+        for list in expr.split(" by (").skip(1) {
+            labels.extend(list.split(')').next().unwrap().split(", "));
+        }
+        labels.extend(legend.split("{{").skip(1).map(|rest| rest.split("}}").next().unwrap()));
+    }
+    assert!(labels.remove("instance") && labels.len() > 4, "{labels:?}");
+    for label in labels {
+        assert!(text.contains(&format!("{label}=\"")), "no metric has the label {label}");
+    }
 }
 
 #[test]

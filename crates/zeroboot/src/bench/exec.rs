@@ -140,6 +140,7 @@ pub(crate) async fn server(args: &BenchArgs, template: &TemplateConfig, results:
     let added = overhead.added_at_median();
     results.row("print(1): through the engine", overhead.direct);
     results.row("print(1): through HTTP", overhead.http);
+    results.row("of it, outside of the engine", overhead.added);
     results.figure("added by the server, p50", added.as_secs_f64() * 1e3, "ms");
     engine.shutdown(Duration::from_secs(5)).await;
     Ok(())
