@@ -91,7 +91,7 @@ fn run(wanted: &[String]) -> anyhow::Result<Vec<&'static str>> {
 /// Debian packages that the tests need: a program that shows each is there, and its package.
 const PACKAGES: &[(&[&str], &str)] = &[
     (&["cc", "--version"], "gcc libc6-dev"),
-    (&["python3", "-c", "import venv, ensurepip, sys; assert sys.version_info >= (3, 9)"], "python3 python3-venv"),
+    (&["python3", "-c", "import venv, ensurepip, sys; assert sys.version_info >= (3, 11)"], "python3 python3-venv"),
     (&["node", "--version"], "nodejs"),
     (&["npm", "--version"], "npm"),
     (&["curl", "--version"], "curl"),
