@@ -158,23 +158,37 @@ fn descendants(of: u32) -> Vec<i32> {
     all
 }
 
+/// The program as a server, on the engine under test.
+fn serve(folder: &std::path::Path) -> Command {
+    let config = folder.join("zeroboot.toml");
+    // In the nested lane a template takes long to load.
+    let seconds = patience(Duration::from_secs(60)).as_secs();
+    std::fs::write(&config, format!("[engine]\nwarm_timeout_seconds = {seconds}\n")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_zeroboot"));
+    command.args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()]).arg("--config").arg(config);
+    command
+}
+
 #[test]
 fn no_sandbox_survives_a_killed_server() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut server = Command::new(env!("CARGO_BIN_EXE_zeroboot"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve(folder.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
-    let line = log.by_ref().map(|line| line.unwrap()).find(|line| line.contains("listens on")).unwrap();
+    let mut said = Vec::new();
+    let line = loop {
+        let line = log.next().unwrap_or_else(|| panic!("it does not listen: {said:#?}")).unwrap();
+        if line.contains("listens on") {
+            break line;
+        }
+        said.push(line);
+    };
     let address = line.split("listens on ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     let drained = std::thread::spawn(move || log.count());
     let body = json!({"code": "import time; time.sleep(100)", "timeout_seconds": 120}).to_string();
     let mut stream = client::connect(address);
     stream.write_all(&client::request("POST", "/v1/exec", &[fixture::JSON], body.as_bytes())).unwrap();
-    wait_for("live sandbox", Duration::from_secs(20), || {
+    wait_for("live sandbox", patience(Duration::from_secs(20)), || {
         let health = client::exchange(address, &client::request("GET", "/v1/health", &[], b""));
         health.json()["live"] == 1
     });
@@ -197,14 +211,9 @@ fn the_program_ends_in_order_on_sigterm() {
     let folder = tempfile::tempdir().unwrap();
     let notify = folder.path().join("notify");
     let manager = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
-    manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let mut server = Command::new(env!("CARGO_BIN_EXE_zeroboot"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()])
-        .env("NOTIFY_SOCKET", &notify)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    manager.set_read_timeout(Some(patience(Duration::from_secs(30)))).unwrap();
+    let mut server =
+        serve(folder.path()).env("NOTIFY_SOCKET", &notify).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut buffer = [0; 200];
     let count = manager.recv(&mut buffer).unwrap();
     assert!(buffer[..count].starts_with(b"READY=1"));
