@@ -83,7 +83,7 @@ fn under_load(fixture: &Fixture, disturb: impl FnOnce()) -> [(usize, usize); 2] 
                     let body = json!({"code": format!("{print}({number} + 1)"), "language": language});
                     let answer = fixture.post("/v1/exec", &body, &[]);
                     if answer.status == 200 {
-                        assert_eq!(answer.json()["stdout"], format!("{}\n", number + 1));
+                        assert_eq!(answer.json()["stdout"], format!("{}\n", number + 1), "{}", answer.text());
                         counts.lock().unwrap()[at].0 += 1;
                     } else {
                         assert!(answer.status >= 500, "{} {}", answer.status, answer.text());
