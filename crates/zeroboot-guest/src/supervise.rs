@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal, WaitStatus};
 use zeroboot_proto::{
-    Command, Decoder, Ending, ExitReport, HEADER_LEN, Identity, Kind, Limits, MAX_PAYLOAD, Message, Note, encode,
+    Command, Decoder, Ending, ExitReport, Identity, Kind, Limits, MAX_PAYLOAD, Message, Note, encode,
 };
 
 use crate::files::Files;
@@ -406,15 +406,14 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if glimpse {
             run.next_glimpse = now + GLIMPSE;
         }
-        let ticked = now >= run.next_tick || (glimpse && self.processes.stir(STIR));
-        if ticked {
+        if now >= run.next_tick || (glimpse && self.processes.stir(STIR)) {
             self.tick(run)?;
             run.next_tick = now + run.tick;
             if run.stopped.is_some() || run.ended.is_some() || self.status.is_some() {
                 return Ok(());
             }
         }
-        if self.transport.poll_fd().is_none() && (ticked || self.is_worth_a_ring()) {
+        if self.transport.poll_fd().is_none() {
             // Sending is what moves frames; there is nothing to poll for.
             self.flush_front()?;
         }
@@ -448,7 +447,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         if seen.stdin || seen.front {
             self.feed_stdin();
         }
-        if self.is_worth_a_ring() {
+        if !self.out.is_empty() {
             let taken = self.transport.send(&self.out)?;
             self.out.drain(..taken);
         }
@@ -456,12 +455,6 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             self.reap();
         }
         Ok(())
-    }
-
-    /// In a VM each send is an exit. `Started`, an empty frame, goes with the first output, or at the next tick.
-    fn is_worth_a_ring(&self) -> bool {
-        let least = if self.transport.poll_fd().is_none() { HEADER_LEN } else { 0 };
-        self.out.len() > least
     }
 
     /// The watchdog.
