@@ -258,6 +258,7 @@ impl Execution {
                     Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
                         Step::Exit(report)
                     }
+                    Ok(Message::Crash(why)) => Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect()),
                     Ok(Message::Failure(text)) => Step::Broken(text.to_owned()),
                     // The kind alone: a payload is the code's own words.
                     Ok(_) => Step::Broken(format!("it sent {kind:?} out of turn")),
@@ -283,6 +284,7 @@ impl Execution {
                         return self.broken(reason);
                     }
                 }
+                Step::Crash(reason) => tracing::warn!(exec_id = %self.id, ?reason, "the guest crashed"),
                 Step::Exit(report) => self.end(outcome(report.ending), Some(report)),
                 Step::Broken(reason) => return self.broken(&reason),
             }
@@ -348,6 +350,7 @@ enum Step {
     Started,
     Output(Event),
     File { path: String, data: Vec<u8>, append: bool, failed: bool },
+    Crash(String),
     Exit(ExitReport),
     Broken(String),
 }

@@ -66,6 +66,8 @@ kinds! {
     Failure = 0x87,
     /// Runner to agent: one byte, [`crate::Note`], or [`crate::ENDED`] and a status.
     Note = 0x88,
+    /// Worker to front, ahead of [`Kind::Exit`]: why it calls the guest crashed; text for the log.
+    Crash = 0x89,
 }
 
 /// Why bytes are not a frame.

@@ -84,6 +84,8 @@ pub enum Message<'a> {
     Exit(ExitReport),
     /// The sandbox could not do what was asked.
     Failure(&'a str),
+    /// Why a worker calls its guest crashed. A guest can have a say in it.
+    Crash(&'a [u8]),
     /// A runner's note to its agent.
     Note(Note),
     /// A runner's word to its agent: the program has ended with this status and has written all its output, and its
@@ -102,6 +104,7 @@ impl<'a> Message<'a> {
             Kind::File => Message::File(FileChunk::decode(payload)?),
             Kind::Exit => Message::Exit(ExitReport::decode(payload)?),
             Kind::Failure => Message::Failure(core::str::from_utf8(payload).map_err(|_| PayloadError("failure"))?),
+            Kind::Crash => Message::Crash(payload),
             Kind::Note if payload == [Note::OutOfMemory as u8] => Message::Note(Note::OutOfMemory),
             Kind::Note if payload.len() == 2 && payload.first() == Some(&ENDED) => {
                 Message::Ended(payload.last().copied().unwrap_or_default())

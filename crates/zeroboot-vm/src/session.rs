@@ -27,6 +27,8 @@ use crate::{Console, Exits, Fork, MailboxError, Snapshot, Stop};
 pub const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 /// How long a guest may take from its first instruction to the end of taking its request.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a guest's console that are kept to explain its crash.
+const LAST_WORDS: usize = 512;
 /// Bytes of frames that wait for the guest before the front is made to wait.
 const INPUT_WATERMARK: usize = 4 * AREA;
 
@@ -111,6 +113,8 @@ pub struct Session<'a, F> {
     output: u64,
     files: u64,
     stats: SessionStats,
+    /// Why the guest is called crashed.
+    crash: Option<String>,
 }
 
 /// What handling a guest's frames led to.
@@ -137,6 +141,7 @@ impl<'a, F: Front> Session<'a, F> {
             output: 0,
             files: 0,
             stats: SessionStats::default(),
+            crash: None,
         }
     }
 
@@ -165,7 +170,7 @@ impl<'a, F: Front> Session<'a, F> {
     }
 
     fn run_guest(&mut self) -> Result<SessionEnd, SessionError> {
-        let mut console = Console::default();
+        let mut console = Console::new(LAST_WORDS);
         let mut bytes = Vec::with_capacity(AREA);
         self.arm()?;
         loop {
@@ -182,15 +187,18 @@ impl<'a, F: Front> Session<'a, F> {
                     }
                     continue;
                 }
-                Stop::Shutdown | Stop::Broken { .. } => return self.finish(Ending::Crashed),
+                Stop::Shutdown => return self.crashed(format!("it shut down, saying {:?}", console.text())),
+                Stop::Broken { reason, detail } => {
+                    return self.crashed(format!("it broke (KVM exit reason {reason}, {detail:#x})"));
+                }
             };
             // A fork rings `Ready` never again.
             let taken = match ring {
                 Ring::Ready => Err(MailboxError::TooLong(len)),
                 _ => self.fork.mailbox.take(&self.fork.machine.memory, len, &mut bytes),
             };
-            if taken.is_err() {
-                return self.finish(Ending::Crashed);
+            if let Err(error) = taken {
+                return self.crashed(format!("{ring:?} with {error}"));
             }
             self.from_guest.feed(&bytes);
             match self.forward()? {
@@ -212,7 +220,7 @@ impl<'a, F: Front> Session<'a, F> {
                 }
                 Ring::Output => self.put(&[], !self.to_guest.is_empty())?,
                 // The last bytes held no last frame.
-                Ring::Done | Ring::Ready => return self.finish(Ending::Crashed),
+                Ring::Done | Ring::Ready => return self.crashed("its last frames held no end".into()),
             }
             // A guest that rings all the time is never kicked out: look at the clock here too. After `fill`,
             // which forgets pending kicks.
@@ -306,12 +314,14 @@ impl<'a, F: Front> Session<'a, F> {
             let (kind, payload) = match self.from_guest.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
-                Err(_) => {
+                Err(error) => {
+                    self.crash = Some(error.to_string());
                     ending = Some(Ending::Crashed);
                     break;
                 }
             };
             let Ok(message) = Message::decode(kind, payload) else {
+                self.crash = Some(format!("a malformed {kind:?} frame"));
                 ending = Some(Ending::Crashed);
                 break;
             };
@@ -334,6 +344,7 @@ impl<'a, F: Front> Session<'a, F> {
                     self.files = self.files.saturating_add(chunk.data.len() as u64);
                     // The agent keeps to the limit and says so per file; a guest that does not is not our agent.
                     if self.files > limits.map_or(0, |l| l.output_files).saturating_add(1 << 20) {
+                        self.crash = Some("more bytes of files than the limit".into());
                         ending = Some(Ending::Crashed);
                         break;
                     }
@@ -350,6 +361,7 @@ impl<'a, F: Front> Session<'a, F> {
                     return Ok(Flow::Over(SessionEnd::Failed));
                 }
                 _ => {
+                    self.crash = Some(format!("a {kind:?} frame out of order"));
                     ending = Some(Ending::Crashed);
                     break;
                 }
@@ -364,9 +376,17 @@ impl<'a, F: Front> Session<'a, F> {
         }
     }
 
+    fn crashed(&mut self, why: String) -> Result<SessionEnd, SessionError> {
+        self.crash = Some(why);
+        self.finish(Ending::Crashed)
+    }
+
     /// Ends the exec from the host's side.
     fn finish(&mut self, ending: Ending) -> Result<SessionEnd, SessionError> {
         let mut out = Vec::new();
+        if let Some(why) = self.crash.take() {
+            encode(&mut out, Kind::Crash, why.as_bytes());
+        }
         match self.started {
             Some(started) => {
                 let wall_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);

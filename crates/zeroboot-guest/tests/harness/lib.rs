@@ -292,7 +292,9 @@ impl Sandbox {
                 }
                 Message::Exit(report) => answer.report = Some(report),
                 Message::Failure(text) => answer.failure = Some(text.to_string()),
-                Message::Note(_) | Message::Ended(_) => panic!("a note is not for the front"),
+                Message::Note(_) | Message::Ended(_) | Message::Crash(_) => {
+                    panic!("{kind:?} is not the agent's to send")
+                }
             }
         }
         if moved {

@@ -133,6 +133,7 @@ pub(crate) struct Answer {
     pub(crate) ending: Option<Ending>,
     pub(crate) failure: Option<String>,
     pub(crate) took: Duration,
+    pub(crate) crash: Option<String>,
 }
 
 impl Answer {
@@ -141,7 +142,14 @@ impl Answer {
     }
     pub(crate) fn ok(self) -> Answer {
         let said = String::from_utf8_lossy(&self.stderr).into_owned();
-        assert_eq!(self.ending, Some(Ending::Exited(0)), "{:?} {:?} {said}", self.failure, self.text());
+        assert_eq!(
+            self.ending,
+            Some(Ending::Exited(0)),
+            "{:?} {:?} {:?} {said}",
+            self.failure,
+            self.crash,
+            self.text()
+        );
         self
     }
 }
@@ -187,6 +195,7 @@ impl Front for Caller {
                     answer.files.entry(path).or_default().extend(chunk.data);
                 }
                 Kind::Exit => answer.ending = Some(ExitReport::decode(payload).unwrap().ending),
+                Kind::Crash => answer.crash = Some(String::from_utf8_lossy(payload).into_owned()),
                 Kind::Failure => answer.failure = Some(String::from_utf8_lossy(payload).into_owned()),
                 other => panic!("{other:?}"),
             }
