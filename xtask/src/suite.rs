@@ -202,7 +202,7 @@ exec_prints() {
         if let Some(filter) = filter {
             script += &format!(" {}", quote(filter)?);
         }
-        // Two CPUs that are emulated: tests that measure time must not disturb each other.
+        // An emulated CPU: tests that measure time must not disturb each other.
         script += " --test-threads=1\n";
     }
     script += "[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n";

@@ -14,6 +14,8 @@ use crate::{Machine, exits::POWER_PORT, long_mode};
 const PARAMETERS: &[&str] = &[
     // Two exits for each character printed while booting.
     "quiet",
+    // A panic's last words reach the console port, for the log.
+    "earlyprintk=ttyS0,keep",
     // A panic restarts at once, and a restart is a triple fault: the worker sees the end without delay.
     "panic=-1",
     "reboot=t",

@@ -28,7 +28,7 @@ pub const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 /// How long a guest may take from its first instruction to the end of taking its request.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a guest's console that are kept to explain its crash.
-const LAST_WORDS: usize = 512;
+const LAST_WORDS: usize = 4096;
 /// Bytes of frames that wait for the guest before the front is made to wait.
 const INPUT_WATERMARK: usize = 4 * AREA;
 
@@ -187,7 +187,12 @@ impl<'a, F: Front> Session<'a, F> {
                     }
                     continue;
                 }
-                Stop::Shutdown => return self.crashed(format!("it shut down, saying {:?}", console.text())),
+                Stop::Shutdown => {
+                    let said = console.text();
+                    // A panic's reason stands ahead of its trace.
+                    let words = said.find("Kernel panic").and_then(|at| said.get(at..)).unwrap_or(&said);
+                    return self.crashed(format!("it shut down, saying {words:?}"));
+                }
                 Stop::Broken { reason, detail } => {
                     return self.crashed(format!("it broke (KVM exit reason {reason}, {detail:#x})"));
                 }

@@ -347,7 +347,7 @@ fn memory_that_no_process_maps_is_the_sandboxs() {
         ("shared pages", "import mmap\nm = mmap.mmap(-1, 192 << 20)\nfor i in range(0, len(m), 4096): m[i] = 1"),
     ] {
         let mut r = request(format!("{code}\nimport time; time.sleep(5)\nprint('kept')"));
-        r.limits.memory = 128 << 20;
+        (r.limits.memory, r.limits.file_size) = (128 << 20, 1 << 30);
         let answer = exec(python, &r);
         assert_eq!(answer.ending, Some(Ending::OutOfMemory(137)), "{what}: {answer:?}");
     }
