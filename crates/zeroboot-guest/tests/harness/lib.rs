@@ -208,7 +208,7 @@ impl Sandbox {
         // A shell moves the socket to descriptor 3, so that no unsafe code is needed here.
         command.args(["-c", "exec 3<&0 0</dev/null; exec \"$@\"", "sh"]);
         command.args(wrapper).arg(env!("CARGO_BIN_EXE_zeroboot-guest")).args(["spawn", "--"]).args(runner);
-        command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", "/tmp");
+        command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", dir.path());
         let agent = command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
         Sandbox { front, agent, dir, decoder: Decoder::new(), answer: Answer::default() }
     }
