@@ -14,12 +14,15 @@ use zeroboot_proto::Kind;
 fn clones(count: usize, more: &[&str]) -> BTreeMap<String, Vec<String>> {
     let root = harness::repository();
     let python = harness::python();
+    // Each clone makes a directory.
+    let made = tempfile::tempdir().unwrap();
     let output = Command::new("unshare")
         .args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", &python, "-X", "utf8"])
         .arg(root.join("crates/zeroboot-guest/tests/clones/clones.py"))
         .arg(root.join("runtimes/python/runner.py"))
         .arg(count.to_string())
         .args(more)
+        .env("TMPDIR", made.path())
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
