@@ -8,15 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::Instrument;
 
 use crate::{
     EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation,
     cgroup::Cgroups,
+    reaper::Reaper,
     spawn::Spawner,
     template::{Shared, Template},
-    worker::Remains,
 };
 
 /// Why an engine did not start.
@@ -54,7 +54,7 @@ pub enum ExecError {
         /// When to try again.
         retry_after: Duration,
     },
-    /// The template's zygote is down and being restarted.
+    /// The template gave no sandbox: its zygote is down and being restarted, or the fork failed. No code ran.
     #[error("template {template} is not ready: {reason}")]
     NotReady {
         /// Its name.
@@ -62,7 +62,7 @@ pub enum ExecError {
         /// Why.
         reason: String,
     },
-    /// A sandbox could not be forked, or broke before the code ran.
+    /// The sandbox broke.
     #[error("the sandbox failed: {0}")]
     Sandbox(String),
     /// The engine is shutting down.
@@ -145,12 +145,10 @@ impl Engine {
             Some(Err(reason)) => (None, Some(reason)),
             None => (None, Some("switched off".into())),
         };
-        let (reaper, remains) = mpsc::unbounded_channel();
-        tokio::spawn(reap(remains));
         let shared = Arc::new(Shared {
             spawner: Spawner::new(&config.program).map_err(StartError::Spawn)?,
             cgroups,
-            reaper,
+            reaper: Reaper::start(),
             warm_timeout: config.warm_timeout,
         });
         let starts: Vec<_> = config
@@ -186,7 +184,7 @@ impl Engine {
         let permits = self.admit(&request).instrument(tracing::info_span!("exec.admission")).await?;
         let asked = Instant::now();
         let (mut worker, pooled) = template.checkout().instrument(tracing::info_span!("exec.checkout")).await?;
-        worker.permits = permits;
+        worker.charge(permits);
         worker.limit(&request.limits).map_err(|e| ExecError::Sandbox(format!("set its cgroup limits: {e}")))?;
         let isolation = template.config.spec.isolation();
         Execution::new(worker, request, isolation, pooled, requested, asked.elapsed())
@@ -250,12 +248,5 @@ impl Engine {
         for template in &self.inner.templates {
             template.empty_pool();
         }
-    }
-}
-
-/// Waits for the ends of workers, off every response path.
-async fn reap(mut remains: mpsc::UnboundedReceiver<Remains>) {
-    while let Some(worker) = remains.recv().await {
-        tokio::spawn(worker.clear());
     }
 }

@@ -3,22 +3,23 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
+    pin::Pin,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::{io::Interest, sync::mpsc};
+use tokio::{io::Interest, sync::mpsc, time::Sleep};
 use uuid::Uuid;
 use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
 
 use crate::{
-    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin,
-    worker::{KillTimer, Worker},
+    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, reaper::Watched,
+    worker::Worker,
 };
 
 /// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long after that it is killed even if nobody asks for its events.
+/// How long after that it is killed, or a second later, even if nobody asks for its events.
 const UNWATCHED: Duration = Duration::from_secs(1);
 /// Bytes by which a sandbox may overstep its output limit before it is taken for broken.
 const OUTPUT_SLACK: u64 = 4096;
@@ -48,8 +49,12 @@ pub struct Execution {
     file_bytes: u64,
     last_file: Option<String>,
     span: tracing::Span,
+    /// At `kill_at`.
+    timer: Pin<Box<Sleep>>,
+    /// Why the guest crashed is heard once.
+    crash_heard: bool,
     /// Ends the sandbox of a caller that has stopped asking.
-    _timer: KillTimer,
+    _watched: Watched,
 }
 
 impl Execution {
@@ -72,8 +77,7 @@ impl Execution {
         };
         let sent = Instant::now();
         let kill_at = sent + request.limits.timeout + GRACE;
-        let timer =
-            worker.kill_at(kill_at + UNWATCHED).map_err(|e| ExecError::Sandbox(format!("watch its deadline: {e}")))?;
+        let watched = worker.kill_after(kill_at + UNWATCHED);
         Ok(Execution {
             id,
             isolation,
@@ -96,7 +100,9 @@ impl Execution {
             file_bytes: 0,
             last_file: None,
             span: tracing::info_span!("exec.run", %id),
-            _timer: timer,
+            timer: Box::pin(tokio::time::sleep_until(kill_at.into())),
+            crash_heard: false,
+            _watched: watched,
         })
     }
 
@@ -160,10 +166,10 @@ impl Execution {
                     }
                 }
                 if ready.is_readable() || ready.is_read_closed() {
-                    let mut chunk = [0; 64 * 1024];
-                    match worker.socket.try_read(&mut chunk) {
+                    let mut chunk = Vec::with_capacity(64 * 1024);
+                    match worker.socket.try_read_buf(&mut chunk) {
                         Ok(0) => return self.gone(),
-                        Ok(n) => worker.decoder.feed(chunk.get(..n).unwrap_or_default()),
+                        Ok(_) => worker.decoder.feed(&chunk),
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                         Err(_) => return self.gone(),
                     }
@@ -178,7 +184,7 @@ impl Execution {
                 }
                 self.outgoing.extend_from_slice(&frames);
             }
-            () = tokio::time::sleep_until(self.kill_at.into()) => {
+            () = &mut self.timer => {
                 tracing::warn!(parent: &self.span, "the sandbox did not end at its deadline and is killed");
                 self.end(Outcome::DeadlinePassed, None);
             }
@@ -188,9 +194,9 @@ impl Execution {
 
     /// The worker's socket is closed without an `Exit` frame.
     fn gone(&mut self) -> Result<(), ExecError> {
-        let out_of_memory = self.worker.as_ref().is_some_and(Worker::ran_out_of_memory);
-        if out_of_memory {
-            self.end(Outcome::OutOfMemory { code: 137 }, None);
+        if Instant::now() >= self.kill_at {
+            // Killed for it, while its output waited for a slow caller.
+            self.end(Outcome::DeadlinePassed, None);
             return Ok(());
         }
         self.broken("it ended without a word")
@@ -198,6 +204,11 @@ impl Execution {
 
     /// The sandbox broke: an outcome if code ran in it, else an error.
     fn broken(&mut self, reason: &str) -> Result<(), ExecError> {
+        // The kernel's doing, perhaps while the agent still wrote the request's files.
+        if self.worker.as_ref().is_some_and(Worker::ran_out_of_memory) {
+            self.end(Outcome::OutOfMemory { code: 137 }, None);
+            return Ok(());
+        }
         tracing::warn!(parent: &self.span, reason, "the sandbox broke");
         if self.started {
             self.lost = true;
@@ -213,7 +224,11 @@ impl Execution {
         let exec_time = self.sent.elapsed();
         self.finish_file();
         // From here on the sandbox ends on its own time: killed, waited for and cleared away elsewhere.
-        self.worker = None;
+        match self.worker.take() {
+            // Its last frame is here.
+            Some(worker) if report.is_some() => worker.ended(),
+            other => drop(other),
+        }
         self.stdin = None;
         for path in std::mem::take(&mut self.wanted) {
             let data = Err("the sandbox ended before it was read".to_owned());
@@ -258,7 +273,10 @@ impl Execution {
                     Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
                         Step::Exit(report)
                     }
-                    Ok(Message::Crash(why)) => Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect()),
+                    // A VM's worker says it once; nobody else has a guest.
+                    Ok(Message::Crash(why)) if self.isolation == Isolation::Vm && !self.crash_heard => {
+                        Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect())
+                    }
                     Ok(Message::Failure(text)) => Step::Broken(text.to_owned()),
                     // The kind alone: a payload is the code's own words.
                     Ok(_) => Step::Broken(format!("it sent {kind:?} out of turn")),
@@ -284,7 +302,10 @@ impl Execution {
                         return self.broken(reason);
                     }
                 }
-                Step::Crash(reason) => tracing::warn!(exec_id = %self.id, ?reason, "the guest crashed"),
+                Step::Crash(reason) => {
+                    self.crash_heard = true;
+                    tracing::warn!(exec_id = %self.id, ?reason, "the guest crashed");
+                }
                 Step::Exit(report) => self.end(outcome(report.ending), Some(report)),
                 Step::Broken(reason) => return self.broken(&reason),
             }
@@ -443,5 +464,71 @@ impl StdinWriter {
     /// Waits until the sandbox takes these bytes. `false`: it reads no more.
     pub async fn write(&mut self, bytes: Bytes) -> bool {
         self.sender.send(bytes).await.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        os::unix::net::UnixStream as Socket,
+        process::{Child, Command},
+    };
+
+    use super::*;
+    use crate::reaper::Reaper;
+
+    /// An execution whose sandbox is a process that sleeps; the test speaks for it on the socket.
+    fn faked(isolation: Isolation) -> (Execution, Socket, Child) {
+        let (ours, theirs) = Socket::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let worker = Worker::new(ours.try_into().unwrap(), pidfd, None, Reaper::start());
+        let request = ExecRequest::new("python", "1");
+        let execution = Execution::new(worker, request, isolation, true, Instant::now(), Duration::ZERO).unwrap();
+        (execution, theirs, child)
+    }
+
+    fn frames(all: &[(Kind, &[u8])]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        all.iter().for_each(|(kind, payload)| encode(&mut bytes, *kind, payload));
+        bytes
+    }
+
+    #[tokio::test]
+    async fn a_sandbox_that_has_ended_is_left_alone_until_its_answer_is_out() {
+        let (execution, mut theirs, mut child) = faked(Isolation::Process);
+        let report = ExitReport { ending: Ending::Exited(3), wall_ns: 1, cpu_ns: 1, peak_memory: 1 };
+        theirs.write_all(&frames(&[(Kind::Started, &[]), (Kind::Exit, &report.encode())])).unwrap();
+        let done = execution.collect().await.unwrap();
+        assert_eq!(done.report.outcome, Outcome::Exited { code: 3 });
+        // Nothing else has run on this thread since.
+        assert!(child.try_wait().unwrap().is_none());
+        theirs.set_nonblocking(true).unwrap();
+        let mut request = vec![0; 1 << 20];
+        let read = theirs.read(&mut request).unwrap();
+        assert!(read > 0 && theirs.read(&mut request).unwrap_err().kind() == io::ErrorKind::WouldBlock, "still open");
+        let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    }
+
+    #[tokio::test]
+    async fn only_a_vm_can_say_that_its_guest_crashed_and_only_once() {
+        for (isolation, words, lost) in
+            [(Isolation::Process, 1, true), (Isolation::Vm, 1, false), (Isolation::Vm, 2, true)]
+        {
+            let (execution, mut theirs, mut child) = faked(isolation);
+            let report = ExitReport { ending: Ending::Crashed, wall_ns: 1, cpu_ns: 0, peak_memory: 0 };
+            let mut all: Vec<(Kind, &[u8])> = vec![(Kind::Started, &[])];
+            all.extend((0..words).map(|_| (Kind::Crash, &b"a panic"[..])));
+            let report = report.encode();
+            all.push((Kind::Exit, &report));
+            theirs.write_all(&frames(&all)).unwrap();
+            let done = execution.collect().await.unwrap().report;
+            assert_eq!((done.outcome, done.lost), (Outcome::Crashed, lost), "{isolation:?} {words}");
+            tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+        }
     }
 }

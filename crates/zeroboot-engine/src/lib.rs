@@ -6,6 +6,7 @@ mod config;
 mod engine;
 mod execution;
 mod outcome;
+mod reaper;
 mod request;
 mod spawn;
 mod template;

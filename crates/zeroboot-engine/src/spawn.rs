@@ -18,7 +18,7 @@ use tokio::{
 };
 use zeroboot_proto::{Decoder, Message};
 
-use crate::{ZygoteSpec, worker::watch};
+use crate::{ZygoteSpec, reaper::watch};
 
 /// Most bytes of a zygote's standard error that are kept for an error text.
 const STDERR_KEPT: usize = 4096;

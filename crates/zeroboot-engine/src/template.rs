@@ -21,8 +21,9 @@ use zeroboot_sys::control::{self, Control};
 use crate::{
     ExecError, StartError, TemplateConfig, TemplateStatus, ZygoteSpec,
     cgroup::{Cgroup, Cgroups},
+    reaper::Reaper,
     spawn::{Spawner, Zygote},
-    worker::{Remains, Worker},
+    worker::Worker,
 };
 
 /// Wait before the first restart of a zygote; doubles up to [`MAX_BACKOFF`].
@@ -32,6 +33,12 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// Forks under way at once to fill the pool.
 const REFILL_AT_ONCE: usize = 4;
+/// How long a pool that is at least half full waits before it is filled up: a fork costs more CPU time than most runs, so
+/// the exec that has just taken a sandbox goes first.
+const REST: Duration = Duration::from_millis(10);
+/// Forks asked of a zygote that it has not answered. So few that neither side's socket can be full of them: else both
+/// could wait for the other to read.
+const MOST_PENDING: usize = 64;
 
 type ForkAnswer = oneshot::Sender<Result<Worker, String>>;
 
@@ -56,7 +63,7 @@ struct State {
 pub(crate) struct Shared {
     pub(crate) spawner: Spawner,
     pub(crate) cgroups: Option<Cgroups>,
-    pub(crate) reaper: mpsc::UnboundedSender<Remains>,
+    pub(crate) reaper: Arc<Reaper>,
     pub(crate) warm_timeout: Duration,
 }
 
@@ -117,9 +124,14 @@ impl Template {
             // It died in the pool; its drop clears it away.
         }
         if let Health::Down { reason } = &self.state().health {
-            return Err(ExecError::NotReady { template: self.config.name.clone(), reason: reason.clone() });
+            return Err(self.not_ready(reason.clone()));
         }
-        self.fork().await.map(|worker| (worker, false)).map_err(ExecError::Sandbox)
+        let worker = self.fork().await;
+        worker.map(|worker| (worker, false)).map_err(|reason| self.not_ready(reason))
+    }
+
+    fn not_ready(&self, reason: String) -> ExecError {
+        ExecError::NotReady { template: self.config.name.clone(), reason }
     }
 
     /// A fresh sandbox, ready for its request.
@@ -262,10 +274,14 @@ struct Pending {
 async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), String> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let mut pending: HashMap<u64, Pending> = HashMap::new();
+    let mut heard = Instant::now();
     loop {
         tokio::select! {
-            request = queue.recv() => {
+            request = queue.recv(), if pending.len() < MOST_PENDING => {
                 let Some(answer) = request else { return Ok(()) };
+                if pending.is_empty() {
+                    heard = Instant::now();
+                }
                 let id = NEXT.fetch_add(1, Ordering::Relaxed);
                 match ask(shared, zygote, id).await {
                     Ok((socket, cgroup)) => { pending.insert(id, Pending { answer, socket, cgroup }); }
@@ -273,25 +289,35 @@ async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<Fork
                     Err(error) => { let _gone = answer.send(Err(format!("cannot ask the zygote for a fork: {error}"))); }
                 }
             }
-            message = next_message(zygote) => match message {
-                Ok(Some((Control::Forked { id }, mut fds))) => {
-                    if let (Some(p), Some(pidfd)) = (pending.remove(&id), fds.pop()) {
-                        let worker = adopt(p.socket).map(|socket| {
-                            Worker::new(socket, pidfd, p.cgroup, shared.reaper.clone())
-                        });
+            message = next_message(zygote) => {
+                heard = Instant::now();
+                match message {
+                    Ok(Some((Control::Forked { id }, mut fds))) => {
+                        let Some(p) = pending.remove(&id) else { continue };
+                        let worker = match fds.pop() {
+                            Some(pidfd) => adopt(p.socket).map(|socket| {
+                                Worker::new(socket, pidfd, p.cgroup, Arc::clone(&shared.reaper))
+                            }),
+                            // Without its socket the worker ends.
+                            None => Err(io::Error::other("this process may have no more descriptors")),
+                        };
                         // A caller that gave up: the worker is dropped, and so killed.
                         let _gone = p.answer.send(worker.map_err(|e| e.to_string()));
                     }
-                }
-                Ok(Some((Control::ForkFailed { id, text }, _))) => {
-                    if let Some(p) = pending.remove(&id) {
-                        let _gone = p.answer.send(Err(text));
+                    Ok(Some((Control::ForkFailed { id, text }, _))) => {
+                        if let Some(p) = pending.remove(&id) {
+                            let _gone = p.answer.send(Err(text));
+                        }
                     }
+                    Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
+                    Ok(None) => return Err("the zygote ended".into()),
+                    Err(error) => return Err(format!("the zygote's control channel failed: {error}")),
                 }
-                Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
-                Ok(None) => return Err("the zygote ended".into()),
-                Err(error) => return Err(format!("the zygote's control channel failed: {error}")),
-            },
+            }
+            // A fork takes far less than warming up.
+            () = tokio::time::sleep_until((heard + shared.warm_timeout).into()), if !pending.is_empty() => {
+                return Err(format!("the zygote has not answered for {} s", shared.warm_timeout.as_secs()));
+            }
         }
     }
 }
@@ -331,6 +357,7 @@ fn adopt(socket: OwnedFd) -> io::Result<UnixStream> {
 
 /// Keeps the pool full.
 async fn keep_pool(template: std::sync::Weak<Template>) {
+    let mut rested = false;
     loop {
         let Some(strong) = template.upgrade() else { return };
         let missing = {
@@ -347,6 +374,12 @@ async fn keep_pool(template: std::sync::Weak<Template>) {
             waiting.await;
             continue;
         }
+        if missing <= strong.config.pool / 2 && !rested {
+            // Checkouts until it is less than half full wake this up.
+            rested = tokio::time::timeout(REST, strong.refill.notified()).await.is_err();
+            continue;
+        }
+        rested = false;
         let forks = (0..missing.min(REFILL_AT_ONCE)).map(|_| {
             let strong = Arc::clone(&strong);
             tokio::spawn(async move { strong.fork().await })

@@ -3,86 +3,52 @@
 use std::{
     io,
     os::fd::OwnedFd,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Signal, pidfd_send_signal};
-use tokio::{
-    io::{AsyncReadExt, unix::AsyncFd},
-    net::UnixStream,
-    sync::{OwnedSemaphorePermit, mpsc},
-};
-use tracing::Instrument as _;
+use tokio::{io::AsyncReadExt, net::UnixStream, sync::OwnedSemaphorePermit};
 use zeroboot_proto::{Decoder, Message};
 
-use crate::cgroup::Cgroup;
-
-/// Registers a descriptor with the reactor.
-#[expect(deprecated, reason = "its replacement is unsafe; an OwnedFd never changes the descriptor it names")]
-pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(fd)
-}
-
-/// What is left of a worker when it is dropped: waited for and cleared away off the response path.
-#[derive(Debug)]
-pub(crate) struct Remains {
-    pidfd: OwnedFd,
-    cgroup: Option<Cgroup>,
-    permits: Vec<OwnedSemaphorePermit>,
-    /// Made where the worker was dropped, so that it belongs to that exec.
-    span: tracing::Span,
-}
-
-impl Remains {
-    /// Waits for the process's end, then lets go of everything it was charged for.
-    pub(crate) async fn clear(self) {
-        let span = self.span.clone();
-        self.wait_and_let_go().instrument(span).await;
-    }
-
-    async fn wait_and_let_go(self) {
-        match watch(self.pidfd) {
-            Ok(pidfd) => {
-                if let Err(error) = pidfd.readable().await {
-                    tracing::warn!(%error, "cannot wait for a worker");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "cannot wait for a worker"),
-        }
-        drop((self.cgroup, self.permits));
-    }
-}
-
-/// A kill to come.
-#[derive(Debug)]
-pub(crate) struct KillTimer(tokio::task::JoinHandle<()>);
-
-impl Drop for KillTimer {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
+use crate::{
+    cgroup::Cgroup,
+    reaper::{Reaper, Remains, Watched, kill},
+};
 
 /// A live sandbox. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) socket: UnixStream,
     pub(crate) decoder: Decoder,
-    /// What this sandbox is charged for: given back when its process is gone.
-    pub(crate) permits: Vec<OwnedSemaphorePermit>,
-    pidfd: Option<OwnedFd>,
+    leash: Leash,
+}
+
+/// A worker's process, and what it is charged for. Dropping it kills the process.
+#[derive(Debug)]
+struct Leash {
+    pidfd: Arc<OwnedFd>,
     cgroup: Option<Cgroup>,
-    reaper: mpsc::UnboundedSender<Remains>,
+    /// Given back when the process is gone.
+    permits: Vec<OwnedSemaphorePermit>,
+    reaper: Arc<Reaper>,
+    ended: Option<UnixStream>,
 }
 
 impl Worker {
-    pub(crate) fn new(
-        socket: UnixStream,
-        pidfd: OwnedFd,
-        cgroup: Option<Cgroup>,
-        reaper: mpsc::UnboundedSender<Remains>,
-    ) -> Worker {
-        Worker { socket, decoder: Decoder::new(), permits: Vec::new(), pidfd: Some(pidfd), cgroup, reaper }
+    pub(crate) fn new(socket: UnixStream, pidfd: OwnedFd, cgroup: Option<Cgroup>, reaper: Arc<Reaper>) -> Worker {
+        let leash = Leash { pidfd: Arc::new(pidfd), cgroup, permits: Vec::new(), reaper, ended: None };
+        Worker { socket, decoder: Decoder::new(), leash }
+    }
+
+    /// Charges it for what it holds.
+    pub(crate) fn charge(&mut self, permits: Vec<OwnedSemaphorePermit>) {
+        self.leash.permits = permits;
+    }
+
+    /// Lets it go after its last frame: it is killed when the answer had time to go out.
+    pub(crate) fn ended(self) {
+        let Worker { socket, decoder: _, mut leash } = self;
+        leash.ended = Some(socket);
     }
 
     /// Waits for its `Ready` frame; gives the frame's payload, which the runner wrote.
@@ -118,47 +84,31 @@ impl Worker {
 
     /// Sets the request's limits on the group, where there is one.
     pub(crate) fn limit(&self, limits: &crate::Limits) -> io::Result<()> {
-        self.cgroup.as_ref().map_or(Ok(()), |group| group.limit(limits))
+        self.leash.cgroup.as_ref().map_or(Ok(()), |group| group.limit(limits))
     }
 
     /// Whether the kernel killed something in it for want of memory.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
-        self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
+        self.leash.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
     }
 
-    /// Kills it at that time, whoever looks after it then; until the guard is dropped.
-    pub(crate) fn kill_at(&self, when: Instant) -> io::Result<KillTimer> {
-        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose()?;
-        Ok(KillTimer(tokio::spawn(async move {
-            tokio::time::sleep_until(when.into()).await;
-            if let Some(pidfd) = pidfd {
-                // Gone already is what we want.
-                let _gone = pidfd_send_signal(pidfd, Signal::KILL);
-            }
-        })))
-    }
-
-    /// Kills it now.
-    pub(crate) fn kill(&self) {
-        if let Some(pidfd) = &self.pidfd {
-            // Gone already is what we want.
-            let _gone = pidfd_send_signal(pidfd, Signal::KILL);
-        }
+    /// Kills it within a second after that time, whoever looks after it then; until the guard is dropped.
+    pub(crate) fn kill_after(&self, when: Instant) -> Watched {
+        Reaper::kill_after(&self.leash.reaper, when, &self.leash.pidfd)
     }
 }
 
-impl Drop for Worker {
+impl Drop for Leash {
     fn drop(&mut self) {
-        self.kill();
-        if let Some(pidfd) = self.pidfd.take() {
-            let remains = Remains {
-                pidfd,
-                cgroup: self.cgroup.take(),
-                permits: std::mem::take(&mut self.permits),
-                span: tracing::info_span!("exec.reap"),
-            };
-            // The reaper ends with the engine only; then everything goes at once.
-            let _ended = self.reaper.send(remains);
+        if self.ended.is_none() {
+            kill(&self.pidfd);
         }
+        self.reaper.take(Remains {
+            pidfd: Arc::clone(&self.pidfd),
+            ended: self.ended.take(),
+            cgroup: self.cgroup.take(),
+            permits: std::mem::take(&mut self.permits),
+            span: tracing::info_span!("exec.reap"),
+        });
     }
 }

@@ -1,7 +1,7 @@
 //! One sandbox's life, from the runner's `Ready` to the last frame.
 //!
 //! ```text
-//! WarmingUp --Ready--> Loading --Run--> Running --runner ended--> Finishing --> done
+//! WarmingUp --Ready--> Loading --Run--> Running --runner ended--> Finishing --front gone--> done
 //!     |                   |                |  limit: kill all        |
 //!     +---- Failure ------+----------------+        (front gone: kill all, done)
 //! ```
@@ -45,6 +45,8 @@ const OUT_FULL: usize = MAX_PAYLOAD;
 const STDIN_FULL: usize = MAX_PAYLOAD;
 /// Input that may come before `Run`.
 const STDIN_EARLY: usize = 1024 * 1024;
+/// How long the front may take to go once it has the last frame.
+const LINGER: Duration = Duration::from_secs(1);
 /// How much of a failed runner's stderr goes into the report.
 const STDERR_KEPT: usize = 4096;
 /// What V8 writes when its heap is full, before it aborts.
@@ -361,12 +363,11 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         run.peak_memory = run.peak_memory.max(last.memory);
         // The run is over with its first process: nobody waits for a daemon that it left behind.
         match run.ended {
-            // The machine ends with the last frame. Tearing the process down would free its memory page by page,
-            // and in a fork each page that is touched is a page copied.
-            Some(_) if self.transport.poll_fd().is_none() => self.processes.signal_all(Signal::STOP),
-            // None of them comes back from the kernel to its program. Nobody has to wait for their memory to be freed;
-            // the caller of this does, after the last frame.
-            Some(_) if request.wanted.is_empty() => self.processes.signal_all(Signal::KILL),
+            // None of them comes back from the kernel to its program. Nobody has to wait for their memory to be freed:
+            // it is after the last frame, and in a VM never, where each page that is touched is a page copied.
+            Some(_) if self.transport.poll_fd().is_none() || request.wanted.is_empty() => {
+                self.processes.signal_all(Signal::STOP);
+            }
             _ => self.kill_all(),
         }
         // What was written before the end is in the pipes, and no writer is left or can begin another write.
@@ -393,7 +394,24 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             peak_memory: run.peak_memory,
         };
         encode(&mut self.out, Kind::Exit, &report.encode());
-        self.flush_front()
+        self.flush_front()?;
+        self.linger();
+        Ok(())
+    }
+
+    /// Waits until the front has gone. It does so, or kills this process, when its own caller has the answer: tearing the
+    /// sandbox down costs more than most runs, and would be in the way.
+    fn linger(&self) {
+        let Some(front) = self.transport.poll_fd() else { return };
+        let until = Instant::now() + LINGER;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            // No events: the end alone. Nothing that fails here is worth more than going on to the end.
+            if rustix::event::poll(&mut [PollFd::new(&front, PollFlags::empty())], Some(&left)) != Err(Errno::INTR) {
+                return;
+            }
+        }
     }
 
     fn step(&mut self, run: &mut Run) -> Result<(), Stop> {

@@ -79,6 +79,9 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
         };
         let Control::Fork { id } = message else { continue };
         if fds.is_empty() {
+            let text = "the Fork message came without its socket".into();
+            control::send(control, &Control::ForkFailed { id, text }, &[])
+                .map_err(step("answer on the control channel"))?;
             continue;
         }
         let socket = fds.remove(0);

@@ -92,7 +92,8 @@ pub fn send(channel: impl AsFd, message: &Control, fds: &[BorrowedFd<'_>]) -> io
     if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("control message was cut short")) }
 }
 
-/// Receives one message and its descriptors (close-on-exec). `None`: the other side is gone.
+/// Receives one message and its descriptors (close-on-exec). `None`: the other side is gone. If this process may have no
+/// more descriptors and one was lost, none is given: nobody goes on with a part of them.
 pub fn receive(channel: impl AsFd) -> io::Result<Option<(Control, Vec<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -110,7 +111,7 @@ pub fn receive(channel: impl AsFd) -> io::Result<Option<(Control, Vec<OwnedFd>)>
         return Ok(None);
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::other("descriptors of a control message were lost: the descriptor limit is reached"));
+        fds.clear();
     }
     let message = bytes.get(..received.bytes).and_then(Control::decode);
     match message {

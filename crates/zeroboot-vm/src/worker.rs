@@ -2,15 +2,19 @@
 //!
 //! ```text
 //! forked ─▶ VM made, memory mapped, state restored ─▶ jailed ─▶ `Ready` ─▶ waits (the pool)
-//!        ─▶ request ─▶ clocks start ─▶ guest runs ─▶ last frame ─▶ end of the process
+//!        ─▶ request ─▶ clocks start ─▶ guest runs ─▶ last frame ─▶ front gone ─▶ end of the process
 //! ```
 //!
 //! It frees nothing: the end of the process does, off the path of the answer.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    time::{Duration, Instant},
+};
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, SendFlags, recv, send},
 };
@@ -23,6 +27,9 @@ use zeroboot_sys::{
 use crate::{
     ForkError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError, Snapshot, jail, jail::VmJailError,
 };
+
+/// How long the front may take to go once it has the last frame.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Why a worker ended without an answer.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +77,7 @@ pub fn worker(
     encode(&mut ready, Kind::Ready, snapshot.about());
     front.send(&ready).map_err(WorkerError::Socket)?;
     let (end, _stats) = Session::new(snapshot, &mut fork, &mut front, &kick).run()?;
+    front.linger();
     Ok(end)
 }
 
@@ -80,6 +88,20 @@ pub struct SocketFront<'a> {
 }
 
 impl SocketFront<'_> {
+    /// Waits until the front has gone. It does so, or kills this process, when its own caller has the answer: taking a VM
+    /// apart would be in the way.
+    fn linger(&self) {
+        let until = Instant::now() + LINGER;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            // No events: the end alone. Nothing that fails here is worth more than going on to the end.
+            if poll(&mut [PollFd::new(&self.socket, PollFlags::empty())], Some(&left)) != Err(Errno::INTR) {
+                return;
+            }
+        }
+    }
+
     /// Waits for `events`, through any number of kicks.
     fn wait(&self, events: PollFlags) -> io::Result<()> {
         loop {

@@ -169,6 +169,39 @@ async fn a_dead_zygote_is_restarted_and_its_sandboxes_end_as_crashed() {
 }
 
 #[tokio::test]
+async fn a_zygote_that_hangs_is_replaced_and_what_it_was_asked_for_is_refused() {
+    let mut config = config(0);
+    config.warm_timeout = Duration::from_secs(10);
+    let engine = Engine::start(config).await.unwrap();
+    let execution = started(&engine, &sleeper("hang-above")).await;
+    let (_, agent) = only("hang-above");
+    rustix::process::kill_process(parent(agent), Signal::STOP).unwrap();
+    let error = engine.exec(request("print('never')")).await.unwrap_err();
+    assert!(
+        matches!(&error, ExecError::NotReady { reason, .. } if reason.contains("not answer") || reason.contains("zygote ended")),
+        "{error}"
+    );
+    assert_eq!(execution.collect().await.unwrap().report.outcome, Outcome::Crashed);
+    until("the zygote is back", || engine.templates()[0].ready).await;
+    assert_eq!(engine.templates()[0].restarts, 1);
+    assert_eq!(text(&run(&engine, "print('again')").await), "again\n");
+}
+
+#[tokio::test]
+async fn a_caller_that_is_slower_than_the_deadline_gets_it_as_the_outcome() {
+    let engine = engine(0).await;
+    let mut request = request("while True: print('x' * 1000)");
+    request.limits.timeout = Duration::from_secs(1);
+    let mut execution = engine.exec(request).await.unwrap();
+    while !matches!(execution.next().await.unwrap(), Some(Event::Stdout(_))) {}
+    // Longer than the sandbox is let alone after its deadline.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let end = execution.collect().await.unwrap();
+    assert_eq!((end.report.outcome, end.report.lost), (Outcome::DeadlinePassed, false));
+    assert!(!end.stdout.is_empty());
+}
+
+#[tokio::test]
 async fn a_template_that_cannot_warm_is_an_error_with_its_words() {
     let mut config = config(0);
     let ZygoteSpec::Process { warm, .. } = &mut config.templates[0].spec else { unreachable!() };

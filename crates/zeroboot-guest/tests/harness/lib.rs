@@ -255,7 +255,12 @@ impl Sandbox {
     }
 
     pub(crate) fn finish(mut self) -> Answer {
+        while self.answer.report.is_none() && self.answer.failure.is_none() && self.step() {}
+        // The agent ends its sandbox now; frames after the last one would be a fault.
+        let order = self.answer.order.len();
+        self.hang_up();
         while self.step() {}
+        assert_eq!(self.answer.order.len(), order, "{:?}", self.answer);
         assert!(self.agent.wait().is_ok());
         std::mem::take(&mut self.answer)
     }
