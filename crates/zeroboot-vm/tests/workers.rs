@@ -65,11 +65,12 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 15] = [
+    let tests: [(&str, fn(&Host)); 16] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_jailed_worker_ends_by_itself", a_jailed_worker_ends_by_itself),
         ("a_jailed_worker_that_fails_says_why", a_jailed_worker_that_fails_says_why),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
+        ("a_root_that_may_not_mount_is_not_root_in_its_workers", a_root_that_may_not_mount_is_not_root_in_its_workers),
         ("each_worker_has_namespaces_of_its_own", each_worker_has_namespaces_of_its_own),
         ("a_worker_is_in_the_cgroup_that_it_was_given", a_worker_is_in_the_cgroup_that_it_was_given),
         ("a_waiting_worker_is_small", a_waiting_worker_is_small),
@@ -155,10 +156,13 @@ struct Zygote {
 
 impl Zygote {
     fn start(template: &Path) -> Zygote {
+        Zygote::start_by(Command::new(std::env::current_exe().unwrap()), template)
+    }
+    /// `command` goes on with this program.
+    fn start_by(mut command: Command, template: &Path) -> Zygote {
         let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
         let (control, theirs) = pair(SocketType::SEQPACKET);
         let (report, their_report) = pair(SocketType::STREAM);
-        let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg("--zygote").arg(template);
         process::as_zygote(&mut command, their_report, theirs);
         let child = command.spawn().unwrap();
@@ -366,6 +370,40 @@ fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
         let expected =
             [image, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm", "socket", "stream 0", "stream 1", "stream 2"];
         assert_eq!(open, expected);
+    }
+}
+
+/// As in a container that has all but CAP_SYS_ADMIN, and in one that has only what it takes to become somebody else.
+fn a_root_that_may_not_mount_is_not_root_in_its_workers(host: &Host) {
+    if !rustix::process::geteuid().is_root() {
+        eprint!("skipped: root only ... ");
+        return;
+    }
+    let template = answering(host);
+    for bounding in ["-sys_admin", "-all,+setuid,+setgid,+dac_override"] {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", bounding, "--inh-caps", "-all"]).arg(std::env::current_exe().unwrap());
+        let mut zygote = Zygote::start_by(command, template.path());
+        zygote.ready();
+        let mut worker = zygote.fork();
+        for pid in [zygote.child.id(), worker.pid()] {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
+            for ids in ["Uid:", "Gid:"] {
+                assert_eq!(field(ids), "65534\t65534\t65534\t65534", "{bounding}");
+            }
+            assert_eq!(field("Groups:"), "", "{bounding}");
+            assert_eq!(field("CapEff:"), "0000000000000000", "{bounding}");
+            // What may not be traced belongs to root.
+            assert_eq!(std::fs::metadata(format!("/proc/{pid}/maps")).unwrap().st_uid(), 0);
+        }
+        // With namespaces, as whoever is not root gets them here.
+        if std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap().trim() != "0" {
+            let root = std::fs::read_dir(format!("/proc/{}/root/", zygote.child.id())).unwrap();
+            assert_eq!(root.count(), 0, "{bounding}: the zygote's root is not empty");
+        }
+        worker.request(Duration::from_secs(5));
+        assert_eq!(worker.frame().unwrap().0, Kind::Started);
     }
 }
 
