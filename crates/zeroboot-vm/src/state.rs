@@ -177,9 +177,17 @@ pub struct StateTables {
 impl StateTables {
     /// From a state.
     pub fn new(state: &VmState) -> Result<StateTables, KvmError> {
+        // The TSC twice. KVM takes a value within a second of what the TSC would have come to since the last write
+        // for an attempt to synchronise two vCPUs, and lets it go on as it was; the making of the vCPU is such a
+        // write, of 0 (kvm_synchronize_tsc). Linux 6.7 exempts the first write of user space. Half the range away
+        // is never within a second, neither from where it was nor to where it goes.
         Ok(StateTables {
             msrs: MsrTable::new(&state.msrs)?,
-            clock_msrs: MsrTable::new(&[(MSR_TSC, state.tsc), (MSR_TSC_DEADLINE, state.tsc_deadline)])?,
+            clock_msrs: MsrTable::new(&[
+                (MSR_TSC, state.tsc ^ 1 << 63),
+                (MSR_TSC, state.tsc),
+                (MSR_TSC_DEADLINE, state.tsc_deadline),
+            ])?,
         })
     }
 
@@ -188,7 +196,7 @@ impl StateTables {
         &self.msrs
     }
 
-    /// The clock's two.
+    /// The clock's.
     pub(crate) fn clock_msrs(&self) -> &MsrTable {
         &self.clock_msrs
     }
