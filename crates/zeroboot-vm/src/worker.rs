@@ -60,7 +60,8 @@ pub fn worker(
     // The VM is made: the worker needs the device no more.
     drop(host);
     snapshot.prefault(&mut fork, prefault)?;
-    fork.machine.vcpu.prime().map_err(ForkError::from)?;
+    // What KVM does once, at the first run, it does now.
+    fork.machine.vcpu.complete_io().map_err(ForkError::from)?;
     kick::on_activity(socket).map_err(WorkerError::Kick)?;
     // What their ends would call (close, timer_delete), the filter forbids.
     let (mut fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
