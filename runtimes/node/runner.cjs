@@ -118,9 +118,12 @@ async function warm(names) {
 
 // ---- identity
 
-/** xoshiro128**, 53 bits a number. V8's own state is part of the snapshot and cannot be set. */
-function freshRandom(seed) {
-  let a = seed.readUInt32LE(0), b = seed.readUInt32LE(4), c = seed.readUInt32LE(8), d = seed.readUInt32LE(12) | 1;
+/**
+ * Replaces Math.random by xoshiro128**, 53 bits a number, and returns what seeds it. V8's own state is part of the snapshot
+ * and cannot be set. Before anything is warmed, since a module may keep the function that it finds.
+ */
+function replaceRandom() {
+  let a, b, c, d;
   const word = () => {
     const m = Math.imul(b, 5);
     const result = Math.imul(m << 7 | m >>> 25, 9) >>> 0;
@@ -131,6 +134,29 @@ function freshRandom(seed) {
   };
   const { random } = { random() { return ((word() >>> 5) * 67108864 + (word() >>> 6)) / 9007199254740992; } };
   Object.defineProperty(Math, 'random', { value: random, writable: true, enumerable: false, configurable: true });
+  return (seed) => {
+    a = seed.readUInt32LE(0); b = seed.readUInt32LE(4); c = seed.readUInt32LE(8); d = seed.readUInt32LE(12) | 1;
+  };
+}
+
+// Node draws ahead, at the first use, and has no call that drops it.
+const UUIDS_AHEAD = 128, INTEGERS_AHEAD = 1024;
+
+/** Uses up what was drawn before: whatever comes after it was drawn after it was called. */
+function spendDrawnAhead(crypto) {
+  const { randomUUIDv7 } = crypto;
+  for (let i = 0; i < UUIDS_AHEAD; i++) {
+    crypto.randomUUID();
+    if (randomUUIDv7) randomUUIDv7();
+  }
+  for (let i = 0; i < INTEGERS_AHEAD; i++) crypto.randomInt(2);
+}
+
+/** When the process began is when the machine began that was frozen. The clocks are right by now. */
+function renewTimeOrigin() {
+  const prototype = Object.getPrototypeOf(performance);
+  const origin = Date.now() - performance.now();
+  Object.defineProperty(prototype, 'timeOrigin', { get() { return origin; }, enumerable: true, configurable: true });
 }
 
 function applyIdentity(payload, frozen) {
@@ -144,7 +170,9 @@ function applyIdentity(payload, frozen) {
   const crypto = require('crypto');
   // The first use after the jump is what makes OpenSSL notice.
   const seed = crypto.createHash('sha512').update(payload.subarray(0, 64)).update(crypto.randomBytes(32)).digest();
-  freshRandom(seed);
+  frozen.seedRandom(seed);
+  spendDrawnAhead(crypto);
+  renewTimeOrigin();
 }
 
 // ---- the program
@@ -268,10 +296,15 @@ function prepareScript(source, name, args) {
 async function main() {
   const since = Date.now() / 1000;
   const options = parse(process.argv.slice(2));
+  const crypto = require('crypto');
+  const seedRandom = options.frozen && replaceRandom();
+  if (options.frozen) seedRandom(crypto.randomBytes(16));
   const ready = JSON.stringify(await warm(options.warm));
+  // Until it is compiled: it takes a millisecond before and a twentieth of it after, and every fork does it.
+  for (let i = 0; options.frozen && i < 20; i++) spendDrawnAhead(crypto);
   process.argv = [process.execPath];
   process.execArgv = [];
-  const frozen = options.frozen && { since, until: Date.now() / 1000 };
+  const frozen = options.frozen && { since, until: Date.now() / 1000, seedRandom };
   send(READY, ready);
   const args = [], code = [], environment = [];
   let identified = false;

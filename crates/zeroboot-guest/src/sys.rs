@@ -1,4 +1,4 @@
-//! The calls that no safe crate offers. The only file of the agent with `unsafe`.
+//! The calls that no safe crate offers. With `vm.rs` the only file of the agent with `unsafe`.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -1,7 +1,7 @@
 //! PID 1 of a VM: start-up, the agent's half of the mailbox, and the kernel's part of the identity.
 //!
-//! The only file of the agent with `unsafe`: the port, the pinned pages, and system calls that have no
-//! safe wrapper.
+//! One of the two files of the agent with `unsafe` (the other is `sys.rs`): the port, the pinned pages, and
+//! system calls that have no safe wrapper.
 #![allow(unsafe_code)]
 
 use std::{
@@ -151,7 +151,6 @@ impl Vm {
                 _ => {}
             }
         }
-        // Readable and writable by the sandbox's user; devtmpfs makes some of them for root alone.
         loopback_up()?;
         // Pinned pages must not be moved by compaction: the host knows them by address.
         fs::write("/proc/sys/vm/compact_unevictable_allowed", "0")?;

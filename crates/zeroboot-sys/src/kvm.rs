@@ -364,7 +364,8 @@ impl Vcpu {
     }
 
     /// Lets KVM finish the port or memory access of the last exit without running the guest. Without it a
-    /// saved state would do the access again in every fork.
+    /// saved state would do the access again in every fork. Where none is pending it has KVM do what it does
+    /// once, at the first run of a VM: since Linux 6.14 that makes a kernel thread.
     pub fn complete_io(&mut self) -> Result<()> {
         self.fd.set_kvm_immediate_exit(1);
         let result = self.fd.run().map(|_| ()).map_err(|e| e.errno());
@@ -374,12 +375,6 @@ impl Vcpu {
             Err(errno) => Err(KvmError { call: "KVM_RUN", source: io::Error::from_raw_os_error(errno) }),
             Ok(()) => Err(wrong("KVM_RUN", "it ran on instead of finishing the pending access".into())),
         }
-    }
-
-    /// Has KVM do what it does once, at the first run of a VM (since Linux 6.14 it makes a kernel thread),
-    /// without running the guest.
-    pub fn prime(&mut self) -> Result<()> {
-        self.complete_io()
     }
 
     /// What the guest sees of the CPU. Before any other state.

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use zeroboot_proto::{Decoder, Ending, Kind, mailbox::Ring};
+use zeroboot_proto::{Ending, mailbox::Ring};
 use zeroboot_sys::{
     kick::Kick,
     kvm::{KvmError, MsrTable},
@@ -14,8 +14,8 @@ use zeroboot_sys::{
 };
 
 use crate::{
-    Console, Exits, Fork, ForkError, FreezeError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError,
-    Snapshot, Stop, VmState,
+    Console, Exits, Fork, ForkError, FreezeError, Host, Prefault, Session, SessionEnd, SessionError, Snapshot, Stop,
+    VmState, one_request::OneRequest,
 };
 
 pub use crate::stand_in::{ALIVE, answer, input, stand_in, strewn};
@@ -113,7 +113,7 @@ pub fn forks(host: &Host, snapshot: &Snapshot, request: &[u8], rounds: usize) ->
     }
     for _ in 0..rounds {
         let mut fork = snapshot.fork(host)?;
-        fork.machine.vcpu.prime()?;
+        fork.machine.vcpu.complete_io()?;
         let start = Instant::now();
         enter(snapshot, &fork, request)?;
         let entered = Instant::now();
@@ -258,10 +258,10 @@ pub fn exec(
     let start = Instant::now();
     snapshot.prefault(&mut fork, prefault)?;
     let prefaulted = start.elapsed();
-    fork.machine.vcpu.prime()?;
+    fork.machine.vcpu.complete_io()?;
     let kick = Kick::new()?;
     let start = Instant::now();
-    let mut front = Timed { request: request.to_vec(), decoder: Decoder::new(), stdout: Vec::new(), first: None };
+    let mut front = OneRequest::new(request);
     let (end, stats) = Session::new(snapshot, &mut fork, &mut front, &kick).run()?;
     let last_byte = start.elapsed();
     if end != SessionEnd::Done(Ending::Exited(0)) || front.stdout != expected {
@@ -283,32 +283,4 @@ pub fn exec(
         shared_pages: resident.shared_pages(),
         kvm,
     })
-}
-
-struct Timed {
-    request: Vec<u8>,
-    decoder: Decoder,
-    stdout: Vec<u8>,
-    first: Option<Instant>,
-}
-
-impl Front for Timed {
-    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> std::io::Result<Received> {
-        if self.request.is_empty() {
-            return Ok(if wait { Received::Gone } else { Received::Nothing });
-        }
-        into.append(&mut self.request);
-        Ok(Received::Bytes)
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.decoder.feed(bytes);
-        while let Ok(Some((kind, payload))) = self.decoder.next_frame() {
-            if kind == Kind::Stdout {
-                self.first.get_or_insert_with(Instant::now);
-                self.stdout.extend_from_slice(payload);
-            }
-        }
-        Ok(())
-    }
 }

@@ -14,8 +14,8 @@ use zeroboot_sys::{
 };
 
 use crate::{
-    Console, Exits, ForkError, FreezeError, Front, Host, LoadError, Machine, Received, Session, SessionEnd,
-    SessionError, Snapshot, Stop, WorkingSet, boot,
+    Console, Exits, ForkError, FreezeError, Host, LoadError, Machine, Session, SessionEnd, SessionError, Snapshot,
+    Stop, WorkingSet, boot, one_request::OneRequest,
 };
 
 /// Bytes of console text that a failed build keeps.
@@ -146,41 +146,17 @@ impl Snapshot {
     /// with status 0. What a template gives as its first answer is thereby known before it is stored.
     pub fn rehearse(&mut self, host: &Host, request: &[u8]) -> Result<(), RehearseError> {
         let mut fork = self.fork(host)?;
-        let mut front = Rehearsal { request: request.to_vec(), heard: Vec::new() };
+        let mut front = OneRequest::new(request);
         let kick = Kick::new().map_err(RehearseError::Observe)?;
         let (end, _stats) = Session::new(self, &mut fork, &mut front, &kick).run()?;
         if end != SessionEnd::Done(zeroboot_proto::Ending::Exited(0)) {
-            let mut said = String::from_utf8_lossy(&front.heard).into_owned();
+            let mut said = String::from_utf8_lossy(&[front.complaints, front.stdout].concat()).into_owned();
             said.retain(|c| !c.is_control() || c == '\n');
             said.truncate(said.floor_char_boundary(2000));
             return Err(RehearseError::Ended { end, said });
         }
         let resident = fork.machine.memory.resident().map_err(RehearseError::Observe)?;
         self.body.working_set = WorkingSet { written: resident.private, read: resident.shared };
-        Ok(())
-    }
-}
-
-/// A front that asks once and keeps what it hears.
-struct Rehearsal {
-    request: Vec<u8>,
-    heard: Vec<u8>,
-}
-
-impl Front for Rehearsal {
-    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
-        if self.request.is_empty() {
-            // Waiting for more than the whole request would be for ever.
-            return Ok(if wait { Received::Gone } else { Received::Nothing });
-        }
-        into.append(&mut self.request);
-        Ok(Received::Bytes)
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.heard.len() < 1 << 20 {
-            self.heard.extend_from_slice(bytes);
-        }
         Ok(())
     }
 }

@@ -37,32 +37,41 @@ fn step(what: &'static str) -> impl FnOnce(io::Error) -> VmJailError {
 /// Once in the zygote, after `/dev/kvm` and the template are open: an empty root, no network, no other
 /// processes' IPC, no capabilities, no user that owns anything. Its workers begin with all of it.
 ///
-/// As root it must get its namespaces; an ordinary user may be refused them by the distribution (AppArmor on
-/// Ubuntu), and then seccomp alone stands behind the VM.
+/// With the right to namespaces (CAP_SYS_ADMIN) it must get them; others may be refused them by the distribution
+/// (AppArmor on Ubuntu) or a container, and then seccomp alone stands behind the VM. Who it is is another right
+/// (CAP_SETUID, CAP_SETGID), which a container's root has without the first.
 pub(crate) fn strip_zygote() -> Result<(), VmJailError> {
-    let root = rustix::thread::capabilities(None)
-        .map_err(|e| step("read the capabilities")(e.into()))?
-        .effective
-        .contains(CapabilitySet::SYS_ADMIN);
-    match enter_nothing(root) {
-        Err(error) if root => return Err(step("leave the host's namespaces")(error)),
-        Ok(()) | Err(_) => {}
+    let held = rustix::thread::capabilities(None).map_err(|e| step("read the capabilities")(e.into()))?.effective;
+    let may_mount = held.contains(CapabilitySet::SYS_ADMIN);
+    if may_mount {
+        enter_nothing().map_err(step("leave the host's namespaces"))?;
     }
-    if root {
-        // Groups first: without the user id there is no right to do it. A process in no user namespace of
-        // its own keeps host ids, so they become nobody's.
-        process::clear_groups().map_err(step("leave the supplementary groups"))?;
-        // A change from root's id would take the capability that dropping the bounding set needs.
-        rustix::thread::set_keep_capabilities(true).map_err(|e| step("keep capabilities")(e.into()))?;
-        process::become_user(NOBODY).map_err(step("become nobody"))?;
-        let last = CapabilitySet::SETPCAP;
-        let sets = CapabilitySets { effective: last, permitted: last, inheritable: CapabilitySet::empty() };
-        rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))?;
+    if held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+        become_nobody(held)?;
+    }
+    if !may_mount {
+        // After the change of user: in a user namespace of its own the process would keep its id on the host.
+        // What was refused is not there; `zeroboot doctor` says so.
+        let _refused = jail::own_user_namespace().and_then(|()| enter_nothing());
     }
     jail::drop_capabilities().map_err(step("drop capabilities"))?;
     jail::deny_tracing().map_err(step("forbid tracing"))?;
     // A change of user ids clears it.
     process::die_with_parent().map_err(step("tie the zygote to the front"))
+}
+
+fn become_nobody(held: CapabilitySet) -> Result<(), VmJailError> {
+    // Groups first: without the user id there is no right to do it. A process in no user namespace of
+    // its own keeps host ids, so they become nobody's.
+    process::clear_groups().map_err(step("leave the supplementary groups"))?;
+    // A change from root's id would take the capability that dropping the bounding set needs.
+    rustix::thread::set_keep_capabilities(true).map_err(|e| step("keep capabilities")(e.into()))?;
+    process::become_user(NOBODY).map_err(step("become nobody"))?;
+    let last = held & CapabilitySet::SETPCAP;
+    let sets = CapabilitySets { effective: last, permitted: last, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))?;
+    // The change made the files in /proc of this process root's; it is to write its own id map yet.
+    jail::allow_looking().map_err(step("look at itself"))
 }
 
 /// In a stripped zygote that ignores its children: whether it can give a worker namespaces of its own, found out by
@@ -95,11 +104,8 @@ pub fn workers_have_namespaces() -> io::Result<()> {
 }
 
 /// Namespaces in which there is nothing: an empty read-only root, no network interface that is up.
-fn enter_nothing(root: bool) -> io::Result<()> {
+fn enter_nothing() -> io::Result<()> {
     let spaces = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    if !root {
-        jail::own_user_namespace()?;
-    }
     process::unshare(spaces)?;
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
     // Any directory that always exists: the tmpfs hides it and then becomes the root.

@@ -217,11 +217,7 @@ impl<'a, F: Front> Session<'a, F> {
                     if self.fill(wait)? {
                         return Ok(SessionEnd::FrontGone);
                     }
-                    let running = self.started.is_some();
                     self.hand_over()?;
-                    if !running && self.started.is_some() {
-                        self.arm()?;
-                    }
                 }
                 Ring::Output => self.put(&[], !self.to_guest.is_empty())?,
                 // The last bytes held no last frame.
@@ -287,6 +283,10 @@ impl<'a, F: Front> Session<'a, F> {
                 }
                 self.to_guest.extend(encode_header(kind, payload.len()));
                 self.to_guest.extend(payload);
+                // Whatever brought us here: until now the timer was at the end of the setup.
+                if kind == Kind::Run {
+                    self.arm()?;
+                }
             }
             // Part of a frame is not enough to go on with.
             wait = wait && self.to_guest.is_empty();

@@ -187,7 +187,7 @@ impl Snapshot {
     ) -> Result<Snapshot, FreezeError> {
         let mailbox = Mailbox::discover(&machine.memory, argument)?;
         let about = mailbox.about(&machine.memory)?;
-        let (state, _count) = VmState::save(host, &mut machine)?;
+        let state = VmState::save(host, &mut machine)?;
         // The last mapping of the boot memory must be gone before it can be sealed.
         drop(machine);
         let image = MemoryImage::seal(memory)?;

@@ -37,15 +37,6 @@ pub struct VmState {
     pub(crate) clock: u64,
 }
 
-/// How many MSRs there were.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MsrCount {
-    /// In KVM_GET_MSR_INDEX_LIST.
-    pub listed: usize,
-    /// Saved.
-    pub saved: usize,
-}
-
 impl VmState {
     /// All zero. For tests of the file format.
     #[cfg(test)]
@@ -67,8 +58,8 @@ impl VmState {
         }
     }
 
-    /// Reads the state of a machine whose last exit is a finished one ([`Machine::settle`]).
-    pub fn save(host: &Host, machine: &mut Machine) -> Result<(VmState, MsrCount), KvmError> {
+    /// Reads the state of a machine that stopped at a ring.
+    pub fn save(host: &Host, machine: &mut Machine) -> Result<VmState, KvmError> {
         // The exit's port access is still pending in KVM: without this each fork would repeat it.
         machine.vcpu.complete_io()?;
         let vcpu = &machine.vcpu;
@@ -84,8 +75,7 @@ impl VmState {
         let lapic = vcpu.lapic()?;
         let mut msrs = Vec::new();
         let (mut tsc, mut tsc_deadline) = (0, 0);
-        let list = host.kvm().msr_index_list()?;
-        for &index in &list {
+        for index in host.kvm().msr_index_list()? {
             // One at a time: KVM_GET_MSRS stops at the first that this guest's CPUID does not have, and the
             // list names what the host could have.
             match (index, vcpu.msr(index)?) {
@@ -95,14 +85,13 @@ impl VmState {
                 (_, Some(value)) => msrs.push((index, value)),
             }
         }
-        let count = MsrCount { listed: list.len(), saved: msrs.len() + 2 };
         // After the MSRs and the LAPIC: KVM may move a pending timer interrupt into the events on the way.
         let events = vcpu.events()?;
         let debug_regs = vcpu.debug_regs()?;
         let tsc_khz = vcpu.tsc_khz()?;
         // Last: the guest's clock stands still from here on.
         let clock = machine.vm.clock()?.clock;
-        let state = VmState {
+        Ok(VmState {
             mp_state,
             regs,
             sregs,
@@ -116,8 +105,7 @@ impl VmState {
             tsc_deadline,
             tsc_khz,
             clock,
-        };
-        Ok((state, count))
+        })
     }
 
     /// Puts everything back but the clocks. `step` hears the name of each step once it is done.
@@ -177,9 +165,17 @@ pub struct StateTables {
 impl StateTables {
     /// From a state.
     pub fn new(state: &VmState) -> Result<StateTables, KvmError> {
+        // The TSC twice. KVM takes a value within a second of what the TSC would have come to since the last write
+        // for an attempt to synchronise two vCPUs, and lets it go on as it was; the making of the vCPU is such a
+        // write, of 0 (kvm_synchronize_tsc). Linux 6.7 exempts the first write of user space. Half the range away
+        // is never within a second, neither from where it was nor to where it goes.
         Ok(StateTables {
             msrs: MsrTable::new(&state.msrs)?,
-            clock_msrs: MsrTable::new(&[(MSR_TSC, state.tsc), (MSR_TSC_DEADLINE, state.tsc_deadline)])?,
+            clock_msrs: MsrTable::new(&[
+                (MSR_TSC, state.tsc ^ 1 << 63),
+                (MSR_TSC, state.tsc),
+                (MSR_TSC_DEADLINE, state.tsc_deadline),
+            ])?,
         })
     }
 
@@ -188,7 +184,7 @@ impl StateTables {
         &self.msrs
     }
 
-    /// The clock's two.
+    /// The clock's.
     pub(crate) fn clock_msrs(&self) -> &MsrTable {
         &self.clock_msrs
     }

@@ -9,6 +9,7 @@
 
 use std::{
     io,
+    mem::ManuallyDrop,
     os::fd::BorrowedFd,
     time::{Duration, Instant},
 };
@@ -53,25 +54,26 @@ pub enum WorkerError {
 }
 
 /// Makes a VM, jails this process, waits for a request on `socket` and carries it through. Call it in a
-/// process that exists for nothing else, with one thread. With `filter` `None` the process is not jailed:
-/// for tests that go on afterwards.
+/// process that exists for nothing else, with one thread, and that only tells how it ended and ends itself
+/// when this returns: the filter admits no more.
 pub fn worker(
     host: Host,
     snapshot: &Snapshot,
     socket: BorrowedFd<'_>,
     prefault: Prefault,
-    filter: Option<&Filter>,
+    filter: &Filter,
 ) -> Result<SessionEnd, WorkerError> {
     let kick = Kick::new().map_err(WorkerError::Kick)?;
     let mut fork = snapshot.fork(&host)?;
     // The VM is made: the worker needs the device no more.
     drop(host);
     snapshot.prefault(&mut fork, prefault)?;
-    fork.machine.vcpu.prime().map_err(ForkError::from)?;
+    // What KVM does once, at the first run, it does now.
+    fork.machine.vcpu.complete_io().map_err(ForkError::from)?;
     kick::on_activity(socket).map_err(WorkerError::Kick)?;
-    if let Some(filter) = filter {
-        jail::close(filter)?;
-    }
+    // What their ends would call (close, timer_delete), the filter forbids.
+    let (mut fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
+    jail::close(filter)?;
     let mut front = SocketFront { socket };
     let mut ready = Vec::new();
     encode(&mut ready, Kind::Ready, snapshot.about());

@@ -189,7 +189,7 @@ impl Zygote {
             Ok(())
         })();
         let failure = match started {
-            Ok(()) => match worker::worker(host, &snapshot, socket.as_fd(), prefault, Some(&filter)) {
+            Ok(()) => match worker::worker(host, &snapshot, socket.as_fd(), prefault, &filter) {
                 Ok(_end) => process::exit_now(0),
                 Err(error) => chain(&error),
             },

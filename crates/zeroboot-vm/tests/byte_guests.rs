@@ -15,7 +15,7 @@ use zeroboot_proto::{
 };
 use zeroboot_sys::{
     kick::Kick,
-    kvm::Regs,
+    kvm::{MsrTable, Regs},
     memory::{BootMemory, GuestPhys, MiB},
 };
 use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop};
@@ -450,6 +450,39 @@ fn every_piece_of_state_comes_back() {
     assert!(tsc >= before.4 && tsc < before.4 + 3_000_000_000, "{} {tsc}", before.4);
 }
 
+/// Linux before 6.7 takes a TSC of user space that is about as old as the vCPU for the vCPU's own.
+#[test]
+fn a_forks_tsc_begins_where_the_snapshots_ended_however_long_the_fork_waits() {
+    let Some(host) = host() else { return };
+    let guest = Asm::default().ready().ring(Ring::Done.encode(0));
+    let far = 1 << 60;
+    let (mut other, ..) = boot(&host, &guest);
+    other.vcpu().set_msrs(&MsrTable::new(&[(0x10, far)]).unwrap()).unwrap();
+    if other.vcpu().msr(0x10).unwrap().unwrap() < far {
+        eprintln!("skipped: this KVM's guests have the host's TSC");
+        return;
+    }
+    let (mut machine, memory, stop) = boot(&host, &guest);
+    let Stop::Ring(_, argument) = stop else { panic!("{stop:?}") };
+    machine.vcpu().complete_io().unwrap();
+    let khz = u64::from(machine.vcpu().tsc_khz().unwrap());
+    // No more than this host's own clock says, and a millisecond for the difference of their rates.
+    let ticks = |since: Instant| khz * (since.elapsed().as_micros() as u64 + 1000) / 1000;
+    let freezing = Instant::now();
+    let frozen = machine.vcpu().msr(0x10).unwrap().unwrap();
+    let snapshot = Snapshot::freeze(&host, machine, memory, argument).unwrap();
+    let saved_by = frozen + ticks(freezing);
+    for wait in [0, 700] {
+        let mut fork = snapshot.fork(&host).unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        let starting = Instant::now();
+        snapshot.start_clocks(&fork).unwrap();
+        let tsc = fork.machine().vcpu().msr(0x10).unwrap().unwrap();
+        let at_most = saved_by + ticks(starting);
+        assert!(tsc >= frozen && tsc <= at_most, "after {wait} ms: {frozen} {tsc} {at_most}");
+    }
+}
+
 #[test]
 fn a_saved_snapshot_loads_forks_and_is_refused_when_damaged() {
     let Some(host) = host() else { return };
@@ -458,6 +491,9 @@ fn a_saved_snapshot_loads_forks_and_is_refused_when_damaged() {
     let dir = tempfile::tempdir().unwrap();
     let facts = snapshot.save(dir.path()).unwrap();
     assert!(facts.memory_stored_bytes < facts.memory_bytes);
+    // The store's manifest has the engine's hash in it, and computes its own where it has none.
+    let image = std::fs::File::open(dir.path().join("memory.img")).unwrap();
+    assert_eq!(zeroboot_template::memory_hash(&image).unwrap(), facts.memory_blake3);
     let loaded = Snapshot::load(&host, dir.path()).unwrap();
     let mut fork = loaded.fork(&host).unwrap();
     assert_eq!(next_stop(&host, &loaded, &mut fork), Stop::Ring(Ring::Done, 0));

@@ -87,38 +87,46 @@ fn rooted() -> Option<&'static Template> {
     static TEMPLATE: OnceLock<Option<Template>> = OnceLock::new();
     TEMPLATE
         .get_or_init(|| {
-            if !harness::wanted() {
-                return None;
-            }
-            let program = std::env::var_os("ZEROBOOT_BIN").expect("the lane names the binary");
-            let assembled =
-                Command::new(program).args(["template", "assemble", "python", "--offline"]).output().unwrap();
-            assert!(assembled.status.success(), "{assembled:?}");
-            let files = String::from_utf8(assembled.stdout).unwrap();
-            let (kernel, initramfs) = files.trim_end().split_once('\n').unwrap();
-            // A second archive behind the first adds to it and replaces.
-            let mut more = cpio::Writer::new(Vec::new());
-            more.append(&Entry::file("first", 0o755, FIRST.as_bytes())).unwrap();
-            more.append(&Entry::file("usr/lib/python3/dist-packages/made_before.py", 0o644, MADE_BEFORE.as_bytes()))
-                .unwrap();
             let runner = "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/runner.py --frozen --warm made_before ";
-            more.append(&Entry::file("etc/zeroboot/argv", 0o644, runner.replace(' ', "\0").as_bytes())).unwrap();
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("initramfs");
-            fs::write(&path, [fs::read(initramfs).unwrap(), more.finish().unwrap()].concat()).unwrap();
-            let options = BuildOptions {
-                kernel: kernel.into(),
-                initramfs: path,
-                memory: MiB(512),
-                parameters: "rdinit=/first".into(),
-                timeout: Duration::from_secs(300),
-            };
-            let host = Host::open().expect("a usable /dev/kvm");
-            let mut snapshot = zeroboot_vm::build(&host, &options, |_| ()).unwrap();
-            snapshot.rehearse(&host, &request("print(1)").frames()).unwrap();
-            Some(Template { host, snapshot })
+            let files = [
+                Entry::file("first", 0o755, FIRST.as_bytes()),
+                Entry::file("usr/lib/python3/dist-packages/made_before.py", 0o644, MADE_BEFORE.as_bytes()),
+            ];
+            own_template("python", &files, runner, "rdinit=/first", "print(1)")
         })
         .as_ref()
+}
+
+/// The shipped template's root file system with `files` more, frozen with `runner` warm and rehearsed with `code`.
+fn own_template(name: &str, files: &[Entry], runner: &str, parameters: &str, code: &str) -> Option<Template> {
+    if !harness::wanted() {
+        return None;
+    }
+    let program = std::env::var_os("ZEROBOOT_BIN").expect("the lane names the binary");
+    let assembled = Command::new(program).args(["template", "assemble", name, "--offline"]).output().unwrap();
+    assert!(assembled.status.success(), "{assembled:?}");
+    let paths = String::from_utf8(assembled.stdout).unwrap();
+    let (kernel, initramfs) = paths.trim_end().split_once('\n').unwrap();
+    // A second archive behind the first adds to it and replaces.
+    let mut more = cpio::Writer::new(Vec::new());
+    for file in files {
+        more.append(file).unwrap();
+    }
+    more.append(&Entry::file("etc/zeroboot/argv", 0o644, runner.replace(' ', "\0").as_bytes())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("initramfs");
+    fs::write(&path, [fs::read(initramfs).unwrap(), more.finish().unwrap()].concat()).unwrap();
+    let options = BuildOptions {
+        kernel: kernel.into(),
+        initramfs: path,
+        memory: MiB(512),
+        parameters: parameters.into(),
+        timeout: Duration::from_secs(300),
+    };
+    let host = Host::open().expect("a usable /dev/kvm");
+    let mut snapshot = zeroboot_vm::build(&host, &options, |_| ()).unwrap();
+    snapshot.rehearse(&host, &request(code).frames()).unwrap();
+    Some(Template { host, snapshot })
 }
 
 /// How soon an end must be told. The lane is slow, and its host may be busy.
@@ -205,6 +213,20 @@ fn generators_made_before_the_snapshot_give_each_fork_other_numbers() {
     let Some(template) = rooted() else { return };
     let code = "import made_before as m\nprint(m.plain.random(), m.default.random(), m.generator.random(), m.legacy.rand(), sep='\\n')";
     all_differ(template, code, 4, 20);
+}
+
+#[test]
+fn what_a_module_that_node_warmed_keeps_gives_each_fork_other_numbers() {
+    let module = include_str!("../../zeroboot-guest/tests/clones/made_before.cjs");
+    let runner = "/usr/bin/node --no-deprecation --experimental-vm-modules /usr/lib/zeroboot/runner.cjs --frozen --warm /made_before.cjs ";
+    let files = [Entry::file("made_before.cjs", 0o644, module.as_bytes())];
+    let Some(template) = own_template("node", &files, runner, "", "console.log(1)") else { return };
+    let code = "const [all, own] = [require('/made_before.cjs')(), (line) => !line.startsWith('before')];
+console.log(all.filter(own).join('\n') + '\n' + performance.timeOrigin)
+console.log(Math.abs(performance.timeOrigin + performance.now() - Date.now()) < 60e3, all.length)";
+    for (_, answer, _) in all_differ(&template, code, 7, 20) {
+        assert_eq!(answer.text().lines().nth(7), Some("true 10"), "{answer:?}");
+    }
 }
 
 #[test]

@@ -18,11 +18,12 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
 use zeroboot_proto::{
-    Decoder, Ending, ExitReport, Identity, Kind, Limits, encode,
+    Decoder, Ending, ExitReport, HEADER_LEN, Identity, Kind, Limits, encode,
     mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, Ring, TABLE_AT, VERSION},
 };
 use zeroboot_sys::{
     control::{self, CONTROL_FD, Control, REPORT_FD},
+    jail::Filter,
     kvm::Regs,
     memory::{BootMemory, GuestPhys, MiB},
     process,
@@ -43,6 +44,13 @@ fn main() {
         let end = zeroboot_vm::zygote(Path::new(&template), prefault, report, control);
         process::exit_now(i32::from(end.is_err()));
     }
+    if let Some(template) = std::env::args().skip_while(|a| a != "--worker").nth(1) {
+        let host = Host::open().unwrap();
+        let snapshot = Snapshot::load(&host, Path::new(&template)).unwrap();
+        let (socket, filter) = (std::io::stdin(), Filter::parse(zeroboot_vm::POLICY).unwrap());
+        let end = zeroboot_vm::worker(host, &snapshot, socket.as_fd(), Prefault::Nothing, &filter);
+        process::exit_now(i32::from(end.is_err()));
+    }
     // What `cargo test -- --list` and filters ask for.
     if std::env::args().any(|a| a == "--list") {
         return;
@@ -57,15 +65,19 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 12] = [
+    let tests: [(&str, fn(&Host)); 16] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
+        ("a_jailed_worker_ends_by_itself", a_jailed_worker_ends_by_itself),
+        ("a_jailed_worker_that_fails_says_why", a_jailed_worker_that_fails_says_why),
         ("a_worker_holds_nothing_that_a_guest_could_want", a_worker_holds_nothing_that_a_guest_could_want),
+        ("a_root_that_may_not_mount_is_not_root_in_its_workers", a_root_that_may_not_mount_is_not_root_in_its_workers),
         ("each_worker_has_namespaces_of_its_own", each_worker_has_namespaces_of_its_own),
         ("a_worker_is_in_the_cgroup_that_it_was_given", a_worker_is_in_the_cgroup_that_it_was_given),
         ("a_waiting_worker_is_small", a_waiting_worker_is_small),
         ("a_worker_whose_front_is_gone_ends_at_once", a_worker_whose_front_is_gone_ends_at_once),
         ("no_worker_outlives_a_killed_zygote", no_worker_outlives_a_killed_zygote),
         ("a_spinning_guest_is_stopped_by_its_worker", a_spinning_guest_is_stopped_by_its_worker),
+        ("a_run_in_a_write_of_its_own_has_its_deadline", a_run_in_a_write_of_its_own_has_its_deadline),
         ("a_damaged_template_is_refused_with_words", a_damaged_template_is_refused_with_words),
         (
             "workers_alive_at_once_each_give_an_answer_of_their_own",
@@ -144,10 +156,13 @@ struct Zygote {
 
 impl Zygote {
     fn start(template: &Path) -> Zygote {
+        Zygote::start_by(Command::new(std::env::current_exe().unwrap()), template)
+    }
+    /// `command` goes on with this program.
+    fn start_by(mut command: Command, template: &Path) -> Zygote {
         let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
         let (control, theirs) = pair(SocketType::SEQPACKET);
         let (report, their_report) = pair(SocketType::STREAM);
-        let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg("--zygote").arg(template);
         process::as_zygote(&mut command, their_report, theirs);
         let child = command.spawn().unwrap();
@@ -209,31 +224,32 @@ fn frame(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(Kind, Vec<u8
     }
 }
 
+/// All frames of a request; `Run` is the last.
+fn request(wall: Duration) -> Vec<u8> {
+    let limits = Limits {
+        wall_ns: wall.as_nanos() as u64,
+        cpu_ns: u64::MAX,
+        memory: u64::MAX,
+        output: 1000,
+        file_size: u64::MAX,
+        output_files: 1000,
+        processes: 1,
+        open_files: 1,
+    };
+    let mut bytes = Vec::new();
+    encode(&mut bytes, Kind::Identity, &Identity { entropy: [1; 64], realtime_ns: 0, sandbox_id: [2; 16] }.encode());
+    encode(&mut bytes, Kind::Limits, &limits.encode());
+    encode(&mut bytes, Kind::Code, b"the code");
+    encode(&mut bytes, Kind::Run, b"");
+    bytes
+}
+
 impl Worker {
     fn frame(&mut self) -> Option<(Kind, Vec<u8>)> {
         frame(&mut self.socket, &mut self.decoder)
     }
     fn request(&mut self, wall: Duration) {
-        let limits = Limits {
-            wall_ns: wall.as_nanos() as u64,
-            cpu_ns: u64::MAX,
-            memory: u64::MAX,
-            output: 1000,
-            file_size: u64::MAX,
-            output_files: 1000,
-            processes: 1,
-            open_files: 1,
-        };
-        let mut bytes = Vec::new();
-        encode(
-            &mut bytes,
-            Kind::Identity,
-            &Identity { entropy: [1; 64], realtime_ns: 0, sandbox_id: [2; 16] }.encode(),
-        );
-        encode(&mut bytes, Kind::Limits, &limits.encode());
-        encode(&mut bytes, Kind::Code, b"the code");
-        encode(&mut bytes, Kind::Run, b"");
-        self.socket.write_all(&bytes).unwrap();
+        self.socket.write_all(&request(wall)).unwrap();
     }
     fn ended_within(&self, limit: Duration) -> bool {
         ended_within(&self.pidfd, limit)
@@ -265,6 +281,40 @@ fn a_worker_carries_an_exec_through_and_ends(host: &Host) {
         assert!(worker.frame().is_none());
         assert!(worker.ended_within(Duration::from_secs(5)));
     }
+}
+
+/// Nobody sees the status of a zygote's child; so here the worker is ours.
+fn a_jailed_worker_ends_by_itself(host: &Host) {
+    let template = answering(host);
+    let mut out_of_order = Vec::new();
+    encode(&mut out_of_order, Kind::Run, b"");
+    for (bytes, status) in [(request(Duration::from_secs(5)), 0), (out_of_order, 1)] {
+        let (mut socket, theirs) = UnixStream::pair().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.arg("--worker").arg(template.path()).stdin(OwnedFd::from(theirs));
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let mut decoder = Decoder::new();
+        assert_eq!(frame(&mut socket, &mut decoder).unwrap().0, Kind::Ready);
+        socket.write_all(&bytes).unwrap();
+        while frame(&mut socket, &mut decoder).is_some() {}
+        assert_eq!(child.wait().unwrap().code(), Some(status));
+    }
+}
+
+fn a_jailed_worker_that_fails_says_why(host: &Host) {
+    let template = answering(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut worker = zygote.fork();
+    // Without an identity and limits before it.
+    let mut run = Vec::new();
+    encode(&mut run, Kind::Run, b"");
+    worker.socket.write_all(&run).unwrap();
+    let (kind, text) = worker.frame().unwrap();
+    assert_eq!((kind, String::from_utf8_lossy(&text).contains("Run")), (Kind::Failure, true), "{text:?}");
+    assert!(worker.frame().is_none());
 }
 
 /// Some namespace of a process, as a number that names it.
@@ -320,6 +370,40 @@ fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
         let expected =
             [image, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm", "socket", "stream 0", "stream 1", "stream 2"];
         assert_eq!(open, expected);
+    }
+}
+
+/// As in a container that has all but CAP_SYS_ADMIN, and in one that has only what it takes to become somebody else.
+fn a_root_that_may_not_mount_is_not_root_in_its_workers(host: &Host) {
+    if !rustix::process::geteuid().is_root() {
+        eprint!("skipped: root only ... ");
+        return;
+    }
+    let template = answering(host);
+    for bounding in ["-sys_admin", "-all,+setuid,+setgid,+dac_override"] {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", bounding, "--inh-caps", "-all"]).arg(std::env::current_exe().unwrap());
+        let mut zygote = Zygote::start_by(command, template.path());
+        zygote.ready();
+        let mut worker = zygote.fork();
+        for pid in [zygote.child.id(), worker.pid()] {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
+            for ids in ["Uid:", "Gid:"] {
+                assert_eq!(field(ids), "65534\t65534\t65534\t65534", "{bounding}");
+            }
+            assert_eq!(field("Groups:"), "", "{bounding}");
+            assert_eq!(field("CapEff:"), "0000000000000000", "{bounding}");
+            // What may not be traced belongs to root.
+            assert_eq!(std::fs::metadata(format!("/proc/{pid}/maps")).unwrap().st_uid(), 0);
+        }
+        // With namespaces, as whoever is not root gets them here.
+        if std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap().trim() != "0" {
+            let root = std::fs::read_dir(format!("/proc/{}/root/", zygote.child.id())).unwrap();
+            assert_eq!(root.count(), 0, "{bounding}: the zygote's root is not empty");
+        }
+        worker.request(Duration::from_secs(5));
+        assert_eq!(worker.frame().unwrap().0, Kind::Started);
     }
 }
 
@@ -447,6 +531,27 @@ fn a_spinning_guest_is_stopped_by_its_worker(host: &Host) {
     assert_eq!((kind, ExitReport::decode(&payload).unwrap().ending), (Kind::Exit, Ending::DeadlinePassed));
     let late = start.elapsed().saturating_sub(Duration::from_millis(50) + zeroboot_vm::DEADLINE_GRACE);
     assert!(late < Duration::from_millis(100), "{late:?}");
+}
+
+/// The first guest's `Run` comes as a kick while it spins, the second's when it asks for it. What would come
+/// without a deadline comes after the socket's timeout.
+fn a_run_in_a_write_of_its_own_has_its_deadline(host: &Host) {
+    let mut asking = Vec::new();
+    ring(&mut asking, Ring::Want.encode(0));
+    asking.extend([0xfa, 0xeb, 0xfe]);
+    for template in [spinning(host), template(host, &asking, &[])] {
+        let mut zygote = Zygote::start(template.path());
+        zygote.ready();
+        let mut worker = zygote.fork();
+        let bytes = request(Duration::from_millis(50));
+        let (first, run) = bytes.split_at(bytes.len() - HEADER_LEN);
+        worker.socket.write_all(first).unwrap();
+        // Until the guest runs. If it does not yet, this tests less.
+        std::thread::sleep(Duration::from_millis(100));
+        worker.socket.write_all(run).unwrap();
+        let (kind, payload) = worker.frame().unwrap();
+        assert_eq!((kind, ExitReport::decode(&payload).unwrap().ending), (Kind::Exit, Ending::DeadlinePassed));
+    }
 }
 
 fn a_damaged_template_is_refused_with_words(host: &Host) {

@@ -663,7 +663,21 @@ calls = {
     'prctl_ambient': (157, 47, 2, 21, 0, 0), 'prctl_mm': (157, 35, 1, 0, 0, 0), 'prctl_subreaper': (157, 36, 1), 'prctl_ptracer': (157, 0x59616d61, -1),
     'tiocsti': (16, 0, 0x5412, b'x'), 'tioclinux': (16, 0, 0x541C, b'x'), 'tiocsctty': (16, 0, 0x540E, 1), 'fs_ioc_setflags': (16, 1, 0x40086602, buf),
     'ioctl_ns_get_parent': (16, 0, 0xb702), 'ptrace_x32': (0x40000000 + 521, 0), 'getpid_x32': (0x40000000 + 39,), 'no_such_call': (1000,),
+    'mmap_hugetlb': (9, 0, 1 << 21, 3, 0x40022, -1, 0), 'memfd_hugetlb': (319, b'x', 4),
 }
+pair = socket.socketpair()
+a, b = pair[0].fileno(), pair[1].fileno()
+pair[1].send(b'x')
+# With MSG_OOB.
+calls |= {
+    'sendto_oob': (44, a, b'x', 1, 1, 0, 0), 'recvfrom_oob': (45, a, buf, 1, 1, 0, 0), 'sendmsg_oob': (46, a, buf, 1), 'recvmsg_oob': (47, a, buf, 0x41),
+    'sendmmsg_oob': (307, a, buf, 1, 1), 'recvmmsg_oob': (299, a, buf, 1, 0x41, 0),
+}
+# One instruction: give the whole packet.
+program = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffff))
+filter = ctypes.create_string_buffer(struct.pack('HxxxxxxQ', 1, ctypes.addressof(program)))
+for option in ['attach_filter', 26], ['attach_bpf', 50], ['attach_reuseport_cbpf', 51], ['attach_reuseport_ebpf', 52]:
+    calls[option[0]] = (54, a, 1, option[1], filter, 16)
 for name, flag in NEW.items():
     calls['clone_' + name] = (56, flag | 17, 0, 0, 0, 0)
     calls['unshare_' + name] = (272, flag)
@@ -673,10 +687,11 @@ for name, args in calls.items():
     if r == 0 and name.startswith('clone_') : os._exit(0)
     if r != 'EPERM': print(name, r)
 print('clone3', call(435, buf, 88))
+print(pair[0].recv(9, socket.MSG_PEEK), pair[0].getsockopt(1, socket.SO_TYPE), pair[1].setsockopt(1, socket.SO_SNDBUF, 9999))
 print(open('/proc/self/status').read().count('CapEff:\t0000000000000000'), os.getuid())
 "#;
         let done = attack(who, code).go();
-        assert_eq!(done.good(), "clone3 ENOSYS\n1 1000\n", "{done:?}");
+        assert_eq!(done.good(), "clone3 ENOSYS\nb'x' 1 None\n1 1000\n", "{done:?}");
     }
 
     fn a_call_of_another_architecture_kills_the_process(who) {
