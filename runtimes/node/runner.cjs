@@ -14,11 +14,14 @@ const { pathToFileURL } = require('url');
 
 // Frame kinds of crates/zeroboot-proto/src/frame.rs.
 const CODE = 0x01, ARG = 0x02, ENV = 0x03, IDENTITY = 0x09, RUN = 0x0a;
-const READY = 0x81, STARTED = 0x82, FAILURE = 0x87;
+const READY = 0x81, STARTED = 0x82, FAILURE = 0x87, NOTE = 0x88;
+const NOTE_ENDED = 2;
 const HEADER = 8, MAX_PAYLOAD = 64 * 1024 - HEADER, IDENTITY_LEN = 64 + 8 + 16;
 const CONTROL = 3;
 // EX_SOFTWARE: the agent reads the Failure frame, not this.
 const STATUS_FAILURE = 70;
+// What a program ends with whose top-level await never ends.
+const STATUS_UNSETTLED = 13;
 
 // OpenSSL's generators were seeded when Node started, so a snapshot freezes them, and Node has no call that seeds them again.
 // They do it themselves when the wall clock says that their last seed is older than an hour (OpenSSL 3: 3600 s for the
@@ -33,8 +36,9 @@ class RunnerError extends Error {}
 
 // ---- control descriptor
 
-function send(kind, text) {
-  const payload = Buffer.from(text).subarray(0, MAX_PAYLOAD);
+/** `content`: text or bytes. */
+function send(kind, content) {
+  const payload = Buffer.from(content).subarray(0, MAX_PAYLOAD);
   const frame = Buffer.alloc(HEADER + payload.length);
   frame.writeUInt32LE(payload.length, 0);
   frame[4] = kind;
@@ -224,8 +228,8 @@ function writeModule(source) {
 const asDataUrl = (source) => 'data:text/javascript;charset=utf-8,' + encodeURIComponent(source);
 
 function startModule(url) {
-  // As Node: a program whose top-level await never ends gives 13. Not after process.exit(), which does not come here.
-  const unsettled = () => { if (process.exitCode === undefined) process.exitCode = 13; };
+  // As Node. Not after process.exit(), which does not come here.
+  const unsettled = () => { if (process.exitCode === undefined) process.exitCode = STATUS_UNSETTLED; };
   process.on('beforeExit', unsettled);
   const settled = () => process.removeListener('beforeExit', unsettled);
   const running = import(url);
@@ -293,6 +297,36 @@ function prepareScript(source, name, args) {
 
 // ---- life
 
+/**
+ * Lets the agent know the status once the program's last `exit` listener has returned: taking the interpreter down takes
+ * longer than most programs, and in a fork it copies the pages that it touches.
+ */
+function tellTheEnd() {
+  const { ino } = fs.fstatSync(CONTROL);
+  const { emit } = process;
+  const { fstatSync } = fs;
+  const wait = Atomics.wait.bind(Atomics, new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
+  let uncaught = false;
+  // Node prints an uncaught error after `exit`, in C++.
+  process.on('uncaughtExceptionMonitor', () => { uncaught = true; });
+  // The property that Node itself calls. A listener of ours could not be the last.
+  process.emit = function (name, ...rest) {
+    const heard = Reflect.apply(emit, this, [name, ...rest]);
+    const status = process.exitCode ?? rest[0] ?? 0;
+    if (name === 'exit' && process._exiting && !uncaught && Number.isInteger(+status) && +status !== STATUS_UNSETTLED) {
+      try {
+        // Not into a file that the program has put in its place.
+        if (fstatSync(CONTROL).ino === ino) {
+          send(NOTE, [NOTE_ENDED, status & 0xff]);
+          // The agent's signal comes long before.
+          wait();
+        }
+      } catch { /* The program closed the descriptor: it ends as any process. */ }
+    }
+    return heard;
+  };
+}
+
 async function main() {
   const since = Date.now() / 1000;
   const options = parse(process.argv.slice(2));
@@ -328,7 +362,7 @@ async function main() {
   const name = args.shift() || '-c';
   const start = name === '-c' || name === '-' ? prepareEval(source, args) : prepareScript(source, name, args);
   send(STARTED, '');
-  fs.closeSync(CONTROL);
+  tellTheEnd();
   // From the event loop: this function is then not on the program's stack.
   setImmediate(start);
 }

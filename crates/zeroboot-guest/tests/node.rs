@@ -179,9 +179,12 @@ new Worker('require(\"worker_threads\").parentPort.postMessage(40 + 2)', { eval:
 }
 
 #[test]
-fn the_control_descriptor_is_closed() {
-    let answer = node("try { require('fs').writeSync(3, 'x'); console.log('open') } catch (e) { console.log(e.code) }");
-    assert!(["EBADF\n", "EINVAL\n"].contains(&answer.good()), "{answer:?}");
+fn the_control_descriptor_is_not_inherited_and_garbage_on_it_changes_nothing() {
+    let code = "const fs = require('fs'); fs.writeSync(3, Buffer.from('garbage of any kind'));
+const seen = require('child_process').execFileSync('sh', ['-c', 'test -e /proc/self/fd/3 && echo there || echo gone']);
+console.log(seen.toString().trim()); process.exitCode = 6";
+    let answer = node(code);
+    assert_eq!((answer.ending(), answer.out()), (Ending::Exited(6), "gone\n"), "{answer:?}");
 }
 
 #[test]
@@ -217,4 +220,38 @@ fn a_module_that_cannot_be_warmed_is_a_failure_that_names_it() {
     let failure = sandbox.finish().failure.unwrap();
     assert!(failure.contains("no-such-thing") && !failure.contains('\n'), "{failure}");
     assert_eq!(start("no-such-thing?").run(Request::new("console.log(1)")).good(), "1\n");
+}
+
+#[test]
+fn a_program_is_over_with_its_last_exit_listener() {
+    // Whatever comes after it is Node's own business and would be waited for without end.
+    let hang = "process.reallyExit = () => { for (;;); };";
+    let answer =
+        node(format!("{hang} process.on('exit', (c) => console.log('bye', c)); console.log('on'); process.exit(5)"));
+    assert_eq!((answer.ending(), answer.out()), (Ending::Exited(5), "on\nbye 5\n"), "{answer:?}");
+    // A listener may change the status, at the natural end too.
+    let answer = node("process.on('exit', () => { process.exitCode = 4; }); console.log('on')");
+    assert_eq!((answer.ending(), answer.out()), (Ending::Exited(4), "on\n"), "{answer:?}");
+}
+
+#[test]
+fn an_uncaught_error_is_printed_whole_whatever_exit_listeners_do() {
+    for throws in [
+        "throw new Error('boom')",
+        "Promise.reject(new Error('boom'))",
+        "setTimeout(() => { throw new Error('boom') })",
+    ] {
+        let answer = node(format!("process.on('exit', () => console.log('bye')); {throws}"));
+        assert_eq!((answer.ending(), answer.out()), (Ending::Exited(1), "bye\n"), "{answer:?}");
+        assert!(answer.err().contains("Error: boom") && answer.err().contains("Node.js v"), "{answer:?}");
+    }
+}
+
+#[test]
+fn a_program_that_says_exit_itself_or_takes_the_descriptor_goes_on() {
+    assert_eq!(node("process.emit('exit', 3); console.log('on')").good(), "on\n");
+    let take = "const fs = require('fs'); fs.closeSync(3); const fd = fs.openSync('f', 'w+'); process.on('exit', () => console.log(fd))";
+    let answer = Sandbox::node(&[], &[]).run(Request::new(take).get("f"));
+    assert_eq!(answer.good(), "3\n");
+    assert_eq!(answer.files["f"], Ok(Vec::new()));
 }
