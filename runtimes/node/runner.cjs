@@ -143,17 +143,17 @@ function replaceRandom() {
   };
 }
 
-// Node draws ahead, at the first use, and has no call that drops it.
+// Node draws ahead, at the first use, and has no call that drops it. The functions as they are before a module replaces one.
 const UUIDS_AHEAD = 128, INTEGERS_AHEAD = 1024;
+const { createHash, randomBytes, randomInt, randomUUID, randomUUIDv7 } = require('crypto');
 
 /** Uses up what was drawn before: whatever comes after it was drawn after it was called. */
-function spendDrawnAhead(crypto) {
-  const { randomUUIDv7 } = crypto;
+function spendDrawnAhead() {
   for (let i = 0; i < UUIDS_AHEAD; i++) {
-    crypto.randomUUID();
+    randomUUID();
     if (randomUUIDv7) randomUUIDv7();
   }
-  for (let i = 0; i < INTEGERS_AHEAD; i++) crypto.randomInt(2);
+  for (let i = 0; i < INTEGERS_AHEAD; i++) randomInt(2);
 }
 
 /** When the process began is when the machine began that was frozen. The clocks are right by now. */
@@ -171,11 +171,10 @@ function applyIdentity(payload, frozen) {
   if (now - frozen.until <= RESEED_SECONDS && now >= frozen.since - 1) {
     throw new RunnerError('the clock has not moved by an hour since the snapshot, so OpenSSL would not seed itself again');
   }
-  const crypto = require('crypto');
   // The first use after the jump is what makes OpenSSL notice.
-  const seed = crypto.createHash('sha512').update(payload.subarray(0, 64)).update(crypto.randomBytes(32)).digest();
+  const seed = createHash('sha512').update(payload.subarray(0, 64)).update(randomBytes(32)).digest();
   frozen.seedRandom(seed);
-  spendDrawnAhead(crypto);
+  spendDrawnAhead();
   renewTimeOrigin();
 }
 
@@ -330,12 +329,11 @@ function tellTheEnd() {
 async function main() {
   const since = Date.now() / 1000;
   const options = parse(process.argv.slice(2));
-  const crypto = require('crypto');
   const seedRandom = options.frozen && replaceRandom();
-  if (options.frozen) seedRandom(crypto.randomBytes(16));
+  if (options.frozen) seedRandom(randomBytes(16));
   const ready = JSON.stringify(await warm(options.warm));
   // Until it is compiled: it takes a millisecond before and a twentieth of it after, and every fork does it.
-  for (let i = 0; options.frozen && i < 20; i++) spendDrawnAhead(crypto);
+  for (let i = 0; options.frozen && i < 20; i++) spendDrawnAhead();
   process.argv = [process.execPath];
   process.execArgv = [];
   const frozen = options.frozen && { since, until: Date.now() / 1000, seedRandom };

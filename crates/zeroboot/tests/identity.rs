@@ -6,6 +6,7 @@ mod harness;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::unix::fs::PermissionsExt,
     path::Path,
     time::Duration,
 };
@@ -42,19 +43,12 @@ if numpy:
     print('numpy.SeedSequence', numpy.random.SeedSequence().entropy)
 "#;
 
-#[tokio::test]
-async fn forks_differ_pairwise_in_every_source_of_identity() {
-    let host = zeroboot_process::python(Some(Path::new(harness::python(Who::Me)))).unwrap();
-    let spec = ZygoteSpec::Process {
-        runtime: "python".into(),
-        interpreter: host.interpreter,
-        paths: host.paths,
-        warm: vec!["numpy?".into()],
-        env: Vec::new(),
-    };
+/// Runs `code` in many sandboxes of one template, and gathers its lines `name value` by name.
+async fn drawn(spec: ZygoteSpec, language: &str, code: &str) -> (Engine, BTreeMap<String, BTreeSet<String>>) {
+    let template = TemplateConfig { name: "one".into(), language: language.into(), spec, pool: 2 };
     let engine = Engine::start(EngineConfig {
         program: env!("CARGO_BIN_EXE_zeroboot").into(),
-        templates: vec![TemplateConfig { name: "python".into(), language: "python".into(), spec, pool: 2 }],
+        templates: vec![template],
         max_live: 4,
         max_memory: 8 << 30,
         admission_wait: Duration::from_secs(120),
@@ -63,13 +57,12 @@ async fn forks_differ_pairwise_in_every_source_of_identity() {
     })
     .await
     .unwrap();
-    const FORKS: usize = 16;
     let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let runs: Vec<_> = (0..FORKS)
         .map(|_| {
-            let engine = engine.clone();
+            let (engine, code) = (engine.clone(), code.to_owned());
             tokio::spawn(async move {
-                let mut request = ExecRequest::new("python", SOURCES);
+                let mut request = ExecRequest::new("one", code);
                 request.limits.timeout = Duration::from_secs(120);
                 engine.exec(request).await.unwrap().collect().await.unwrap()
             })
@@ -83,6 +76,22 @@ async fn forks_differ_pairwise_in_every_source_of_identity() {
             seen.entry(name.into()).or_default().insert(value.into());
         }
     }
+    (engine, seen)
+}
+
+const FORKS: usize = 16;
+
+#[tokio::test]
+async fn forks_differ_pairwise_in_every_source_of_identity() {
+    let host = zeroboot_process::python(Some(Path::new(harness::python(Who::Me)))).unwrap();
+    let spec = ZygoteSpec::Process {
+        runtime: "python".into(),
+        interpreter: host.interpreter,
+        paths: host.paths,
+        warm: vec!["numpy?".into()],
+        env: Vec::new(),
+    };
+    let (engine, seen) = drawn(spec, "python", SOURCES).await;
     assert!(seen.len() >= 14, "{seen:?}");
     for (name, values) in &seen {
         assert_eq!(values.len(), FORKS, "{name}: {values:?}");
@@ -90,4 +99,30 @@ async fn forks_differ_pairwise_in_every_source_of_identity() {
     // With numpy in the interpreter under test, it was part of it.
     let has_numpy = engine.templates()[0].warmed.iter().any(|module| module.starts_with("numpy"));
     assert_eq!(has_numpy, seen.contains_key("numpy.default_rng"));
+}
+
+/// Node is not forked: each sandbox has warmed a process of its own. So it is with what the modules keep.
+#[tokio::test]
+async fn what_a_module_that_node_warmed_keeps_differs_pairwise() {
+    let host = zeroboot_process::node(None).unwrap();
+    // Not below /tmp, which a sandbox has for itself.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let module = folder.path().join("made_before.cjs");
+    std::fs::write(&module, include_str!("../../zeroboot-guest/tests/clones/made_before.cjs")).unwrap();
+    let module = module.to_str().unwrap();
+    let spec = ZygoteSpec::Process {
+        runtime: "node".into(),
+        interpreter: host.interpreter,
+        paths: host.paths.into_iter().chain([folder.path().to_owned()]).collect(),
+        warm: vec![module.to_owned()],
+        env: Vec::new(),
+    };
+    let (_engine, seen) = drawn(spec, "node", &format!("console.log(require({module:?})().join('\\n'))")).await;
+    let drawn_while_warm = 4;
+    assert_eq!(seen.len(), 7, "{seen:?}");
+    for (name, values) in &seen {
+        let each = if name == "before" { drawn_while_warm } else { 1 };
+        assert_eq!(values.len(), FORKS * each, "{name}: {values:?}");
+    }
 }
