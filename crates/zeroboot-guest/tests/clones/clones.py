@@ -51,7 +51,9 @@ if premade.np is not None:
         drawn["premade." + type(b).__name__] = int(b.random_raw())
 if not hasattr(premade.np and premade.rng, "spawn"):
     drawn.pop("premade.rng.spawn", None)
-print(json.dumps(drawn))
+print(json.dumps(drawn), flush=True)
+# No agent is here, whose end of the runner a program that ends would wait for.
+os._exit(0)
 """
 
 CLONE_NEWPID, SYS_CLONE = 0x20000000, 56
