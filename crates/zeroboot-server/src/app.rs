@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     backend::Backend,
+    budget::{Budget, Full, Share},
     canary::Canaries,
     client_addr::client_address,
     config::ServerConfig,
@@ -30,7 +31,6 @@ use crate::{
     gate::{Caller, Gate, is_local_host},
     metrics::Metrics,
     routes,
-    unsent::Unsent,
     wire::Catalog,
 };
 
@@ -42,7 +42,7 @@ pub(crate) struct App {
     pub(crate) catalog: Catalog,
     pub(crate) gate: Gate,
     pub(crate) metrics: Metrics,
-    pub(crate) unsent: Arc<Unsent>,
+    pub(crate) budget: Arc<Budget>,
     pub(crate) canaries: Canaries,
     /// The shutdown signal came.
     pub(crate) draining: AtomicBool,
@@ -58,7 +58,7 @@ impl App {
             canaries: Canaries::new(&catalog),
             catalog,
             backend,
-            unsent: Unsent::new(&config.limits),
+            budget: Budget::new(&config.limits),
             config,
             metrics: Metrics::new(),
             draining: AtomicBool::new(false),
@@ -66,10 +66,10 @@ impl App {
         }
     }
 
-    /// Refuses new execs of a caller: the server ends, or too many answers were not taken.
-    pub(crate) fn check_admits(&self, caller: &Caller) -> Result<(), ApiError> {
+    /// What may be held for a request of this caller; refused when the server ends, or holds too much already.
+    pub(crate) fn admit(&self, caller: &Caller) -> Result<Arc<Share>, ApiError> {
         self.check_open()?;
-        self.unsent.check(caller)
+        self.budget.share(caller).map_err(Full::busy)
     }
 
     /// Refuses new execs once the shutdown signal came.

@@ -37,7 +37,12 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("internal", 500, "a fault of the server"),
     ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
     ("batch_output_limit", 500, "the batch had brought back its maximum of output before this item ended"),
-    ("busy", 503, "every sandbox is in use; see Retry-After"),
+    (
+        "server_output_limit",
+        500,
+        "the server held its maximum for all callers, or half of it for this key, before this exec ended",
+    ),
+    ("busy", 503, "every sandbox is in use, or the server holds its maximum of input and output; see Retry-After"),
     ("not_ready", 503, "the template is being made ready; see Retry-After"),
     ("shutting_down", 503, "the server is shutting down; see Retry-After"),
 ];

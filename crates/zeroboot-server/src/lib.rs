@@ -4,6 +4,7 @@
 mod answer;
 mod app;
 mod backend;
+mod budget;
 mod canary;
 mod client_addr;
 mod config;
@@ -23,7 +24,6 @@ mod otlp;
 mod overhead;
 mod routes;
 mod serve;
-mod unsent;
 mod wire;
 
 pub use answer::answer;

@@ -124,6 +124,8 @@ impl Server {
                 canary_app.canaries.results(&canary_app.backend, Duration::ZERO).await;
             }
         });
+        let budget = app.budget.clone();
+        background.spawn(async move { budget.watch().await });
         let reload_app = app.clone();
         background.spawn(async move {
             let mut watched = Watched::new(&reload_app.config);
