@@ -29,9 +29,6 @@ pub mod env {
     pub const OTLP_ENDPOINT: &str = "ZEROBOOT_OTLP_ENDPOINT";
 }
 
-/// The address that is listened on if nothing is said.
-pub const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
-
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
