@@ -130,6 +130,14 @@ fn of_a_list_that_is_too_long_little_more_than_allowed_is_kept() {
         body.env.unwrap().0.len(),
         body.files.unwrap().0.len(),
     ];
+    for (field, code) in [
+        (format!(r#""args": [{strings}]"#), "invalid_env"),
+        (format!(r#""env": {{{names}}}"#), "invalid_env"),
+        (format!(r#""files": {{{names}}}"#), "invalid_files"),
+        (format!(r#""output_files": [{strings}]"#), "invalid_files"),
+    ] {
+        assert_eq!(refused(&format!(r#"{{"code": "1", {field}}}"#)).0, code);
+    }
     assert_eq!(lengths, [MAX_ENV + 1, MAX_FILES + 1, MAX_ENV + 1, MAX_FILES + 1]);
 }
 
@@ -150,6 +158,7 @@ fn numbers_that_no_sandbox_can_have_are_refused() {
         (r#""output_files": ["/etc/passwd"]"#, "invalid_files"),
         (r#""env": {"A=B": "a"}"#, "invalid_env"),
         (r#""args": ["\u0000"]"#, "invalid_env"),
+        (r#""files": {"a": "x", "a/b": "y"}"#, "invalid_files"),
     ] {
         let json = format!(r#"{{"code": "1", {fields}}}"#);
         assert_eq!(refused(&json).0, code, "{json}");
