@@ -1,6 +1,6 @@
 //! What a caller asks for: plain data, checked once by [`ExecRequest::check`].
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -134,7 +134,7 @@ impl ExecRequest {
             return Err(E::ZeroTimeout);
         }
         if self.env.len() > MAX_ENV || self.args.len() > MAX_ENV {
-            return Err(E::TooMany("environment variables or arguments", MAX_ENV));
+            return Err(E::TooManyVariables);
         }
         for (key, value) in &self.env {
             if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
@@ -150,7 +150,7 @@ impl ExecRequest {
             }
         }
         if self.files.len() > MAX_FILES || self.output_files.len() > MAX_FILES {
-            return Err(E::TooMany("files", MAX_FILES));
+            return Err(E::TooManyFiles);
         }
         let total: usize = self.files.iter().map(|f| f.data.len()).sum();
         if total > MAX_FILES_BYTES {
@@ -159,18 +159,30 @@ impl ExecRequest {
         for path in self.files.iter().map(|f| &f.path).chain(&self.output_files) {
             check_path(path)?;
         }
+        let files: HashSet<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
+        for path in &files {
+            let mut folders = path.match_indices('/').filter_map(|(at, _)| path.get(..at));
+            if let Some(both) = folders.find(|folder| files.contains(folder)) {
+                return Err(E::FileAndFolder(shown(both)));
+            }
+        }
         Ok(())
     }
 }
 
-/// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts.
+/// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts, none longer than any
+/// file system has them.
 fn check_path(path: &str) -> Result<(), InvalidRequest> {
     let bad = path.is_empty()
         || path.len() > 1024
         || path.starts_with('/')
         || path.contains('\0')
-        || path.split('/').any(|part| part.is_empty() || part == "." || part == "..");
-    if bad { Err(InvalidRequest::BadPath(path.chars().take(80).collect())) } else { Ok(()) }
+        || path.split('/').any(|part| part.is_empty() || part == "." || part == ".." || part.len() > 255);
+    if bad { Err(InvalidRequest::BadPath(shown(path))) } else { Ok(()) }
+}
+
+fn shown(path: &str) -> String {
+    path.chars().take(80).collect()
 }
 
 /// Why a request is refused before any sandbox is taken.
@@ -192,9 +204,12 @@ pub enum InvalidRequest {
     /// A zero timeout.
     #[error("the timeout is zero; give a time above zero")]
     ZeroTimeout,
-    /// Too many of something.
-    #[error("too many {0}; the limit is {1}")]
-    TooMany(&'static str, usize),
+    /// Above [`MAX_ENV`].
+    #[error("too many environment variables or arguments; the limit is {MAX_ENV} of each")]
+    TooManyVariables,
+    /// Above [`MAX_FILES`].
+    #[error("too many files; the limit is {MAX_FILES} in each direction")]
+    TooManyFiles,
     /// A name or value that no environment can hold.
     #[error("environment variable {0:?} has an empty name, a '=' in its name or a NUL byte")]
     BadEnv(String),
@@ -215,9 +230,12 @@ pub enum InvalidRequest {
         /// Bytes that the engine has.
         limit: u64,
     },
-    /// A path that leaves the working directory.
-    #[error("path {0:?} must be relative, without '.', '..' or empty parts, at most 1024 bytes")]
+    /// A path that leaves the working directory, or that no file can have.
+    #[error("path {0:?} must be relative, without '.', '..' or empty parts, at most 1024 bytes and 255 in a part")]
     BadPath(String),
+    /// A file that another file's path has as its folder.
+    #[error("path {0:?} is a file, and another file is in it")]
+    FileAndFolder(String),
 }
 
 #[cfg(test)]
@@ -246,6 +264,27 @@ mod tests {
         let mut request = ExecRequest::new("python", "1");
         request.output_files = vec!["a/b.c/..d".into()];
         assert_eq!(request.check(), Ok(()));
+    }
+
+    fn with_files(paths: &[&str]) -> Result<(), InvalidRequest> {
+        let mut request = ExecRequest::new("python", "1");
+        let file = |path: &&str| InputFile { path: (*path).into(), data: Bytes::new(), executable: false };
+        request.files = paths.iter().map(file).collect();
+        request.check()
+    }
+
+    #[test]
+    fn files_that_no_folder_can_hold_are_refused() {
+        assert_eq!(with_files(&["a", "a/b"]), Err(InvalidRequest::FileAndFolder("a".into())));
+        assert_eq!(with_files(&["x/y/z/w", "x/y"]), Err(InvalidRequest::FileAndFolder("x/y".into())));
+        assert_eq!(with_files(&["a", "ab/c", "a.b/c", "d/e", "d/f"]), Ok(()));
+        let (long, longest) = ("x".repeat(256), "x".repeat(255));
+        assert!(with_files(&[&format!("a/{long}/b")]).is_err());
+        assert_eq!(with_files(&[&format!("a/{longest}/b")]), Ok(()));
+        // Half as many characters.
+        assert!(with_files(&[&"é".repeat(128)]).is_err());
+        let many: Vec<String> = (0..=MAX_FILES).map(|at| at.to_string()).collect();
+        assert_eq!(with_files(&many.iter().map(String::as_str).collect::<Vec<_>>()), Err(InvalidRequest::TooManyFiles));
     }
 
     #[test]

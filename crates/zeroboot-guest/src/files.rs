@@ -25,16 +25,15 @@ impl Files {
         Ok(Files { root, path: cwd.as_os_str().as_bytes().to_vec(), owner, writing: None })
     }
 
-    /// Writes one chunk. The error is for the caller of the sandbox to read.
+    /// Writes one chunk. The error comes into the host's log, so it does not have the file's name.
     pub(crate) fn put(&mut self, chunk: &FileChunk<'_>) -> Result<(), String> {
-        let name = String::from_utf8_lossy(chunk.path).into_owned();
         let continues = matches!(&self.writing, Some((path, _)) if chunk.append && path == chunk.path);
         if !continues {
-            let file = self.create(chunk).map_err(|error| format!("cannot write the input file {name:?}: {error}"))?;
+            let file = self.create(chunk).map_err(|error| format!("cannot write an input file: {error}"))?;
             self.writing = Some((chunk.path.to_vec(), file));
         }
         let Some((_, file)) = &mut self.writing else { return Ok(()) };
-        file.write_all(chunk.data).map_err(|error| format!("cannot write the input file {name:?}: {error}"))
+        file.write_all(chunk.data).map_err(|error| format!("cannot write an input file: {error}"))
     }
 
     /// No more `put`.
@@ -168,5 +167,23 @@ impl Files {
             }
             append = true;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_file_that_cannot_be_written_is_not_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files = Files::new(folder.path(), None).unwrap();
+        let mut put = |path: &'static str| {
+            let chunk = FileChunk { path: path.as_bytes(), data: b"x", mode: 0o644, append: false, failed: false };
+            files.put(&chunk)
+        };
+        put("secret").unwrap();
+        let error = put("secret/secret").unwrap_err();
+        assert!(error.starts_with("cannot write an input file: ") && !error.contains("secret"), "{error}");
     }
 }

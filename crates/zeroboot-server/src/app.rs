@@ -6,13 +6,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderValue, header},
+    http::{HeaderValue, Version, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     backend::Backend,
+    budget::{Budget, Full, Share},
     canary::Canaries,
     client_addr::client_address,
     config::ServerConfig,
@@ -30,7 +31,6 @@ use crate::{
     gate::{Caller, Gate, is_local_host},
     metrics::Metrics,
     routes,
-    unsent::Unsent,
     wire::Catalog,
 };
 
@@ -42,8 +42,10 @@ pub(crate) struct App {
     pub(crate) catalog: Catalog,
     pub(crate) gate: Gate,
     pub(crate) metrics: Metrics,
-    pub(crate) unsent: Arc<Unsent>,
+    pub(crate) budget: Arc<Budget>,
     pub(crate) canaries: Canaries,
+    /// No template has run any code yet.
+    pub(crate) unproven: AtomicBool,
     /// The shutdown signal came.
     pub(crate) draining: AtomicBool,
     pub(crate) started: Instant,
@@ -55,30 +57,34 @@ impl App {
         let catalog = Catalog { templates };
         App {
             gate,
-            canaries: Canaries::new(&catalog),
+            canaries: Canaries::new(&catalog, config.limits.default_memory),
             catalog,
             backend,
-            unsent: Unsent::new(&config.limits),
+            budget: Budget::new(&config.limits),
             config,
             metrics: Metrics::new(),
+            unproven: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             started: Instant::now(),
         }
     }
 
-    /// Refuses new execs of a caller: the server ends, or too many answers were not taken.
-    pub(crate) fn check_admits(&self, caller: &Caller) -> Result<(), ApiError> {
+    /// What may be held for a request of this caller; refused when the server ends, or holds too much already.
+    pub(crate) fn admit(&self, caller: &Caller) -> Result<Arc<Share>, ApiError> {
         self.check_open()?;
-        self.unsent.check(caller)
+        self.budget.share(caller).map_err(Full::busy)
     }
 
-    /// Refuses new execs once the shutdown signal came.
+    /// Refuses new execs once the shutdown signal came, and while nothing has run yet.
     pub(crate) fn check_open(&self) -> Result<(), ApiError> {
         if self.draining.load(Ordering::Relaxed) {
-            Err(zeroboot_engine::ExecError::ShuttingDown.into())
-        } else {
-            Ok(())
+            return Err(zeroboot_engine::ExecError::ShuttingDown.into());
         }
+        if self.unproven.load(Ordering::Relaxed) {
+            let text = "No template could run code yet; the server's log says why";
+            return Err(ApiError::new("not_ready", text).retry_after(Duration::from_secs(1)));
+        }
+        Ok(())
     }
 }
 
@@ -132,7 +138,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let id = Uuid::now_v7();
-    let method = request.method().clone();
+    let (method, version) = (request.method().clone(), request.version());
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| known_route(path.as_str()));
     let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
@@ -162,6 +168,10 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let mut text = Uuid::encode_buffer();
     if let Ok(value) = HeaderValue::from_str(id.hyphenated().encode_lower(&mut text)) {
         response.headers_mut().insert("x-request-id", value);
+    }
+    // A client that keeps its connection would come back to a server that ends. (HTTP/2 says it in a frame of its own.)
+    if version < Version::HTTP_2 && app.draining.load(Ordering::Relaxed) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let status = response.status().as_u16();
     let time = start.elapsed();

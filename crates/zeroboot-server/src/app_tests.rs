@@ -313,6 +313,106 @@ async fn a_batch_is_bounded_in_items_parallelism_and_output() {
     assert_eq!(fixture.fake.alive.load(Ordering::SeqCst), 0);
 }
 
+#[tokio::test]
+async fn what_is_held_for_callers_is_bounded() {
+    let mut config = ServerConfig::default();
+    config.limits.max_held = 1024 * 1024;
+    let fixture = Fixture::new(config, None);
+    // A body without room is refused before any code runs.
+    let body = json!({"code": "hi", "stdin": "x".repeat(1024 * 1024)});
+    for path in ["/v1/exec", "/v1/exec/batch"] {
+        let answer = fixture.post(path, &body).await;
+        assert_eq!((answer.status, answer.code().as_str(), answer.header("retry-after")), (503, "busy", "1"));
+    }
+    assert_eq!(fixture.fake.started.load(Ordering::SeqCst), 0);
+    // Output without room ends its exec.
+    let answer = fixture.run("flood").await;
+    assert_eq!((answer.status, answer.code().as_str()), (500, "server_output_limit"));
+    let batch = json!({"executions": [{"code": "hi"}, {"code": "flood"}, {"code": "hi"}]});
+    let results = fixture.post("/v1/exec/batch", &batch).await.json()["results"].take();
+    assert_eq!((&results[0]["stdout"], &results[1]["code"]), (&json!("hi"), &json!("server_output_limit")));
+    assert_eq!(results[2]["stdout"], "hi");
+    assert_eq!(fixture.fake.alive.load(Ordering::SeqCst), 0);
+    // Nothing of it is left.
+    assert_eq!(fixture.run("hi").await.status, 200);
+    assert!(fixture.app.budget.is_empty());
+}
+
+#[tokio::test]
+async fn one_key_cannot_take_the_room_of_the_others() {
+    let mut config = ServerConfig::default();
+    config.limits.max_held = 1024 * 1024;
+    let (fixture, token, store, folder) = with_key(config, NewKey::default());
+    let (other, _) = store.create(NewKey { name: "other".into(), ..NewKey::default() }).unwrap();
+    fixture.app.gate.reload(&folder.path().join("keys.toml")).unwrap();
+    let echo = |kib: usize| json!({"code": "hi", "stdin": "x".repeat(kib * 1024)});
+    let put = json!({"code": "hi", "files": {"a": "x".repeat(250 * 1024)}});
+    let run = |body: &Value, token: &str| fixture.send(keyed(post("/v1/exec", body), token));
+    // In its answer the output is there twice: above half.
+    assert_eq!(run(&echo(200), &token).await.code(), "server_output_limit");
+    // An answer that is not taken.
+    let untaken = fixture.router.clone().oneshot(keyed(post("/v1/exec", &echo(160)), &token)).await.unwrap();
+    assert_eq!(untaken.status(), StatusCode::OK);
+    assert_eq!(run(&put, &token).await.code(), "busy");
+    assert_eq!(run(&put, &other).await.status, 200);
+    drop(untaken);
+    assert_eq!(run(&put, &token).await.status, 200);
+}
+
+async fn wait_until(what: &str, done: impl Fn() -> bool) {
+    for _ in 0..1000 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not: {what}");
+}
+
+#[tokio::test]
+async fn a_long_item_holds_up_no_other_of_its_batch() {
+    let mut config = ServerConfig::default();
+    config.limits.batch_parallel = 2;
+    let fixture = Fixture::new(config, None);
+    let batch = json!({"executions": [{"code": "hang"}, {"code": "1"}, {"code": "2"}, {"code": "3"}, {"code": "4"}]});
+    let running = tokio::spawn(fixture.router.clone().oneshot(post("/v1/exec/batch", &batch)));
+    wait_until("all have begun", || fixture.fake.started.load(Ordering::SeqCst) == 5).await;
+    running.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_begins_no_item_after_its_time() {
+    let mut config = ServerConfig::default();
+    config.limits.batch_parallel = 1;
+    config.limits.max_batch_time = Duration::from_millis(950);
+    let fixture = Fixture::new(config, None);
+    let batch = json!({"executions": vec![json!({"code": "sleep sleep hi"}); 8]});
+    let results = fixture.post("/v1/exec/batch", &batch).await.json()["results"].take();
+    let words: Vec<&str> =
+        (0..8).map(|at| results[at]["stdout"].as_str().or(results[at]["code"].as_str()).unwrap()).collect();
+    assert_eq!(words, ["hi", "hi", "hi", "hi", "hi", "busy", "busy", "busy"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_item_waits_no_longer_for_a_place_of_its_key_than_for_a_sandbox() {
+    let (fixture, token, ..) = with_key(ServerConfig::default(), NewKey { concurrency: Some(1), ..NewKey::default() });
+    let hang = tokio::spawn(fixture.router.clone().oneshot(keyed(post("/v1/exec", &json!({"code": "hang"})), &token)));
+    wait_until("it hangs", || fixture.fake.alive.load(Ordering::SeqCst) == 1).await;
+    let batch = json!({"executions": [{"code": "hi"}]});
+    let answer = fixture.send(keyed(post("/v1/exec/batch", &batch), &token)).await;
+    assert_eq!(answer.json()["results"][0]["code"], "concurrency_limited");
+    hang.abort();
+}
+
+#[tokio::test]
+async fn a_batch_above_the_burst_passes_from_a_full_bucket_and_is_paid_for_afterwards() {
+    let (fixture, token, ..) = with_key(ServerConfig::default(), NewKey { rate: Some(5.0), ..NewKey::default() });
+    let batch = json!({"executions": vec![json!({"code": "hi"}); 8]});
+    assert_eq!(fixture.send(keyed(post("/v1/exec/batch", &batch), &token)).await.status, 200);
+    let answer = fixture.send(keyed(post("/v1/exec", &json!({"code": "hi"})), &token)).await;
+    assert_eq!((answer.status, answer.code().as_str()), (429, "rate_limited"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_batch_item_waits_for_a_place_and_then_says_busy() {
     let fixture = Fixture::open();
@@ -462,6 +562,38 @@ async fn a_stream_that_is_not_read_is_cut_and_its_sandbox_ended() {
     peer.cut.notified().await;
     until_none_is_alive(&fixture).await;
     drop(response);
+}
+
+#[tokio::test]
+async fn a_stream_without_room_for_its_events_says_so() {
+    let mut config = ServerConfig::default();
+    config.limits.max_held = 300 * 1024;
+    let fixture = Fixture::new(config, None);
+    let response = fixture.router.clone().oneshot(streamed(&json!({"code": "flood"}))).await.unwrap();
+    until_none_is_alive(&fixture).await;
+    let bytes = response.into_body().collect().await.unwrap().to_bytes();
+    let events = events(std::str::from_utf8(&bytes).unwrap());
+    let (name, data) = events.last().unwrap();
+    assert_eq!((name.as_str(), &data["code"]), ("error", &json!("server_output_limit")));
+    drop(bytes);
+    wait_until("given back", || fixture.app.budget.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_whose_last_events_are_not_read_is_cut_too() {
+    let fixture = Fixture::open();
+    let app = fixture.app.clone();
+    let watch = tokio::spawn(async move { app.budget.watch().await });
+    let mut request = streamed(&json!({"code": "hi"}));
+    let peer = Peer::default();
+    request.extensions_mut().insert(peer.clone());
+    let response = fixture.router.clone().oneshot(request).await.unwrap();
+    until_none_is_alive(&fixture).await;
+    assert!(!fixture.app.budget.is_empty());
+    tokio::time::timeout(Duration::from_secs(60), peer.cut.notified()).await.unwrap();
+    drop(response);
+    wait_until("given back", || fixture.app.budget.is_empty()).await;
+    watch.abort();
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,8 +1,8 @@
 //! Whether a template can really run code: a small exec, and its cached result.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 use tracing::Instrument as _;
 use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
 
@@ -28,17 +28,27 @@ pub(crate) struct Canaries {
 #[derive(Debug)]
 struct Canary {
     template: String,
+    memory: u64,
     code: &'static str,
     /// Locked while it runs: whoever asks meanwhile waits for the same result.
-    last: Mutex<Option<Health>>,
+    last: Mutex<Last>,
     /// When an exec last came to an outcome; also what the caller's code did says that the template works.
     worked: std::sync::Mutex<Option<Instant>>,
 }
 
+#[derive(Debug, Default)]
+struct Last {
+    health: Option<Health>,
+    /// When it last really passed: what is only believed while every place is taken is no such time.
+    passed: Option<Instant>,
+}
+
 impl Canaries {
-    pub(crate) fn new(catalog: &Catalog) -> Canaries {
+    /// `memory`: what a sandbox that names none has, bytes.
+    pub(crate) fn new(catalog: &Catalog, memory: u64) -> Canaries {
         let one = |(name, language): &(String, String)| Canary {
             template: name.clone(),
+            memory,
             code: match language.as_str() {
                 "node" => "console.log('zeroboot-canary', 6 * 7)",
                 _ => "print('zeroboot-canary', 6 * 7)",
@@ -65,7 +75,7 @@ impl Canaries {
     pub(crate) async fn last(&self) -> Vec<bool> {
         let mut all = Vec::with_capacity(self.each.len());
         for canary in &self.each {
-            all.push(canary.last.lock().await.as_ref().is_some_and(|health| health.result.is_ok()));
+            all.push(canary.last.lock().await.health.as_ref().is_some_and(|health| health.result.is_ok()));
         }
         all
     }
@@ -74,10 +84,9 @@ impl Canaries {
 impl Canary {
     async fn result(&self, backend: &Backend, age: Duration) -> Health {
         let mut last = self.last.lock().await;
-        let passed = |health: &Health| health.result.is_ok();
         // A failure is never served from the cache for long: recovery must show at once.
-        if let Some(health) = &*last
-            && health.at.elapsed() < if passed(health) { age } else { age.min(Duration::from_secs(1)) }
+        if let Some(health) = &last.health
+            && health.at.elapsed() < if health.result.is_ok() { age } else { age.min(Duration::from_secs(1)) }
         {
             return health.clone();
         }
@@ -87,10 +96,11 @@ impl Canary {
         let mut result = outcome.unwrap_or_else(|_| Err(Failure::Failed("the canary took too long".into())));
         if let Err(Failure::Busy) = result {
             let worked = *self.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let passed = last.as_ref().filter(|health| passed(health)).map(|health| health.at);
-            if worked.max(passed).is_some_and(|at| at.elapsed() < BUSY_GRACE) {
+            if worked.max(last.passed).is_some_and(|at| at.elapsed() < BUSY_GRACE) {
                 result = Ok(());
             }
+        } else if result.is_ok() {
+            last.passed = Some(Instant::now());
         }
         let result = result.map_err(|failure| match failure {
             Failure::Busy => "every sandbox is in use, and nothing came to an outcome lately".to_owned(),
@@ -99,7 +109,7 @@ impl Canary {
         if let Err(reason) = &result {
             tracing::warn!(template = self.template, reason, "the canary failed");
         }
-        last.insert(Health { at: Instant::now(), result }).clone()
+        last.health.insert(Health { at: Instant::now(), result }).clone()
     }
 
     async fn run(&self, backend: &Backend) -> Result<(), Failure> {
@@ -109,6 +119,7 @@ impl Canary {
         };
         let mut request = ExecRequest::new(self.template.clone(), self.code);
         request.limits.timeout = TIMEOUT;
+        request.limits.memory = self.memory;
         let mut run = backend.exec(request).await.map_err(failed)?;
         let mut output = Vec::new();
         while let Some(event) = run.next().await.map_err(failed)? {
@@ -132,4 +143,34 @@ impl Canary {
 enum Failure {
     Busy,
     Failed(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, atomic::Ordering};
+
+    use super::*;
+    use crate::fake::Fake;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_template_whose_places_are_all_taken_for_long_is_not_believed_for_ever() {
+        let fake = Arc::new(Fake::default());
+        let backend = Backend::Fake(fake.clone());
+        let canaries = Canaries::new(&Catalog { templates: vec![("python".into(), "python".into())] }, 1 << 20);
+        let passes = async || canaries.results(&backend, Duration::ZERO).await[0].result.is_ok();
+        assert!(passes().await);
+        assert_eq!(fake.memory.load(Ordering::SeqCst), 1 << 20);
+        fake.busy.store(true, Ordering::SeqCst);
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            assert!(passes().await);
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert!(!passes().await);
+        // An exec that came to an outcome is as good as a canary.
+        canaries.worked(0);
+        assert!(passes().await);
+        fake.busy.store(false, Ordering::SeqCst);
+        assert!(passes().await);
+    }
 }

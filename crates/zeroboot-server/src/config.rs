@@ -29,9 +29,6 @@ pub mod env {
     pub const OTLP_ENDPOINT: &str = "ZEROBOOT_OTLP_ENDPOINT";
 }
 
-/// The address that is listened on if nothing is said.
-pub const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
-
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -100,8 +97,10 @@ pub struct RequestLimits {
     pub max_batch: usize,
     /// Items of one batch that run at once.
     pub batch_parallel: usize,
-    /// How long a batch item may wait for a free sandbox before it is answered `busy`.
+    /// How long a batch item may wait for a place of its key and a free sandbox before it is refused.
     pub batch_wait: Duration,
+    /// How long after a batch's body has arrived its items may begin; what has not by then is answered `busy`.
+    pub max_batch_time: Duration,
     /// Bytes of output and files that one batch may bring back in all.
     pub max_batch_output: u64,
     /// Memory of a sandbox that names none, bytes.
@@ -132,8 +131,9 @@ pub struct RequestLimits {
     pub body_timeout: Duration,
     /// How long a client may take none of its answer before its connection is cut.
     pub stall_timeout: Duration,
-    /// Bytes of answers that clients have not taken yet; above it, new execs are refused. One key may hold half.
-    pub max_unsent: u64,
+    /// Bytes held for callers at once: request bodies until their exec has ended, output while it is collected, answers
+    /// until they are taken. What finds no room is refused. One key may have half.
+    pub max_held: u64,
 }
 
 impl Default for RequestLimits {
@@ -147,6 +147,7 @@ impl Default for RequestLimits {
             max_batch: 100,
             batch_parallel: 16,
             batch_wait: Duration::from_secs(30),
+            max_batch_time: Duration::from_secs(600),
             max_batch_output: 64 * MIB,
             default_memory: sandbox.memory,
             max_memory: 2048 * MIB,
@@ -162,7 +163,7 @@ impl Default for RequestLimits {
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
-            max_unsent: 512 * MIB,
+            max_held: 512 * MIB,
         }
     }
 }
@@ -341,10 +342,11 @@ impl ServerConfig {
             || limits.max_batch == 0
             || limits.batch_parallel == 0
             || limits.max_connections == 0
-            || limits.max_unsent < 1024
+            || limits.key_concurrency == Some(0)
+            || limits.max_held < 1024 * 1024
         {
             return Err(Range(
-                "max_body_bytes, max_batch, batch_parallel, max_connections and max_unsent_mb",
+                "max_body_bytes, max_batch, batch_parallel, max_connections, key_concurrency and max_held_mb",
                 "above zero",
             ));
         }

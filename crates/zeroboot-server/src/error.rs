@@ -19,8 +19,12 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("invalid_code", 400, "the code is too long, has a NUL byte, or is not text"),
     ("invalid_timeout", 400, "the timeout is zero, negative or above the maximum"),
     ("invalid_limits", 400, "a limit is zero or above the maximum"),
-    ("invalid_env", 400, "an environment variable or argument cannot be passed to a process"),
-    ("invalid_files", 400, "a path leaves the working directory, or the files are too many or too large"),
+    ("invalid_env", 400, "an environment variable or argument cannot be passed to a process, or there are too many"),
+    (
+        "invalid_files",
+        400,
+        "a path leaves the working directory or no file can have it, or the files are too many or too large",
+    ),
     ("unknown_language", 400, "no template serves this language"),
     ("unknown_template", 400, "no template has this name"),
     ("batch_too_large", 400, "more executions than one batch may have"),
@@ -37,7 +41,12 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("internal", 500, "a fault of the server"),
     ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
     ("batch_output_limit", 500, "the batch had brought back its maximum of output before this item ended"),
-    ("busy", 503, "every sandbox is in use; see Retry-After"),
+    (
+        "server_output_limit",
+        500,
+        "the server held its maximum for all callers, or half of it for this key, before this exec ended",
+    ),
+    ("busy", 503, "every sandbox is in use, or the server holds its maximum of input and output; see Retry-After"),
     ("not_ready", 503, "the template is being made ready; see Retry-After"),
     ("shutting_down", 503, "the server is shutting down; see Retry-After"),
 ];
@@ -149,8 +158,8 @@ fn invalid_code(error: &InvalidRequest) -> &'static str {
         E::CodeTooLong(_) | E::CodeHasNul(_) | E::CodeNotUtf8(_) => "invalid_code",
         E::ZeroTimeout => "invalid_timeout",
         E::TooMuchMemory { .. } => "invalid_limits",
-        E::BadEnv(_) | E::EnvTooLong(_) | E::BadArgument => "invalid_env",
-        E::FilesTooLarge(_) | E::BadPath(_) => "invalid_files",
+        E::BadEnv(_) | E::EnvTooLong(_) | E::BadArgument | E::TooManyVariables => "invalid_env",
+        E::FilesTooLarge(_) | E::BadPath(_) | E::TooManyFiles | E::FileAndFolder(_) => "invalid_files",
         _ => "invalid_request",
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -24,6 +24,10 @@ pub(crate) struct Fake {
     pub(crate) ready: AtomicBool,
     /// Every exec fails, while `ready` says otherwise.
     pub(crate) broken: AtomicBool,
+    /// Every place is taken.
+    pub(crate) busy: AtomicBool,
+    /// Memory of the last exec, bytes.
+    pub(crate) memory: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -51,6 +55,8 @@ impl Default for Fake {
             started: AtomicUsize::default(),
             ready: AtomicBool::new(true),
             broken: AtomicBool::default(),
+            busy: AtomicBool::default(),
+            memory: AtomicU64::default(),
         }
     }
 }
@@ -60,6 +66,10 @@ impl Fake {
         if self.broken.load(Ordering::SeqCst) {
             return Err(ExecError::Sandbox("broken on purpose".into()));
         }
+        if self.busy.load(Ordering::SeqCst) {
+            return Err(ExecError::Busy { live: 1, retry_after: Duration::from_secs(1) });
+        }
+        self.memory.store(request.limits.memory, Ordering::SeqCst);
         let code = String::from_utf8_lossy(&request.code).into_owned();
         match code.as_str() {
             "busy" => return Err(ExecError::Busy { live: 1, retry_after: Duration::from_secs(3) }),

@@ -59,6 +59,7 @@ pub struct LimitsSection {
     pub max_batch: Option<usize>,
     pub batch_parallel: Option<usize>,
     pub batch_wait_seconds: Option<f64>,
+    pub max_batch_seconds: Option<f64>,
     pub max_batch_output_bytes: Option<u64>,
     pub default_memory_mb: Option<u64>,
     pub max_memory_mb: Option<u64>,
@@ -74,7 +75,7 @@ pub struct LimitsSection {
     pub header_timeout_seconds: Option<f64>,
     pub body_timeout_seconds: Option<f64>,
     pub stall_timeout_seconds: Option<f64>,
-    pub max_unsent_mb: Option<u64>,
+    pub max_held_mb: Option<u64>,
 }
 
 /// `[log]`.
@@ -173,6 +174,7 @@ impl FileConfig {
         seconds("default_timeout_seconds", from.default_timeout_seconds, &mut to.default_timeout)?;
         seconds("max_timeout_seconds", from.max_timeout_seconds, &mut to.max_timeout)?;
         seconds("batch_wait_seconds", from.batch_wait_seconds, &mut to.batch_wait)?;
+        seconds("max_batch_seconds", from.max_batch_seconds, &mut to.max_batch_time)?;
         seconds("header_timeout_seconds", from.header_timeout_seconds, &mut to.header_timeout)?;
         seconds("body_timeout_seconds", from.body_timeout_seconds, &mut to.body_timeout)?;
         seconds("stall_timeout_seconds", from.stall_timeout_seconds, &mut to.stall_timeout)?;
@@ -189,7 +191,7 @@ impl FileConfig {
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);
-        put(from.max_unsent_mb.map(mebibytes), &mut to.max_unsent);
+        put(from.max_held_mb.map(mebibytes), &mut to.max_held);
         put(from.key_concurrency.map(Some), &mut to.key_concurrency);
         put(from.anonymous_rate.map(Some), &mut to.anonymous_rate);
         Ok(())

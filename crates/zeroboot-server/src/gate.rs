@@ -17,7 +17,7 @@ use crate::{
     config::RequestLimits,
     error::ApiError,
     keys::{Key, KeyFileError, KeyRing, Lookup},
-    limiter::{Limiter, Rate},
+    limiter::{Cost, Limiter, Rate},
 };
 
 /// Client addresses that demo keys are counted for at once.
@@ -60,7 +60,7 @@ impl Gate {
     pub(crate) fn new(ring: Option<KeyRing>, limits: &RequestLimits) -> Gate {
         Gate {
             ring: RwLock::new(ring.map(Arc::new)),
-            // One name for each key, and the keys come from our own file.
+            // One name for each key, and the keys come from our own file; those that leave it are forgotten.
             keys: Limiter::new(usize::MAX),
             addresses: Limiter::new(MOST_ADDRESSES),
             places: Mutex::default(),
@@ -81,6 +81,7 @@ impl Gate {
             let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
             places.retain(|id, _| ring.keys().any(|key| key.id == *id));
         }
+        self.keys.retain(|id| ring.keys().any(|key| key.id == *id));
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(ring));
         Ok(count)
     }
@@ -117,38 +118,61 @@ impl Gate {
 
     /// Charges so many executions to the caller.
     pub(crate) fn charge(&self, caller: &Caller, count: usize) -> Result<(), ApiError> {
+        self.take(caller, Cost { count, paid: 0 })
+    }
+
+    /// Charges the others of a batch whose first execution is paid.
+    pub(crate) fn charge_rest(&self, caller: &Caller, count: usize) -> Result<(), ApiError> {
+        if count == 0 { Ok(()) } else { self.take(caller, Cost { count, paid: 1 }) }
+    }
+
+    fn take(&self, caller: &Caller, cost: Cost) -> Result<(), ApiError> {
         let now = Instant::now();
         let limited = |rate: f64, unit: &str, wait: Duration| {
             ApiError::new("rate_limited", format!("Rate limit exceeded ({rate} req/{unit})")).retry_after(wait)
         };
         let Some(key) = &caller.key else {
             let Some(rate) = self.rates.anonymous else { return Ok(()) };
-            let taken = self.keys.take(String::new(), Rate::per_second(rate), count, now);
+            let taken = self.keys.take(String::new(), Rate::per_second(rate), cost, now);
             return taken.map_err(|wait| limited(rate, "s", wait));
         };
+        let rate = key.rate.unwrap_or(self.rates.key);
+        let taken = self.keys.take(key.id.clone(), Rate::per_second(rate), cost, now);
+        taken.map_err(|wait| limited(rate, "s", wait))?;
         if key.demo {
             let rate = self.rates.demo_per_minute;
             let name = (key.id.clone(), limit_name(caller.address));
-            let taken = self.addresses.take(name, Rate::per_minute(rate), count, now);
-            taken.map_err(|wait| limited(rate, "min", wait))?;
+            let taken = self.addresses.take(name, Rate::per_minute(rate), cost, now);
+            taken.map_err(|wait| {
+                // Nothing ran: one address must not use up the rate of all.
+                self.keys.give_back(&key.id, cost);
+                limited(rate, "min", wait)
+            })?;
         }
-        let rate = key.rate.unwrap_or(self.rates.key);
-        self.keys.take(key.id.clone(), Rate::per_second(rate), count, now).map_err(|wait| limited(rate, "s", wait))
+        Ok(())
     }
 
     /// A place among the execs that the key may have at once; an error if all are taken.
     pub(crate) fn place(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
         let Some((most, places)) = self.places_of(caller) else { return Ok(None) };
-        places.try_acquire_owned().map(Some).map_err(|_| {
-            ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({most} at once)"))
-                .retry_after(Duration::from_secs(1))
-        })
+        places.try_acquire_owned().map(Some).map_err(|_| no_place(most))
     }
 
-    /// The same, and waits: for the items of a batch, which wait for each other.
-    pub(crate) async fn wait_for_place(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
-        let Some((_, places)) = self.places_of(caller) else { return Ok(None) };
-        places.acquire_owned().await.map(Some).map_err(|_| ApiError::internal())
+    /// The same, and waits: for the items of a batch.
+    pub(crate) async fn wait_for_place(
+        &self,
+        caller: &Caller,
+        until: tokio::time::Instant,
+    ) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        let Some((most, places)) = self.places_of(caller) else { return Ok(None) };
+        let waited = tokio::time::timeout_at(until, places.acquire_owned()).await.map_err(|_| no_place(most))?;
+        waited.map(Some).map_err(|_| ApiError::internal())
+    }
+
+    /// The execs that the caller may have at once; `None`: only the engine's admission limits them.
+    pub(crate) fn most_at_once(&self, caller: &Caller) -> Option<usize> {
+        let key = caller.key.as_ref()?;
+        key.concurrency.or(self.rates.concurrency).map(|most| most as usize)
     }
 
     fn places_of(&self, caller: &Caller) -> Option<(u32, Arc<Semaphore>)> {
@@ -162,6 +186,11 @@ impl Gate {
         }
         Some(entry.clone())
     }
+}
+
+fn no_place(most: u32) -> ApiError {
+    ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({most} at once)"))
+        .retry_after(Duration::from_secs(1))
 }
 
 /// A page that this machine itself serves.

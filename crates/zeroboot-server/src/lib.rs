@@ -4,6 +4,7 @@
 mod answer;
 mod app;
 mod backend;
+mod budget;
 mod canary;
 mod client_addr;
 mod config;
@@ -23,13 +24,10 @@ mod otlp;
 mod overhead;
 mod routes;
 mod serve;
-mod unsent;
 mod wire;
 
 pub use answer::answer;
-pub use config::{
-    ConfigError, DEFAULT_LISTEN, Listen, Overrides, RequestLimits, ServerConfig, TlsFiles, env, read_config,
-};
+pub use config::{ConfigError, Listen, Overrides, RequestLimits, ServerConfig, TlsFiles, env, read_config};
 pub use error::ERROR_CODES;
 pub use file_config::{EngineSection, FileConfig, LimitsSection, LogSection, TemplateSection, TlsSection};
 pub use keys::{DEMO_PREFIX, Key, KeyFileError, KeyRing, KeyStore, LIVE_PREFIX, Lookup, NewKey};
@@ -39,7 +37,7 @@ pub use metrics::names as metric_names;
 pub use openapi::openapi_json;
 pub use otlp::OtlpError;
 pub use overhead::{Overhead, OverheadError, measure_overhead};
-pub use serve::{ServeError, Server, serve};
+pub use serve::{ServeError, Server};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]

@@ -26,6 +26,15 @@ impl Rate {
     }
 }
 
+/// What is charged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cost {
+    /// Executions.
+    pub(crate) count: usize,
+    /// Executions of the same request that were charged just before.
+    pub(crate) paid: usize,
+}
+
 #[derive(Debug)]
 struct Bucket {
     tokens: f64,
@@ -38,17 +47,19 @@ impl Bucket {
         Bucket { tokens: rate.burst, at: now, full_at: now }
     }
 
-    /// Charges `cost` if the bucket holds that much (or is full, for a cost above what it can hold: it then goes into
-    /// debt, so that a large batch is paid for by the time after it). The wait until that will be so, if not.
-    fn take(&mut self, rate: Rate, cost: f64, now: Instant) -> Result<(), Duration> {
+    /// Charges the cost if the bucket holds that much (or is full, for a cost above what it can hold: it then goes into
+    /// debt, so that a large batch is paid for by the time after it). The wait until that will be so, if not. What the
+    /// same request has paid counts as still there: without that, no bucket would be full for the rest of a batch.
+    fn take(&mut self, rate: Rate, cost: Cost, now: Instant) -> Result<(), Duration> {
+        let (cost, paid) = (cost.count as f64, cost.paid as f64);
         let gained = now.saturating_duration_since(self.at).as_secs_f64() * rate.per_second;
         self.tokens = (self.tokens + gained).min(rate.burst);
         self.at = now;
-        let needed = cost.min(rate.burst);
+        let needed = (cost + paid).min(rate.burst);
         // The tolerance keeps rounding from refusing the last of exactly `burst` requests.
-        let missing = needed - self.tokens;
-        if missing > 1e-9 {
-            return Err(seconds(missing / rate.per_second));
+        if needed - (self.tokens + paid) > 1e-9 {
+            // The next try pays its first again.
+            return Err(seconds((needed - self.tokens) / rate.per_second));
         }
         self.tokens -= cost;
         self.full_at = now + seconds((rate.burst - self.tokens) / rate.per_second);
@@ -81,9 +92,8 @@ impl<K: Hash + Eq> Limiter<K> {
         Limiter { inner: Mutex::new(Inner { buckets: HashMap::new(), overflow: None, swept: None }), most }
     }
 
-    /// Charges `cost` executions to `name`; the time to wait if that is too much now.
-    pub(crate) fn take(&self, name: K, rate: Rate, cost: usize, now: Instant) -> Result<(), Duration> {
-        let cost = cost as f64;
+    /// Charges executions to `name`; the time to wait if that is too much now.
+    pub(crate) fn take(&self, name: K, rate: Rate, cost: Cost, now: Instant) -> Result<(), Duration> {
         // Every change is complete before the lock is released, so a panic elsewhere leaves nothing half done.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bucket) = inner.buckets.get_mut(&name) {
@@ -98,8 +108,22 @@ impl<K: Hash + Eq> Limiter<K> {
         inner.buckets.entry(name).or_insert_with(|| Bucket::full(rate, now)).take(rate, cost, now)
     }
 
+    /// Takes a charge back.
+    pub(crate) fn give_back(&self, name: &K, cost: Cost) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bucket) = inner.buckets.get_mut(name) {
+            bucket.tokens += cost.count as f64; // The next charge looks that it is no more than full.
+        }
+    }
+
+    /// Forgets all other names.
+    pub(crate) fn retain(&self, keep: impl Fn(&K) -> bool) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.buckets.retain(|name, _| keep(name));
+    }
+
     #[cfg(test)]
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.inner.lock().unwrap().buckets.len()
     }
 }
@@ -120,19 +144,23 @@ impl<K: Hash + Eq> Inner<K> {
 mod tests {
     use super::*;
 
+    fn cost(count: usize) -> Cost {
+        Cost { count, paid: 0 }
+    }
+
     #[test]
     fn a_burst_passes_then_the_rate_holds() {
         let limiter = Limiter::new(10);
         let rate = Rate::per_second(100.0);
         let start = Instant::now();
         for _ in 0..100 {
-            assert_eq!(limiter.take("k", rate, 1, start), Ok(()));
+            assert_eq!(limiter.take("k", rate, cost(1), start), Ok(()));
         }
-        let wait = limiter.take("k", rate, 1, start).unwrap_err();
+        let wait = limiter.take("k", rate, cost(1), start).unwrap_err();
         assert!(wait > Duration::ZERO && wait <= Duration::from_millis(11), "{wait:?}");
-        assert_eq!(limiter.take("k", rate, 1, start + Duration::from_millis(11)), Ok(()));
-        assert!(limiter.take("k", rate, 1, start + Duration::from_millis(11)).is_err());
-        assert_eq!(limiter.take("other", rate, 1, start), Ok(()));
+        assert_eq!(limiter.take("k", rate, cost(1), start + Duration::from_millis(11)), Ok(()));
+        assert!(limiter.take("k", rate, cost(1), start + Duration::from_millis(11)).is_err());
+        assert_eq!(limiter.take("other", rate, cost(1), start), Ok(()));
     }
 
     #[test]
@@ -140,13 +168,30 @@ mod tests {
         let limiter = Limiter::new(10);
         let rate = Rate::per_second(10.0);
         let start = Instant::now();
-        assert_eq!(limiter.take("k", rate, 6, start), Ok(()));
-        assert!(limiter.take("k", rate, 6, start).is_err());
+        assert_eq!(limiter.take("k", rate, cost(6), start), Ok(()));
+        assert!(limiter.take("k", rate, cost(6), start).is_err());
         // A batch above the burst passes from a full bucket, and is paid for afterwards.
         let later = start + Duration::from_secs(5);
-        assert_eq!(limiter.take("k", rate, 30, later), Ok(()));
-        assert!(limiter.take("k", rate, 1, later + Duration::from_secs(2)).is_err());
-        assert_eq!(limiter.take("k", rate, 1, later + Duration::from_millis(2_200)), Ok(()));
+        assert_eq!(limiter.take("k", rate, cost(30), later), Ok(()));
+        assert!(limiter.take("k", rate, cost(1), later + Duration::from_secs(2)).is_err());
+        assert_eq!(limiter.take("k", rate, cost(1), later + Duration::from_millis(2_200)), Ok(()));
+    }
+
+    #[test]
+    fn a_batch_above_the_burst_passes_from_a_full_bucket_also_when_its_first_is_paid_before_the_rest() {
+        let limiter = Limiter::new(10);
+        let rate = Rate::per_second(10.0);
+        let batch = |now| {
+            limiter.take("k", rate, cost(1), now)?;
+            limiter.take("k", rate, Cost { count: 29, paid: 1 }, now)
+        };
+        let start = Instant::now();
+        assert_eq!(batch(start), Ok(()));
+        assert!(batch(start + Duration::from_secs(2)).is_err());
+        // A refused one costs its first; after the time that it names the next one passes.
+        let later = start + Duration::from_secs(2) + Duration::from_millis(500);
+        let wait = batch(later).unwrap_err();
+        assert_eq!(batch(later + wait), Ok(()));
     }
 
     #[test]
@@ -155,9 +200,9 @@ mod tests {
         let rate = Rate::per_minute(10.0);
         let start = Instant::now();
         for _ in 0..10 {
-            assert_eq!(limiter.take(1, rate, 1, start), Ok(()));
+            assert_eq!(limiter.take(1, rate, cost(1), start), Ok(()));
         }
-        let wait = limiter.take(1, rate, 1, start).unwrap_err();
+        let wait = limiter.take(1, rate, cost(1), start).unwrap_err();
         assert!(wait > Duration::from_secs(5) && wait < Duration::from_secs(7), "{wait:?}");
     }
 
@@ -166,12 +211,12 @@ mod tests {
         let limiter = Limiter::new(100);
         let rate = Rate::per_minute(10.0);
         let start = Instant::now();
-        let passed = (0..100_000).filter(|name| limiter.take(*name, rate, 1, start).is_ok()).count();
+        let passed = (0..100_000).filter(|name| limiter.take(*name, rate, cost(1), start).is_ok()).count();
         assert_eq!(limiter.len(), 100);
         assert_eq!(passed, 100 + 10);
         // When they have been quiet, their places are free again.
         let later = start + Duration::from_secs(120);
-        assert_eq!(limiter.take(200_000, rate, 1, later), Ok(()));
+        assert_eq!(limiter.take(200_000, rate, cost(1), later), Ok(()));
         assert_eq!(limiter.len(), 1);
     }
 
@@ -184,6 +229,6 @@ mod tests {
             panic!("on purpose");
         });
         assert!(panicked.join().is_err());
-        assert_eq!(limiter.take("k", Rate::per_second(1.0), 1, Instant::now()), Ok(()));
+        assert_eq!(limiter.take("k", Rate::per_second(1.0), cost(1), Instant::now()), Ok(()));
     }
 }

@@ -261,6 +261,11 @@ impl Metrics {
         Entered::new(&self.concurrent)
     }
 
+    /// Execs that are under way.
+    pub(crate) fn under_way(&self) -> i64 {
+        self.concurrent.get()
+    }
+
     pub(crate) fn connection(&self) -> Entered {
         Entered::new(&self.connections)
     }

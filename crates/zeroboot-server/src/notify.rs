@@ -1,7 +1,7 @@
 //! Telling systemd what the service is doing (`sd_notify(3)`): one datagram to the socket in `NOTIFY_SOCKET`.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io,
     os::{
         linux::net::SocketAddrExt as _,
@@ -9,12 +9,22 @@ use std::{
     },
 };
 
-/// Sends `READY=1`, `STOPPING=1` and the like. Without systemd it does nothing.
-pub(crate) fn notify(state: &str) {
-    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
-        && let Err(error) = send(&socket, state)
-    {
-        tracing::warn!(%error, "cannot notify the service manager");
+/// The service manager's socket, if there is one.
+#[derive(Debug)]
+pub(crate) struct Manager(pub(crate) Option<OsString>);
+
+impl Manager {
+    pub(crate) fn of_env() -> Manager {
+        Manager(std::env::var_os("NOTIFY_SOCKET"))
+    }
+
+    /// Sends `READY=1`, `STOPPING=1` and the like. Without systemd it does nothing.
+    pub(crate) fn tell(&self, state: &str) {
+        if let Some(socket) = &self.0
+            && let Err(error) = send(socket, state)
+        {
+            tracing::warn!(%error, "cannot notify the service manager");
+        }
     }
 }
 

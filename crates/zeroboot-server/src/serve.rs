@@ -10,18 +10,19 @@ use std::{
 
 use tokio::{
     sync::{Semaphore, mpsc, watch},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use zeroboot_engine::Engine;
 
 use crate::{
     app::{self, App},
     backend::Backend,
+    canary::Health,
     config::{ConfigError, Listen, ServerConfig},
     gate::Gate,
     keys::{KeyFileError, KeyRing},
     listen::{Bound, Closing, Connections, Tls, TlsError},
-    notify::notify,
+    notify::Manager,
 };
 
 /// Why a server did not start.
@@ -51,14 +52,14 @@ pub struct Server {
     app: Arc<App>,
     bound: Vec<Bound>,
     tls: Option<Arc<Tls>>,
+    watched: Watched,
+    manager: Manager,
 }
 
-/// Binds and serves until `shutdown` is ready, then drains. The engine is shut down with it.
-pub async fn serve(config: ServerConfig, engine: Engine, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-    let result = Server::bind(config, engine.clone()).await?.run(shutdown).await;
-    engine.shutdown(Duration::from_secs(1)).await;
-    result
-}
+/// How often the templates are tried again while none of them could run code yet.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How often a server that ends looks whether execs are still under way.
+const LOOK: Duration = Duration::from_millis(10);
 
 impl Server {
     /// Reads keys and certificates and binds every address. Nothing is answered yet.
@@ -68,6 +69,8 @@ impl Server {
 
     pub(crate) async fn with_backend(config: ServerConfig, backend: Backend) -> Result<Server, ServeError> {
         config.check()?;
+        // Before the files are read: what changes from now on is seen as a change.
+        let watched = Watched::new(&config);
         let ring = config.keys_file.as_deref().map(load_keys).transpose()?;
         if ring.is_none() {
             tracing::warn!(
@@ -81,7 +84,8 @@ impl Server {
             bound.push(made.map_err(|error| ServeError::Bind(listen.clone(), error))?);
         }
         let gate = Gate::new(ring, &config.limits);
-        Ok(Server { app: Arc::new(App::new(backend, config, gate)), bound, tls })
+        let app = Arc::new(App::new(backend, config, gate));
+        Ok(Server { app, bound, tls, watched, manager: Manager::of_env() })
     }
 
     /// Where it listens: port 0 has become a number.
@@ -97,7 +101,8 @@ impl Server {
     /// Serves until `shutdown` is ready, then drains: new execs are refused, those under way may end within the
     /// configured time, then whatever is left is ended. The engine goes on; its owner ends it.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let Server { app, bound, tls } = self;
+        let Server { app, bound, tls, mut watched, manager } = self;
+        let manager = Arc::new(manager);
         let mut hangup =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).map_err(ServeError::Signal)?;
         let addresses: Vec<String> = bound.iter().filter_map(|bound| Some(bound.address().ok()?.to_string())).collect();
@@ -113,20 +118,15 @@ impl Server {
             tls: tls.clone(),
         });
         let mut background = tokio::task::JoinSet::new();
-        let canary_app = app.clone();
-        let first = canary_app.canaries.results(&app.backend, Duration::ZERO).await;
+        let first = app.canaries.results(&app.backend, Duration::ZERO).await;
         for (health, (template, _)) in first.iter().zip(&app.catalog.templates) {
             tracing::info!(template, ready = health.result.is_ok(), "first canary");
         }
-        background.spawn(async move {
-            loop {
-                tokio::time::sleep(canary_app.config.canary_interval).await;
-                canary_app.canaries.results(&canary_app.backend, Duration::ZERO).await;
-            }
-        });
+        app.unproven.store(first.iter().all(|health| health.result.is_err()), Ordering::SeqCst);
+        let budget = app.budget.clone();
+        background.spawn(async move { budget.watch().await });
         let reload_app = app.clone();
         background.spawn(async move {
-            let mut watched = Watched::new(&reload_app.config);
             loop {
                 let asked = tokio::select! {
                     _ = hangup.recv() => true,
@@ -139,19 +139,25 @@ impl Server {
             background.spawn(connections.clone().accept(one));
         }
         drop(connections);
+        background.spawn(prove(app.clone(), manager.clone(), first));
         tracing::info!(?addresses, keys = app.gate.has_keys(), tls = app.config.tls.is_some(), "listening");
-        notify("READY=1\nSTATUS=Serving");
 
         shutdown.await;
         let begun = Instant::now();
         tracing::info!(live = app.backend.stats().live, "shutting down");
-        notify("STOPPING=1\nSTATUS=Draining");
+        manager.tell("STOPPING=1\nSTATUS=Draining");
         app.draining.store(true, Ordering::SeqCst);
+        // Until execs have ended new connections are still answered, with 503: a balancer hears of it, a client may try
+        // elsewhere.
+        let until = begun + app.config.drain;
+        while app.metrics.under_way() > 0 && Instant::now() < until {
+            sleep(LOOK).await;
+        }
         close.send_replace(Closing::Drain);
+        let closed = timeout_at(until, all_closed.recv()).await;
         background.abort_all();
         while background.join_next().await.is_some() {}
-        let drain = app.config.drain;
-        if timeout(drain, all_closed.recv()).await.is_err() {
+        if closed.is_err() {
             tracing::warn!("requests are still under way; ending them");
         }
         // Ending a connection drops its exec, which ends its sandbox.
@@ -161,6 +167,27 @@ impl Server {
         }
         tracing::info!(seconds = begun.elapsed().as_secs_f64(), "ended");
         Ok(())
+    }
+}
+
+/// Runs the canaries for as long as the server runs. `READY=1` is said when the first of them passes.
+async fn prove(app: Arc<App>, manager: Arc<Manager>, mut results: Vec<Health>) {
+    let mut ready = false;
+    loop {
+        if !ready && results.iter().any(|health| health.result.is_ok()) {
+            ready = true;
+            app.unproven.store(false, Ordering::SeqCst);
+            manager.tell("READY=1\nSTATUS=Serving");
+        }
+        if !ready {
+            let reasons: Vec<&str> =
+                results.iter().filter_map(|health| Some(health.result.as_ref().err()?.as_str())).collect();
+            // One line: another would be a message of its own.
+            let reasons = reasons.join("; ").replace(char::is_control, " ");
+            manager.tell(&format!("STATUS=No template runs code: {reasons}"));
+        }
+        sleep(if ready { app.config.canary_interval } else { TRY_AGAIN }).await;
+        results = app.canaries.results(&app.backend, Duration::ZERO).await;
     }
 }
 
@@ -189,6 +216,7 @@ fn stamp(path: &Path) -> Stamp {
 }
 
 /// Files that are read again when they change.
+#[derive(Debug)]
 struct Watched {
     keys: Option<(PathBuf, Stamp)>,
     tls: Option<([PathBuf; 2], [Stamp; 2])>,
@@ -238,4 +266,112 @@ fn failed(app: &App, error: &dyn std::error::Error, text: &'static str) {
     app.metrics.reload_failures.inc();
     let source = error.source().map(tracing::field::display);
     tracing::error!(%error, source, text);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::SocketAddr,
+        os::unix::net::UnixDatagram,
+    };
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::{
+        fake::Fake,
+        keys::{KeyStore, NewKey},
+    };
+
+    fn config() -> ServerConfig {
+        let listen = vec![Listen::Tcp(([127, 0, 0, 1], 0).into())];
+        ServerConfig { listen, reload_interval: Duration::from_millis(10), ..ServerConfig::default() }
+    }
+
+    fn address(server: &Server) -> SocketAddr {
+        match server.addresses()[..] {
+            [Listen::Tcp(address)] => address,
+            _ => panic!("one TCP address"),
+        }
+    }
+
+    /// The status and text of an answer to a request over a connection of its own.
+    async fn ask(address: SocketAddr, method: &'static str, path: &'static str, header: String) -> (u16, String) {
+        let ask = move || {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            let body = r#"{"code": "hi"}"#;
+            let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header}");
+            let rest = format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            stream.write_all((head + &rest).as_bytes()).unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            (text[9..12].parse().unwrap(), text)
+        };
+        tokio::task::spawn_blocking(ask).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_server_is_ready_when_a_template_runs_code_and_not_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("notify");
+        let told = UnixDatagram::bind(&socket).unwrap();
+        told.set_nonblocking(true).unwrap();
+        let next = async || {
+            let mut buffer = [0; 400];
+            for _ in 0..2000 {
+                if let Ok(count) = told.recv(&mut buffer) {
+                    return String::from_utf8_lossy(&buffer[..count]).into_owned();
+                }
+                sleep(Duration::from_millis(5)).await;
+            }
+            panic!("nothing was told");
+        };
+        let fake = Arc::new(Fake::default());
+        fake.broken.store(true, Ordering::SeqCst);
+        let mut server = Server::with_backend(config(), Backend::Fake(fake.clone())).await.unwrap();
+        server.manager = Manager(Some(socket.into()));
+        let address = address(&server);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let running = tokio::spawn(server.run(async move { stopped.await.unwrap_or_default() }));
+        assert_eq!(
+            next().await,
+            "STATUS=No template runs code: the sandbox failed: broken on purpose; the sandbox failed: broken on purpose"
+        );
+        assert_eq!(ask(address, "GET", "/v1/health", String::new()).await.0, 503);
+        let (status, text) = ask(address, "POST", "/v1/exec", String::new()).await;
+        assert!(status == 503 && text.contains("not_ready"), "{text}");
+        fake.broken.store(false, Ordering::SeqCst);
+        let mut words = next().await;
+        while words.starts_with("STATUS=No") {
+            words = next().await;
+        }
+        assert_eq!(words, "READY=1\nSTATUS=Serving");
+        assert_eq!(ask(address, "POST", "/v1/exec", String::new()).await.0, 200);
+        stop.send(()).unwrap();
+        running.await.unwrap().unwrap();
+        assert_eq!(next().await, "STOPPING=1\nSTATUS=Draining");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_key_that_comes_while_the_server_starts_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keys.toml");
+        let store = KeyStore::new(&path);
+        let new = |name: &str| NewKey { name: name.into(), ..NewKey::default() };
+        store.create(new("first")).unwrap();
+        let config = ServerConfig { keys_file: Some(path), ..config() };
+        let server = Server::with_backend(config, Backend::Fake(Arc::default())).await.unwrap();
+        let address = address(&server);
+        let (token, _) = store.create(new("second")).unwrap();
+        let running = tokio::spawn(server.run(std::future::pending()));
+        for _ in 0..1000 {
+            if ask(address, "POST", "/v1/exec", format!("Authorization: Bearer {token}\r\n")).await.0 == 200 {
+                running.abort();
+                return;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the key is not known");
+    }
 }

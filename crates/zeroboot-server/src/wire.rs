@@ -1,12 +1,15 @@
 //! Requests as they come over the wire, and their way into the engine's words (step 1 of an exec).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, marker::PhantomData, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use serde::{Deserialize, Deserializer, de};
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, DeserializeSeed, IgnoredAny},
+};
 use utoipa::ToSchema;
-use zeroboot_engine::{ExecRequest, InputFile, Stdin};
+use zeroboot_engine::{ExecRequest, InputFile, MAX_ENV, MAX_FILES, Stdin};
 
 use crate::{config::RequestLimits, error::ApiError};
 
@@ -30,14 +33,17 @@ pub(crate) struct ExecBody {
     #[schema(value_type = Option<DataSchema>)]
     pub(crate) stdin: Option<Data>,
     /// Environment variables, added to the template's.
-    pub(crate) env: Option<BTreeMap<String, String>>,
+    #[schema(value_type = Option<BTreeMap<String, String>>)]
+    pub(crate) env: Option<FewNamed<String, MAX_ENV>>,
     /// Arguments (`sys.argv[1:]`, `process.argv.slice(2)`).
-    pub(crate) args: Option<Vec<String>>,
+    #[schema(value_type = Option<Vec<String>>)]
+    pub(crate) args: Option<Few<String, MAX_ENV>>,
     /// Files to put into the working directory: path to content.
     #[schema(value_type = Option<BTreeMap<String, DataSchema>>)]
-    pub(crate) files: Option<BTreeMap<String, Data>>,
+    pub(crate) files: Option<FewNamed<Data, MAX_FILES>>,
     /// Paths of files to bring back.
-    pub(crate) output_files: Option<Vec<String>>,
+    #[schema(value_type = Option<Vec<String>>)]
+    pub(crate) output_files: Option<Few<String, MAX_FILES>>,
     /// What the sandbox may use.
     #[schema(value_type = Option<LimitsBody>)]
     pub(crate) limits: Option<Object<LimitsBody>>,
@@ -97,13 +103,135 @@ fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::E
 }
 
 /// Several execs at once.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = BatchRequest)]
+#[expect(dead_code, reason = "only its schema is used; `parse_batch` reads the same, and no more items than allowed")]
 pub(crate) struct BatchBody {
     /// They run in parallel; the results keep this order.
-    #[schema(min_items = 1, value_type = Vec<ExecBody>)]
-    pub(crate) executions: Vec<Object<ExecBody>>,
+    #[schema(min_items = 1)]
+    executions: Vec<ExecBody>,
+}
+
+/// A list of which one more than `MOST` is kept, for [`ExecRequest::check`] to refuse. The rest is read over: three
+/// bytes of a body must not become many bytes of memory.
+#[derive(Debug)]
+pub(crate) struct Few<T, const MOST: usize>(pub(crate) Vec<T>);
+
+impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for Few<T, MOST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T, MOST>, D::Error> {
+        FewSeed { most: MOST, of: PhantomData }.deserialize(deserializer).map(|(kept, _)| Few(kept))
+    }
+}
+
+/// The same for a number that is known only now. Gives the items that are kept, and how many there were.
+struct FewSeed<T> {
+    most: usize,
+    of: PhantomData<T>,
+}
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for FewSeed<T> {
+    type Value = (Vec<T>, usize);
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> de::Visitor<'de> for FewSeed<T> {
+    type Value = (Vec<T>, usize);
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a sequence")
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut kept = Vec::new();
+        while kept.len() <= self.most {
+            match list.next_element()? {
+                Some(item) => kept.push(item),
+                None => {
+                    let count = kept.len();
+                    return Ok((kept, count));
+                }
+            }
+        }
+        let mut count = kept.len();
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            count += 1;
+        }
+        Ok((kept, count))
+    }
+}
+
+/// As [`Few`], for an object with names of the caller's choice. Of two values of one name the last counts.
+#[derive(Debug)]
+pub(crate) struct FewNamed<T, const MOST: usize>(pub(crate) BTreeMap<String, T>);
+
+impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for FewNamed<T, MOST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<FewNamed<T, MOST>, D::Error> {
+        struct Visitor<T, const MOST: usize>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>, const MOST: usize> de::Visitor<'de> for Visitor<T, MOST> {
+            type Value = FewNamed<T, MOST>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut kept = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if kept.len() <= MOST || kept.contains_key(&name) {
+                        kept.insert(name, map.next_value()?);
+                    } else {
+                        map.next_value::<IgnoredAny>()?;
+                    }
+                }
+                Ok(FewNamed(kept))
+            }
+        }
+
+        deserializer.deserialize_map(Visitor(PhantomData))
+    }
+}
+
+/// The object around a batch.
+struct BatchSeed {
+    most: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for BatchSeed {
+    type Value = (Vec<Object<ExecBody>>, usize);
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> de::Visitor<'de> for BatchSeed {
+    type Value = (Vec<Object<ExecBody>>, usize);
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        #[derive(Deserialize)]
+        #[serde(field_identifier, rename_all = "snake_case")]
+        enum Field {
+            Executions,
+        }
+
+        let mut found = None;
+        while let Some(Field::Executions) = map.next_key()? {
+            if found.is_some() {
+                return Err(de::Error::duplicate_field("executions"));
+            }
+            found = Some(map.next_value_seed(FewSeed { most: self.most, of: PhantomData })?);
+        }
+        found.ok_or_else(|| de::Error::missing_field("executions"))
+    }
 }
 
 /// A JSON object. (A derived `Deserialize` would take an array of the fields' values as well.)
@@ -112,7 +240,7 @@ pub(crate) struct Object<T>(pub(crate) T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Object<T>, D::Error> {
-        struct Visitor<T>(std::marker::PhantomData<T>);
+        struct Visitor<T>(PhantomData<T>);
 
         impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Visitor<T> {
             type Value = Object<T>;
@@ -126,7 +254,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
             }
         }
 
-        deserializer.deserialize_map(Visitor(std::marker::PhantomData))
+        deserializer.deserialize_map(Visitor(PhantomData))
     }
 }
 
@@ -220,10 +348,28 @@ impl<'de> Deserialize<'de> for Data {
 
 /// Reads a JSON body. The error names the field.
 pub(crate) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+    parse_as(body, PhantomData::<Object<T>>).map(|Object(value)| value)
+}
+
+/// Reads a batch of at most so many items.
+pub(crate) fn parse_batch(body: &[u8], most: usize) -> Result<Vec<ExecBody>, ApiError> {
+    let (executions, count) = parse_as(body, BatchSeed { most })?;
+    if count == 0 {
+        return Err(ApiError::new("invalid_request", "executions: at least one is needed"));
+    }
+    if count > most {
+        let text = format!("executions: {count} are more than the {most} of one batch");
+        return Err(ApiError::new("batch_too_large", text));
+    }
+    Ok(executions.into_iter().map(|Object(body)| body).collect())
+}
+
+fn parse_as<'a, S: DeserializeSeed<'a>>(body: &'a [u8], seed: S) -> Result<S::Value, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
-    let Object(value) = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = error.path().to_string();
-        let inner = error.into_inner();
+    let mut track = serde_path_to_error::Track::new();
+    let read = seed.deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track));
+    let value = read.map_err(|inner| {
+        let path = track.path().to_string();
         match inner.classify() {
             serde_json::error::Category::Data if path == "." => ApiError::new("invalid_request", blunt(&inner)),
             serde_json::error::Category::Data => ApiError::new("invalid_request", format!("{path}: {}", blunt(&inner))),
@@ -324,13 +470,13 @@ impl ExecBody {
                 Some(time.ok_or_else(|| ApiError::new("invalid_limits", "limits.cpu_seconds must be above 0"))?)
             }
         };
-        request.args = self.args.unwrap_or_default();
-        request.env = self.env.unwrap_or_default().into_iter().collect();
-        request.output_files = self.output_files.unwrap_or_default();
+        request.args = self.args.map(|Few(args)| args).unwrap_or_default();
+        request.env = self.env.map(|FewNamed(env)| env).unwrap_or_default().into_iter().collect();
+        request.output_files = self.output_files.map(|Few(paths)| paths).unwrap_or_default();
         if let Some(data) = self.stdin {
             request.stdin = Stdin::Bytes(data.bytes);
         }
-        let files = self.files.unwrap_or_default().into_iter();
+        let files = self.files.map(|FewNamed(files)| files).unwrap_or_default().into_iter();
         request.files =
             files.map(|(path, Data { bytes: data, executable })| InputFile { path, data, executable }).collect();
         request.check().map_err(zeroboot_engine::ExecError::from)?;

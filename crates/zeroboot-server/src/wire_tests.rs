@@ -90,8 +90,55 @@ fn errors_name_the_field() {
         assert_eq!(got, code, "{json}: {text}");
         assert!(text.starts_with(start), "{json}: {text}");
     }
-    let batch = parse::<BatchBody>(br#"{"executions": [{"code": "1"}, {"code": null}]}"#).unwrap_err();
-    assert!(batch.message.starts_with("executions[1].code: "), "{}", batch.message);
+    for (json, start) in [
+        (r#"{"executions": [{"code": "1"}, {"code": null}]}"#, "executions[1].code: "),
+        (r#"{"executions": [{"code": "1"}, "1"]}"#, "executions[1]: invalid type: string \"1\", expected an object"),
+        (r#"{"executions": null}"#, "executions: invalid type: null, expected a sequence"),
+        (r#"{"executions": []}"#, "executions: at least one is needed"),
+        (r#"{"executions": [], "x": 1}"#, "x: unknown field `x`, expected `executions`"),
+        (r#"{"executions": [], "executions": []}"#, "duplicate field `executions`"),
+        (r#"{}"#, "missing field `executions`"),
+        (r#"[]"#, "invalid type: sequence, expected an object"),
+    ] {
+        let error = parse_batch(json.as_bytes(), 10).unwrap_err();
+        assert_eq!(error.code, "invalid_request", "{json}: {}", error.message);
+        assert!(error.message.starts_with(start), "{json}: {}", error.message);
+    }
+}
+
+#[test]
+fn of_a_list_that_is_too_long_little_more_than_allowed_is_kept() {
+    let items = vec![r#"{"code": "1"}"#; 5000].join(",");
+    let json = format!(r#"{{"executions": [{items}]}}"#);
+    let (kept, count) = parse_as(json.as_bytes(), BatchSeed { most: 7 }).unwrap();
+    assert_eq!((kept.len(), kept.capacity() < 100, count), (8, true, 5000));
+    let error = parse_batch(json.as_bytes(), 7).unwrap_err();
+    let text = "executions: 5000 are more than the 7 of one batch";
+    assert_eq!((error.code, error.message.as_str()), ("batch_too_large", text));
+    assert_eq!(parse_batch(json.as_bytes(), 5000).unwrap().len(), 5000);
+
+    let strings = vec!["\"\""; 5000].join(",");
+    let names: Vec<String> = (0..5000).map(|at| format!("\"n{at}\": \"\"")).collect();
+    let names = names.join(",");
+    let json = format!(
+        r#"{{"code": "1", "args": [{strings}], "output_files": [{strings}], "env": {{{names}}}, "files": {{{names}}}}}"#
+    );
+    let body = parse::<ExecBody>(json.as_bytes()).unwrap();
+    let lengths = [
+        body.args.unwrap().0.len(),
+        body.output_files.unwrap().0.len(),
+        body.env.unwrap().0.len(),
+        body.files.unwrap().0.len(),
+    ];
+    for (field, code) in [
+        (format!(r#""args": [{strings}]"#), "invalid_env"),
+        (format!(r#""env": {{{names}}}"#), "invalid_env"),
+        (format!(r#""files": {{{names}}}"#), "invalid_files"),
+        (format!(r#""output_files": [{strings}]"#), "invalid_files"),
+    ] {
+        assert_eq!(refused(&format!(r#"{{"code": "1", {field}}}"#)).0, code);
+    }
+    assert_eq!(lengths, [MAX_ENV + 1, MAX_FILES + 1, MAX_ENV + 1, MAX_FILES + 1]);
 }
 
 #[test]
@@ -111,6 +158,7 @@ fn numbers_that_no_sandbox_can_have_are_refused() {
         (r#""output_files": ["/etc/passwd"]"#, "invalid_files"),
         (r#""env": {"A=B": "a"}"#, "invalid_env"),
         (r#""args": ["\u0000"]"#, "invalid_env"),
+        (r#""files": {"a": "x", "a/b": "y"}"#, "invalid_files"),
     ] {
         let json = format!(r#"{{"code": "1", {fields}}}"#);
         assert_eq!(refused(&json).0, code, "{json}");

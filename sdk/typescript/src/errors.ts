@@ -109,6 +109,7 @@ export const SERVER_CODES = new Set([
   "internal",
   "not_ready",
   "sandbox_failed",
+  "server_output_limit",
   "shutting_down",
 ]);
 const RATE_CODES = new Set(["concurrency_limited", "rate_limited"]);

@@ -9,17 +9,18 @@ use std::{
 use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
 use crate::{
     answer::Finished,
     app::{App, Peer, RequestId},
+    budget::{Full, Share},
     error::{ApiError, ErrorBody},
     gate::Caller,
-    routes::exec::{UnderWay, json_response, read_json, serialize},
-    wire::{BatchBody, ExecBody, Object},
+    routes::exec::{UnderWay, json_response, read_body, serialize},
+    wire::{self, ExecBody},
 };
 
 #[derive(Serialize)]
@@ -43,65 +44,82 @@ pub(crate) async fn batch(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    app.check_admits(&caller)?;
+    let share = app.admit(&caller)?;
     // The first one is paid before the body is read, the others when it is known how many there are.
     app.gate.charge(&caller, 1)?;
     let limits = &app.config.limits;
     let span = tracing::info_span!("http.batch", %request_id);
     async {
-        let BatchBody { executions } = read_json(&headers, body, limits).await?;
-        if executions.is_empty() {
-            return Err(ApiError::new("invalid_request", "executions: at least one is needed"));
-        }
-        if executions.len() > limits.max_batch {
-            let text = format!("executions: {} are more than the {} of one batch", executions.len(), limits.max_batch);
-            return Err(ApiError::new("batch_too_large", text));
-        }
-        if executions.len() > 1 {
-            app.gate.charge(&caller, executions.len() - 1)?;
-        }
-        let budget = AtomicU64::new(limits.max_batch_output);
-        let items = executions.into_iter().map(|Object(body)| guarded(item(&app, &caller, request_id, body, &budget)));
-        let done: Vec<Result<Finished, ApiError>> = stream::iter(items).buffered(limits.batch_parallel).collect().await;
-        let results = done.iter().map(|result| match result {
-            Ok(finished) => Item::Answer(finished),
+        let bytes = read_body(&headers, body, limits, &share).await?;
+        let executions = wire::parse_batch(&bytes, limits.max_batch)?;
+        drop(bytes);
+        app.gate.charge_rest(&caller, executions.len() - 1)?;
+        // Above the key's places the items would only wait for each other.
+        let parallel =
+            app.gate.most_at_once(&caller).map_or(limits.batch_parallel, |most| most.min(limits.batch_parallel));
+        let together =
+            Together { output: AtomicU64::new(limits.max_batch_output), until: Instant::now() + limits.max_batch_time };
+        let items = executions
+            .into_iter()
+            .enumerate()
+            .map(|(at, body)| guarded(item(&app, &caller, request_id, body, &together)).map(move |done| (at, done)));
+        let mut done: Vec<_> = stream::iter(items).buffer_unordered(parallel).collect().await;
+        done.sort_unstable_by_key(|(at, _)| *at);
+        let results = done.iter().map(|(_, result)| match result {
+            Ok((finished, _)) => Item::Answer(finished),
             Err(error) => Item::Error(error.body(Some(request_id))),
         });
         let bytes = serialize(&Results { results: results.collect() })?;
-        Ok(json_response(app.unsent.hold(&caller, &peer, bytes)))
+        drop(done);
+        Ok(json_response(share.answer(&peer, bytes).map_err(Full::output_limit)?))
     }
     .instrument(span)
     .await
 }
 
+/// What the items have together.
+struct Together {
+    /// Bytes that they may still bring back.
+    output: AtomicU64,
+    /// From then on none begins.
+    until: Instant,
+}
+
+/// An item's result, and what is held for it.
+type Done = Result<(Finished, Arc<Share>), ApiError>;
+
 /// A fault in one item is that item's error.
-async fn guarded(item: impl Future<Output = Result<Finished, ApiError>>) -> Result<Finished, ApiError> {
+async fn guarded(item: impl Future<Output = Done>) -> Done {
     AssertUnwindSafe(item).catch_unwind().await.unwrap_or_else(|_| Err(ApiError::internal()))
 }
 
-async fn item(
-    app: &Arc<App>,
-    caller: &Caller,
-    request_id: Uuid,
-    body: ExecBody,
-    budget: &AtomicU64,
-) -> Result<Finished, ApiError> {
+async fn item(app: &Arc<App>, caller: &Caller, request_id: Uuid, body: ExecBody, together: &Together) -> Done {
     let (request, template) = body.into_request(&app.catalog, &app.config.limits)?;
-    let place = app.gate.wait_for_place(caller).await?;
-    let under_way = UnderWay::new(app.clone(), request_id, template, place);
+    let now = Instant::now();
+    if now >= together.until {
+        let text = "The batch had too little time to begin this item";
+        return Err(ApiError::new("busy", text).retry_after(Duration::from_secs(1)));
+    }
+    let until = (now + app.config.limits.batch_wait).min(together.until);
+    let place = app.gate.wait_for_place(caller, until).await?;
+    let share = loop {
+        match app.budget.share(caller) {
+            Ok(share) => break share,
+            Err(full) if Instant::now() >= until => return Err(full.busy()),
+            Err(_) => sleep(Duration::from_millis(50)).await,
+        }
+    };
+    let under_way = UnderWay::new(app.clone(), request_id, template, place, share.clone());
     // Items wait for each other's sandboxes. One that was refused as busy has not begun, so it may be tried again.
-    let until = Instant::now() + app.config.limits.batch_wait;
     loop {
         app.check_open()?;
-        let result = under_way.collect(request.clone(), Some(budget)).await;
+        let result = under_way.collect(request.clone(), Some(&together.output)).await;
         match result {
             Err(error) if error.code == "busy" && Instant::now() < until => {
-                tokio::time::sleep(
-                    error.retry_after.unwrap_or_default().clamp(Duration::from_millis(5), Duration::from_millis(50)),
-                )
-                .await;
+                let wait = error.retry_after.unwrap_or_default();
+                sleep(wait.clamp(Duration::from_millis(5), Duration::from_millis(50))).await;
             }
-            other => return other,
+            other => return other.map(|finished| (finished, share)),
         }
     }
 }

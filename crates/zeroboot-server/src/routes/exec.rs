@@ -16,8 +16,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use serde::{Serialize, de::DeserializeOwned};
+use http_body_util::BodyExt as _;
+use hyper::body::Body as _;
+use serde::Serialize;
 use tracing::Instrument as _;
 use uuid::Uuid;
 use zeroboot_engine::{Event, ExecRequest, OutputFile, Report};
@@ -26,6 +27,7 @@ use crate::{
     answer::{Finished, Text, is_truncated},
     app::{App, Peer, RequestId},
     backend::Run,
+    budget::{Full, Share},
     config::RequestLimits,
     error::ApiError,
     gate::Caller,
@@ -42,24 +44,27 @@ pub(crate) async fn exec(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    app.check_admits(&caller)?;
+    // All before the body, which is held too.
+    let share = app.admit(&caller)?;
     app.gate.charge(&caller, 1)?;
-    // Before the body: what a key may hold in memory is bounded by its places too.
     let place = app.gate.place(&caller)?;
     let span = tracing::info_span!("http.exec", %request_id);
     async {
-        let body: ExecBody = read_json(&headers, body, &app.config.limits).await?;
+        let bytes = read_body(&headers, body, &app.config.limits, &share).await?;
+        let body: ExecBody = wire::parse(&bytes)?;
+        drop(bytes);
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
-        let under_way = UnderWay::new(app.clone(), request_id, template, place);
+        let under_way = UnderWay::new(app.clone(), request_id, template, place, share);
         if wants_stream(&headers) {
             return stream::start(under_way, request, peer).await;
         }
         let finished = under_way.collect(request, None).await?;
         tracing::debug_span!("exec.answer").in_scope(|| {
             let bytes = serialize(&finished)?;
-            Ok(json_response(under_way.app.unsent.hold(&caller, &peer, bytes)))
+            drop(finished);
+            Ok(json_response(under_way.share.answer(&peer, bytes).map_err(Full::output_limit)?))
         })
     }
     .instrument(span)
@@ -75,32 +80,39 @@ fn wants_stream(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Reads and parses a body: the right type, below the limit, in time.
-pub(crate) async fn read_json<T: DeserializeOwned>(
+/// Reads a body: the right type, below the limit, in time, and as long as there is room for it.
+pub(crate) async fn read_body(
     headers: &HeaderMap,
     body: Body,
     limits: &RequestLimits,
-) -> Result<T, ApiError> {
+    share: &Share,
+) -> Result<Vec<u8>, ApiError> {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim();
     // Strict, because a web page can send a body of any other type to us without being asked by a preflight.
     if !kind.eq_ignore_ascii_case("application/json") {
         return Err(ApiError::new("unsupported_media_type", "The body must have Content-Type: application/json"));
     }
-    let read = tokio::time::timeout(limits.body_timeout, Limited::new(body, limits.max_body).collect()).await;
-    let late = || ApiError::new("body_timeout", "The body took too long to arrive");
-    let bytes = match read.map_err(|_| late())? {
-        Ok(whole) => whole.to_bytes(),
-        Err(error)
-            if error.is::<LengthLimitError>()
-                || error.source().is_some_and(|source| source.is::<LengthLimitError>()) =>
-        {
-            let text = format!("The body is larger than {} bytes", limits.max_body);
-            return Err(ApiError::new("body_too_large", text));
+    let read = tokio::time::timeout(limits.body_timeout, read_frames(body, limits.max_body, share)).await;
+    read.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?
+}
+
+async fn read_frames(mut body: Body, most: usize, share: &Share) -> Result<Vec<u8>, ApiError> {
+    let too_large = || ApiError::new("body_too_large", format!("The body is larger than {most} bytes"));
+    if body.size_hint().lower() > most as u64 {
+        return Err(too_large());
+    }
+    let mut whole = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if whole.len() + data.len() > most {
+            return Err(too_large());
         }
-        Err(_) => return Err(ApiError::new("invalid_request", "The body did not arrive whole")),
-    };
-    wire::parse(&bytes)
+        share.grow(data.len() as u64).map_err(Full::busy)?;
+        whole.extend_from_slice(&data);
+    }
+    Ok(whole)
 }
 
 pub(crate) fn serialize(value: &impl Serialize) -> Result<Vec<u8>, ApiError> {
@@ -117,6 +129,7 @@ pub(crate) struct UnderWay {
     pub(crate) request_id: Uuid,
     /// The template's place in the catalog.
     pub(crate) template: usize,
+    pub(crate) share: Arc<Share>,
     _place: Option<tokio::sync::OwnedSemaphorePermit>,
     _entered: crate::metrics::Entered,
 }
@@ -127,9 +140,10 @@ impl UnderWay {
         request_id: Uuid,
         template: usize,
         place: Option<tokio::sync::OwnedSemaphorePermit>,
+        share: Arc<Share>,
     ) -> UnderWay {
         let entered = app.metrics.enter();
-        UnderWay { app, request_id, template, _place: place, _entered: entered }
+        UnderWay { app, request_id, template, share, _place: place, _entered: entered }
     }
 
     /// Takes a sandbox.
@@ -152,6 +166,14 @@ impl UnderWay {
             tracing::warn!(request_id = %self.request_id, template, code = api.code, ?reason, "no outcome");
         }
         api
+    }
+
+    /// Counts an exec whose output is not taken.
+    pub(crate) fn refused(&self, error: ApiError) -> ApiError {
+        self.app.metrics.failed(error.code);
+        let (template, _) = self.app.catalog.get(self.template);
+        tracing::warn!(request_id = %self.request_id, template, code = error.code, "its output is not taken");
+        error
     }
 
     /// Counts and logs an exec that came to an outcome.
@@ -181,8 +203,14 @@ impl UnderWay {
             if let Some(budget) = budget {
                 let left =
                     budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
-                left.map_err(|_| ApiError::new("batch_output_limit", "The batch brings back too much output"))?;
+                left.map_err(|_| {
+                    self.refused(ApiError::new("batch_output_limit", "The batch brings back too much output"))
+                })?;
             }
+            // It is in the answer twice.
+            let twice = matches!(event, Some(Event::Stdout(_)));
+            let held = self.share.grow(size as u64 * (1 + u64::from(twice)));
+            held.map_err(|full| self.refused(full.output_limit()))?;
             match event {
                 Some(Event::Started) => {}
                 Some(Event::Stdout(bytes)) => stdout.extend_from_slice(&bytes),

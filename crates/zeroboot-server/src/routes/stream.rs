@@ -3,7 +3,7 @@
 //! A task of its own moves events from the sandbox to the connection, so that a client that does not read cannot keep
 //! the sandbox: the task gives up after a bounded time, ends the sandbox, and cuts the connection.
 
-use std::{convert::Infallible, panic::AssertUnwindSafe, time::Duration};
+use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -25,6 +25,7 @@ use crate::{
     answer::{FileBody, Pieces, end_body, milliseconds},
     app::Peer,
     backend::Run,
+    budget::{Full, Share},
     error::ApiError,
     routes::exec::UnderWay,
 };
@@ -58,18 +59,18 @@ struct FileEvent<'a> {
 /// Takes a sandbox and answers with its events. An error before the first event is an ordinary error answer.
 pub(crate) async fn start(under_way: UnderWay, request: ExecRequest, peer: Peer) -> Result<Response, ApiError> {
     let stall = under_way.app.config.limits.stall_timeout;
-    // The engine ends the sandbox at its deadline. This bounds what a client can do that reads, but slowly.
-    let until = Instant::now() + request.limits.timeout + stall * 2;
+    let timeout = request.limits.timeout;
     let run = under_way.begin(request).await?;
+    // The engine ends the sandbox at its deadline. This bounds what a client can do that reads, but slowly.
+    let until = Instant::now() + timeout + stall * 2;
     let (events, mut receiver) = mpsc::channel::<Bytes>(WAITING);
     let request_id = under_way.request_id;
-    let sender = Sender { events, stall, until, peer };
+    let sender = Sender { events, stall, until, peer, share: under_way.share.clone() };
     let pump = async move {
         // A panic must not leave the client with a stream that just stops.
         if AssertUnwindSafe(pump(&under_way, run, &sender)).catch_unwind().await.is_err() {
             tracing::error!(%request_id, "panic while streaming");
-            let sent = sender.send("error", &ApiError::internal().body(Some(request_id))).await;
-            sent.unwrap_or_default();
+            sender.last(&ApiError::internal(), request_id).await;
         }
     };
     tokio::spawn(pump.in_current_span());
@@ -85,60 +86,84 @@ pub(crate) async fn start(under_way: UnderWay, request: ExecRequest, peer: Peer)
     Ok((headers, Body::from_stream(stream)).into_response())
 }
 
-/// The client is gone, or was cut off.
-#[derive(Debug, Default)]
-struct Gone;
+/// Why an event was not sent.
+#[derive(Debug)]
+enum Unsent {
+    /// The client is gone, or was cut off.
+    Gone,
+    /// There is no room to hold it until it is taken.
+    Full(Full),
+}
 
 struct Sender {
     events: mpsc::Sender<Bytes>,
     stall: Duration,
     until: Instant,
     peer: Peer,
+    share: Arc<Share>,
 }
 
 impl Sender {
-    async fn send(&self, name: &str, data: &impl Serialize) -> Result<(), Gone> {
-        let mut text = format!("event: {name}\ndata: ").into_bytes();
-        serde_json::to_writer(&mut text, data).map_err(|_| Gone)?;
-        text.extend_from_slice(b"\n\n");
-        self.raw(text.into()).await
+    /// An event, which counts as held until the connection has written or dropped it, and has a clock of its own: also
+    /// after the last one was handed over.
+    async fn send(&self, name: &str, data: &impl Serialize) -> Result<(), Unsent> {
+        let held = self.share.part(&self.peer, event(name, data)?).map_err(Unsent::Full)?;
+        self.raw(held).await
     }
 
-    async fn raw(&self, bytes: Bytes) -> Result<(), Gone> {
+    async fn raw(&self, bytes: Bytes) -> Result<(), Unsent> {
         let until = self.until.min(Instant::now() + self.stall);
         match timeout_at(until, self.events.send(bytes)).await {
-            Ok(sent) => sent.map_err(|_| Gone),
+            Ok(sent) => sent.map_err(|_| Unsent::Gone),
             Err(_) => {
                 self.peer.cut.notify_one();
-                Err(Gone)
+                Err(Unsent::Gone)
             }
         }
     }
+
+    /// The event `error`. It is small, and is sent whether there is room or not.
+    async fn last(&self, error: &ApiError, request_id: Uuid) {
+        let Ok(text) = event("error", &error.body(Some(request_id))) else { return };
+        let sent = match self.share.part(&self.peer, text.clone()) {
+            Ok(held) => self.raw(held).await,
+            Err(Full) => self.raw(text.into()).await,
+        };
+        if sent.is_err() {
+            tracing::debug!(%request_id, "the client left before the stream's last event");
+        }
+    }
+}
+
+fn event(name: &str, data: &impl Serialize) -> Result<Vec<u8>, Unsent> {
+    let mut text = format!("event: {name}\ndata: ").into_bytes();
+    serde_json::to_writer(&mut text, data).map_err(|_| Unsent::Gone)?;
+    text.extend_from_slice(b"\n\n");
+    Ok(text)
 }
 
 /// Moves all events. Returning drops the run, which ends its sandbox.
 async fn pump(under_way: &UnderWay, run: Run, sender: &Sender) {
     match move_events(under_way, run, sender).await {
         Ok(()) => {}
-        Err(Stop::Gone(Gone)) => {
+        Err(Stop::Unsent(Unsent::Gone)) => {
             tracing::info!(request_id = %under_way.request_id, "the client left or read too slowly; sandbox ended");
         }
-        Err(Stop::Failed(error)) => {
-            // If it cannot be sent, the client is gone, which is the end as well.
-            let sent = sender.send("error", &error.body(Some(under_way.request_id))).await;
-            sent.unwrap_or_default();
+        Err(Stop::Unsent(Unsent::Full(full))) => {
+            sender.last(&under_way.refused(full.output_limit()), under_way.request_id).await;
         }
+        Err(Stop::Failed(error)) => sender.last(&error, under_way.request_id).await,
     }
 }
 
 enum Stop {
-    Gone(Gone),
+    Unsent(Unsent),
     Failed(ApiError),
 }
 
-impl From<Gone> for Stop {
-    fn from(gone: Gone) -> Stop {
-        Stop::Gone(gone)
+impl From<Unsent> for Stop {
+    fn from(unsent: Unsent) -> Stop {
+        Stop::Unsent(unsent)
     }
 }
 
@@ -159,7 +184,7 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
     loop {
         let event = tokio::select! {
             event = run.next() => event.map_err(|error| Stop::Failed(under_way.failed(error)))?,
-            () = sender.events.closed() => return Err(Gone.into()),
+            () = sender.events.closed() => return Err(Unsent::Gone.into()),
             _ = alive.tick() => {
                 sender.raw(Bytes::from_static(b": keep-alive\n\n")).await?;
                 continue;

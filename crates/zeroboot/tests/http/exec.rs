@@ -82,6 +82,18 @@ fn limits_are_kept() {
 }
 
 #[test]
+fn files_that_cannot_be_written_are_the_callers_mistake() {
+    let fixture = Fixture::new();
+    for files in [json!({"a": "x", "a/b": "y"}), json!({("x".repeat(256)): "x"}), json!({"a/../b": "x"})] {
+        let answer = fixture.post("/v1/exec", &json!({"code": "print(1)", "files": files}), &[]);
+        assert_eq!((answer.status, &answer.json()["code"]), (400, &json!("invalid_files")), "{files}");
+    }
+    let files = json!({("x".repeat(255)): "x", "a/b": "y", "a/c": "z"});
+    let body = fixture.exec(&json!({"code": "import os; print(len(os.listdir()))", "files": files}));
+    assert_eq!(body["stdout"], "2\n");
+}
+
+#[test]
 fn node_is_a_language_with_two_names_and_ruby_is_none() {
     let fixture = Setup { node: true, ..Setup::default() }.start();
     for language in ["node", "javascript"] {

@@ -114,7 +114,15 @@ class BatchError(ZerobootError):
 # Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
 # batch, an `error` event in a stream.
 SERVER_CODES = frozenset(
-    {"batch_output_limit", "busy", "internal", "not_ready", "sandbox_failed", "shutting_down"}
+    {
+        "batch_output_limit",
+        "busy",
+        "internal",
+        "not_ready",
+        "sandbox_failed",
+        "server_output_limit",
+        "shutting_down",
+    }
 )
 RATE_CODES = frozenset({"concurrency_limited", "rate_limited"})
 
