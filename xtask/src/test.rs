@@ -11,6 +11,8 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
+use crate::nested as lane;
+
 const HELP: &str = "\
 cargo xtask test [--list] [STEP...]
     Runs the steps named, or all of them, and says at the end which failed.
@@ -27,6 +29,7 @@ const STEPS: &[Step] = &[
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
     ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
+    ("systemd", "deploy/systemd under a systemd that runs, in an emulated machine", systemd),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -215,16 +218,35 @@ fn openapi(setup: &Setup) -> anyhow::Result<()> {
     check(Command::new("tests/openapi/run").arg(binary(setup)?))
 }
 
+/// A package that one step needs. `false`, and said, where it is missing and we cannot install it; in CI an error.
+fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> {
+    if there {
+        return Ok(true);
+    }
+    if rustix::process::geteuid().is_root() {
+        return apt_install(&[package]).map(|()| true);
+    }
+    let mend = format!("{package} is not installed (apt-get install {package})");
+    ensure!(env::var_os("CI").is_none(), "{mend}, and only root can do that");
+    println!("{mend}: {what} NOT TESTED");
+    Ok(false)
+}
+
 fn load(setup: &Setup) -> anyhow::Result<()> {
-    if !found("wrk") {
-        if !rustix::process::geteuid().is_root() {
-            ensure!(env::var_os("CI").is_none(), "wrk is missing, and only root can install it: apt-get install wrk");
-            println!("wrk is not installed (apt-get install wrk): NOT TESTED under load");
-            return Ok(());
-        }
-        apt_install(&["wrk"])?;
+    if !step_package(found("wrk"), "wrk", "behaviour under load")? {
+        return Ok(());
     }
     check(Command::new("tests/load/run").arg("--program").arg(binary(setup)?))
+}
+
+fn systemd(setup: &Setup) -> anyhow::Result<()> {
+    if !step_package(Path::new("/lib/systemd/systemd").exists(), "systemd", "deploy/systemd")? {
+        return Ok(());
+    }
+    let run = lane::Run::new(vec!["tests/deploy/systemd".into(), binary(setup)?.into()]);
+    let status = lane::run(&run)?;
+    ensure!(status == 0, "exit status {status}");
+    Ok(())
 }
 
 fn nested(_: &Setup) -> anyhow::Result<()> {
