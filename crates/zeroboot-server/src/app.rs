@@ -29,6 +29,7 @@ use crate::{
     config::ServerConfig,
     error::ApiError,
     gate::{Caller, Gate, is_local_host},
+    logging,
     metrics::Metrics,
     routes,
     wire::Catalog,
@@ -176,11 +177,13 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let status = response.status().as_u16();
     let time = start.elapsed();
     app.metrics.answered(route, status, time);
-    let client = client.map(tracing::field::display);
-    tracing::info!(
-        request_id = %id, %method, route, status, code, key = caller.key_id(), client,
-        ms = time.as_secs_f64() * 1e3, "answered"
-    );
+    logging::afterwards(move || {
+        let client = client.map(tracing::field::display);
+        tracing::info!(
+            request_id = %id, %method, route, status, code, key = caller.key_id(), client,
+            ms = time.as_secs_f64() * 1e3, "answered"
+        );
+    });
     response
 }
 

@@ -1,6 +1,8 @@
 //! Where log lines go: standard error, as text or JSON, and spans to a collector if one is named.
 
-use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, fmt::MakeWriter, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::{LogFormat, otlp, otlp::OtlpError};
 
@@ -38,10 +40,22 @@ impl Drop for LogGuard {
     }
 }
 
-/// Sets the process's logger. Call it inside the runtime, once, and keep the guard.
-pub fn init_logging(format: LogFormat, filter: &str, otlp_endpoint: Option<&str>) -> Result<LogGuard, LogError> {
+/// Writes a log line once the answer that it is about is on its way: its caller does not wait for it.
+pub(crate) fn afterwards(line: impl FnOnce() + Send + 'static) {
+    let span = tracing::Span::current();
+    // The runtime takes it up when the task that answers has written and waits.
+    tokio::spawn(async move { span.in_scope(line) });
+}
+
+/// Sets the process's logger, which writes to `writer`. Call it inside the runtime, once, and keep the guard.
+pub fn init_logging(
+    format: LogFormat,
+    filter: &str,
+    otlp_endpoint: Option<&str>,
+    writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
+) -> Result<LogGuard, LogError> {
     let filter = EnvFilter::try_new(filter).map_err(|error| LogError::Filter(filter.to_owned(), error))?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(false);
     let lines = match format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),

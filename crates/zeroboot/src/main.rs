@@ -35,8 +35,8 @@ fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    // `serve` has a log of its own making.
-    if !matches!(cli.command, cli::Command::Serve(_)) {
+    // `serve` has a log of its own making, and `bench` the same.
+    if !matches!(cli.command, cli::Command::Serve(_) | cli::Command::Bench(_)) {
         let filter = tracing_subscriber::EnvFilter::try_from_env("ZEROBOOT_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();

@@ -37,6 +37,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             file.log.format.unwrap_or_default(),
             filter.as_deref().unwrap_or(zeroboot_server::DEFAULT_FILTER),
             otlp.as_deref(),
+            std::io::stderr,
         )?;
         let (engine_config, why) = engine_config(args, &file)?;
         tracing::info!(why, "engine");

@@ -31,6 +31,7 @@ use crate::{
     config::RequestLimits,
     error::ApiError,
     gate::Caller,
+    logging,
     routes::stream,
     wire::{self, ExecBody},
 };
@@ -181,12 +182,17 @@ impl UnderWay {
         let (template, _) = self.app.catalog.get(self.template);
         self.app.canaries.worked(self.template);
         self.app.metrics.finished(template, run.isolation(), report);
-        let ms = |time: Duration| time.as_secs_f64() * 1e3;
-        tracing::info!(
-            request_id = %self.request_id, exec_id = %run.id(), template, isolation = run.isolation().as_str(),
-            outcome = report.outcome.as_str(), exit_code = report.outcome.exit_code(), pooled = report.pooled,
-            fork_ms = ms(report.fork_time), exec_ms = ms(report.exec_time), total_ms = ms(report.total_time), "ended"
-        );
+        let (app, report) = (self.app.clone(), *report);
+        let (at, request_id, id, isolation) = (self.template, self.request_id, run.id(), run.isolation().as_str());
+        logging::afterwards(move || {
+            let (template, _) = app.catalog.get(at);
+            let ms = |time: Duration| time.as_secs_f64() * 1e3;
+            tracing::info!(
+                %request_id, exec_id = %id, template, isolation, outcome = report.outcome.as_str(),
+                exit_code = report.outcome.exit_code(), pooled = report.pooled, fork_ms = ms(report.fork_time),
+                exec_ms = ms(report.exec_time), total_ms = ms(report.total_time), "ended"
+            );
+        });
     }
 
     /// Runs it to its end and keeps everything. `budget`: bytes that this and others may still bring back together.
