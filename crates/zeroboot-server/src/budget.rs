@@ -149,6 +149,9 @@ impl Share {
 
     /// Counts bytes that will now be held.
     pub(crate) fn grow(&self, bytes: u64) -> Result<(), Full> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let mut held = self.budget.held();
         let used = self.used.load(Ordering::Relaxed).saturating_add(bytes);
         self.set(&mut held, used)
