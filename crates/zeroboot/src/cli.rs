@@ -112,8 +112,7 @@ pub(crate) enum Runtime {
 /// Where sandboxes come from.
 #[derive(Args, Debug)]
 pub(crate) struct TemplateArgs {
-    /// What holds the code in.
-    /// [default: auto, or what the configuration says].
+    /// What holds the code in [default: auto, or what the configuration says].
     #[arg(long, value_enum, env = "ZEROBOOT_ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
