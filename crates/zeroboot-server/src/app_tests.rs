@@ -359,6 +359,18 @@ async fn one_key_cannot_take_the_room_of_the_others() {
     assert_eq!(run(&put, &token).await.status, 200);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_batch_of_many_small_items_needs_room_only_for_those_that_run() {
+    let mut config = ServerConfig::default();
+    config.limits.max_held = 256 * 1024;
+    config.limits.batch_parallel = 2;
+    let fixture = Fixture::new(config, None);
+    let batch = json!({"executions": vec![json!({"code": "hi"}); 20]});
+    let results = fixture.post("/v1/exec/batch", &batch).await.json()["results"].take();
+    assert!((0..20).all(|at| results[at]["stdout"] == "hi"), "{results}");
+    assert!(fixture.app.budget.is_empty());
+}
+
 async fn wait_until(what: &str, done: impl Fn() -> bool) {
     for _ in 0..1000 {
         if done() {

@@ -79,7 +79,8 @@ impl Budget {
     /// out.
     pub(crate) fn share(self: &Arc<Self>, caller: &Caller) -> Result<Arc<Share>, Full> {
         self.change(caller.key.as_deref(), 0, RESERVE)?;
-        Ok(Arc::new(Share { budget: self.clone(), key: caller.key.clone(), used: AtomicU64::new(0) }))
+        let (used, reserve) = (AtomicU64::new(0), AtomicU64::new(RESERVE));
+        Ok(Arc::new(Share { budget: self.clone(), key: caller.key.clone(), used, reserve }))
     }
 
     #[cfg(test)]
@@ -135,20 +136,29 @@ impl Held {
 pub(crate) struct Share {
     budget: Arc<Budget>,
     key: Option<Arc<Key>>,
-    /// Bytes in use; the reserve is counted even if less is. Changed only under the budget's lock.
+    /// Bytes in use. Changed only under the budget's lock, as is the next.
     used: AtomicU64,
+    /// So much is counted even if less is in use.
+    reserve: AtomicU64,
 }
 
 impl Share {
+    fn counted(&self, used: u64) -> u64 {
+        used.max(self.reserve.load(Ordering::Relaxed))
+    }
+
     fn set(&self, held: &mut Held, used: u64) -> Result<(), Full> {
-        let before = self.used.load(Ordering::Relaxed);
-        held.change(self.budget.most, self.key.as_deref(), before.max(RESERVE), used.max(RESERVE))?;
+        let before = self.counted(self.used.load(Ordering::Relaxed));
+        held.change(self.budget.most, self.key.as_deref(), before, self.counted(used))?;
         self.used.store(used, Ordering::Relaxed);
         Ok(())
     }
 
     /// Counts bytes that will now be held.
     pub(crate) fn grow(&self, bytes: u64) -> Result<(), Full> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let mut held = self.budget.held();
         let used = self.used.load(Ordering::Relaxed).saturating_add(bytes);
         self.set(&mut held, used)
@@ -161,9 +171,22 @@ impl Share {
         self.set(&mut held, used).unwrap_or_default();
     }
 
+    /// The exec has ended: only what is in use is counted from now on.
+    pub(crate) fn settle(&self) {
+        let mut held = self.budget.held();
+        let used = self.used.load(Ordering::Relaxed);
+        let before = self.counted(used);
+        self.reserve.store(0, Ordering::Relaxed);
+        // Less always has room.
+        held.change(self.budget.most, self.key.as_deref(), before, used).unwrap_or_default();
+    }
+
     /// The bytes of a whole answer, in the place of all that was held for its request.
     pub(crate) fn answer(self: &Arc<Self>, peer: &Peer, bytes: Vec<u8>) -> Result<Bytes, Full> {
-        self.hold(peer, bytes, |_used, size| size)
+        // The reserve goes last: a small answer has room in it.
+        let held = self.hold(peer, bytes, |_used, size| size)?;
+        self.settle();
+        Ok(held)
     }
 
     /// A part of an answer, besides what is held.
@@ -187,7 +210,7 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let used = self.used.load(Ordering::Relaxed).max(RESERVE);
+        let used = self.counted(self.used.load(Ordering::Relaxed));
         // Less always has room.
         self.budget.change(self.key.as_deref(), used, 0).unwrap_or_default();
     }

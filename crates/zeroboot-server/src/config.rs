@@ -350,6 +350,9 @@ impl ServerConfig {
                 "above zero",
             ));
         }
+        if limits.max_held / 2 < limits.max_body as u64 {
+            return Err(Range("max_held_mb", "at least twice max_body_bytes: one key has half of it"));
+        }
         let rates = [Some(limits.key_rate), limits.anonymous_rate, Some(limits.demo_per_minute)];
         if rates.into_iter().flatten().any(|rate| !(rate > 0.0 && rate.is_finite())) {
             return Err(Range("a rate", "a number above zero"));
@@ -424,6 +427,18 @@ mod tests {
         }
         assert!(networks(&["10.0.0.0/33".into()]).is_err());
         assert!(networks(&["10.0.0.0/8".into(), "::1".into()]).is_ok());
+    }
+
+    #[test]
+    fn a_body_that_could_never_be_held_stops_the_start() {
+        let resolve = |text: &str| {
+            let file: FileConfig = toml::from_str(text).unwrap();
+            ServerConfig::resolve(&file, Overrides::default(), Overrides::default())
+        };
+        let error = resolve("[limits]\nmax_held_mb = 63").unwrap_err();
+        assert_eq!(error.to_string(), "max_held_mb must be at least twice max_body_bytes: one key has half of it");
+        assert!(resolve("[limits]\nmax_held_mb = 64").is_ok());
+        assert!(resolve("[limits]\nkey_concurrency = 0").is_err());
     }
 
     #[test]

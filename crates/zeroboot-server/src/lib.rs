@@ -32,7 +32,7 @@ pub use error::ERROR_CODES;
 pub use file_config::{EngineSection, FileConfig, LimitsSection, LogSection, TemplateSection, TlsSection};
 pub use keys::{DEMO_PREFIX, Key, KeyFileError, KeyRing, KeyStore, LIVE_PREFIX, Lookup, NewKey};
 pub use listen::TlsError;
-pub use logging::{DEFAULT_FILTER, LogError, LogGuard, init_logging};
+pub use logging::{DEFAULT_FILTER, LogError, LogGuard, init_logging, log_colours};
 pub use metrics::names as metric_names;
 pub use openapi::openapi_json;
 pub use otlp::OtlpError;

@@ -1,5 +1,7 @@
 //! Where log lines go: standard error, as text or JSON, and spans to a collector if one is named.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::{
     EnvFilter, Layer as _, fmt::MakeWriter, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
@@ -47,6 +49,11 @@ pub(crate) fn afterwards(line: impl FnOnce() + Send + 'static) {
     tokio::spawn(async move { span.in_scope(line) });
 }
 
+/// Whether log lines have colours: for a person at a terminal who has not set `NO_COLOR`.
+pub fn log_colours() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 /// Sets the process's logger, which writes to `writer`. Call it inside the runtime, once, and keep the guard.
 pub fn init_logging(
     format: LogFormat,
@@ -55,7 +62,7 @@ pub fn init_logging(
     writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
 ) -> Result<LogGuard, LogError> {
     let filter = EnvFilter::try_new(filter).map_err(|error| LogError::Filter(filter.to_owned(), error))?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(false);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(log_colours()).with_target(false);
     let lines = match format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),

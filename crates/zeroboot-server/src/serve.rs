@@ -170,10 +170,10 @@ impl Server {
     }
 }
 
-/// Runs the canaries for as long as the server runs. `READY=1` is said when the first of them passes.
+/// Runs the canaries until the server ends. `READY=1` is said when the first of them passes.
 async fn prove(app: Arc<App>, manager: Arc<Manager>, mut results: Vec<Health>) {
     let mut ready = false;
-    loop {
+    while !app.draining.load(Ordering::SeqCst) {
         if !ready && results.iter().any(|health| health.result.is_ok()) {
             ready = true;
             app.unproven.store(false, Ordering::SeqCst);

@@ -68,7 +68,7 @@ struct Document<'a> {
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
     // Forks, and how many can live, can be measured where no Linux guest can run.
-    let stand_in = args.from.engine == EngineChoice::Vm
+    let stand_in = args.from.engine == Some(EngineChoice::Vm)
         && !args.what.is_empty()
         && args.what.iter().all(|what| matches!(what, BenchWhat::Fork | BenchWhat::Density))
         && !resolve::kvm_finding().works;
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
             "a guest of a few bytes in an image of a template's size: no Linux guest can run here".into(),
         )
     } else {
-        resolve::choose_engine(args.from.engine)?
+        resolve::choose_engine(args.from.engine.unwrap_or_default())?
     };
     // As the service writes it, and to nobody: what it costs is in the figures.
     let log = std::fs::File::options().write(true).open("/dev/null").context("open /dev/null")?;
@@ -109,7 +109,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
 /// The measurements that are the same for both engines.
 fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Results) -> anyhow::Result<()> {
     let template = match engine {
-        EngineChoice::Vm => resolve::vm_template("python", 0)?,
+        EngineChoice::Vm => resolve::vm_template(None, "python", 0)?,
         _ => resolve::process_template(Runtime::Python, &args.from, None, 0)?,
     };
     let wants = |what| args.what.is_empty() || args.what.contains(&what);

@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use zeroboot_server::env;
+
 use crate::units;
 
 /// Sandboxes in well under a millisecond for code that nobody vouches for.
@@ -110,9 +112,9 @@ pub(crate) enum Runtime {
 /// Where sandboxes come from.
 #[derive(Args, Debug)]
 pub(crate) struct TemplateArgs {
-    /// What holds the code in.
-    #[arg(long, value_enum, default_value_t, env = "ZEROBOOT_ENGINE")]
-    pub(crate) engine: EngineChoice,
+    /// What holds the code in [default: auto, or what the configuration says].
+    #[arg(long, value_enum, env = "ZEROBOOT_ENGINE")]
+    pub(crate) engine: Option<EngineChoice>,
 
     /// The Python of the process engine: an interpreter, or a virtualenv's bin/python.
     #[arg(long, value_name = "PATH", env = "ZEROBOOT_PYTHON")]
@@ -201,10 +203,11 @@ pub(crate) struct ServeArgs {
     pub(crate) listen: Vec<String>,
 
     /// A configuration file (TOML).
-    #[arg(long, value_name = "FILE", env = "ZEROBOOT_CONFIG")]
+    #[arg(long, value_name = "FILE", env = env::CONFIG)]
     pub(crate) config: Option<PathBuf>,
 
-    /// The key file (see `zeroboot keys`). Without one, only local addresses are served.
+    /// The key file (see `zeroboot keys`). Without one, only local addresses are served
+    /// [env: ZEROBOOT_API_KEYS_FILE].
     #[arg(long, value_name = "FILE")]
     pub(crate) keys_file: Option<PathBuf>,
 
@@ -231,7 +234,7 @@ pub(crate) struct ServeArgs {
 #[derive(Args, Debug)]
 pub(crate) struct KeyFileArgs {
     /// The key file.
-    #[arg(long, value_name = "FILE", env = "ZEROBOOT_API_KEYS_FILE")]
+    #[arg(long, value_name = "FILE", env = env::API_KEYS_FILE)]
     pub(crate) keys_file: PathBuf,
 }
 
@@ -246,13 +249,13 @@ pub(crate) enum KeysCommand {
         /// When it ends, such as 24h.
         #[arg(long, value_name = "TIME", value_parser = units::duration)]
         expires_in: Option<Duration>,
-        /// Requests a second.
+        /// Execs a second.
         #[arg(long, value_name = "N")]
         rate: Option<f64>,
-        /// Requests at once.
+        /// Execs at once.
         #[arg(long, value_name = "N")]
         concurrency: Option<u32>,
-        /// A demo key: 10 requests a minute for each client address.
+        /// A demo key: 10 execs a minute for each client address, unless the server says otherwise.
         #[arg(long)]
         demo: bool,
     },

@@ -39,7 +39,11 @@ fn main() -> ExitCode {
     if !matches!(cli.command, cli::Command::Serve(_) | cli::Command::Bench(_)) {
         let filter = tracing_subscriber::EnvFilter::try_from_env("ZEROBOOT_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
-        tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+        tracing_subscriber::fmt()
+            .with_writer(std::io::stderr)
+            .with_ansi(zeroboot_server::log_colours())
+            .with_env_filter(filter)
+            .init();
     }
     raise_descriptor_limit();
     let result = match cli.command {
@@ -59,7 +63,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Two descriptors for each live sandbox: the usual soft limit of 1024 would end at some five hundred. Where the
+/// Three descriptors for each live sandbox: the usual soft limit of 1024 would end at some three hundred. Where the
 /// hard limit is no higher, forks beyond it fail with their reason.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

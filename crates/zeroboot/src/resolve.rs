@@ -1,6 +1,6 @@
 //! From what the user asked for to a template of an engine.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 use zeroboot_engine::{EngineConfig, TemplateConfig, ZygoteSpec};
@@ -62,9 +62,21 @@ pub(crate) fn choose_engine(choice: EngineChoice) -> anyhow::Result<(EngineChoic
     }
 }
 
-/// A VM template by name, built now if it is missing.
-pub(crate) fn vm_template(name: &str, pool: usize) -> anyhow::Result<TemplateConfig> {
-    let template = crate::template::ensure(name)?;
+/// Flags that would change nothing are refused: a VM's runtime and modules are those of its template.
+pub(crate) fn refuse_process_flags(from: &TemplateArgs) -> anyhow::Result<()> {
+    let given = [("--python", from.python.is_some()), ("--node", from.node.is_some()), ("--warm", from.warm.is_some())];
+    match given.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(hinted(
+            format!("{flag} is the process engine's, and the VM engine was chosen"),
+            "use --engine process, or build a template with what it shall have (see docs/templates.md)",
+        )),
+    }
+}
+
+/// A VM template by name, built now if it is missing. `store`: where, if not in the user's own.
+pub(crate) fn vm_template(store: Option<&Path>, name: &str, pool: usize) -> anyhow::Result<TemplateConfig> {
+    let template = crate::template::ensure(store, name)?;
     Ok(TemplateConfig {
         name: name.into(),
         language: template.manifest.recipe.runtime.as_str().into(),

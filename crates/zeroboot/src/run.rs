@@ -31,9 +31,10 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
     request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
-    let (engine, _why) = resolve::choose_engine(args.from.engine)?;
+    let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
     let template = if engine == EngineChoice::Vm {
-        resolve::vm_template(&request.template, 0)?
+        resolve::refuse_process_flags(&args.from)?;
+        resolve::vm_template(None, &request.template, 0)?
     } else if args.template.is_some() {
         return Err(hinted("templates by name are the VM engine's", "use --runtime, or --engine vm"));
     } else {

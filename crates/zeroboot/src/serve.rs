@@ -1,11 +1,11 @@
 //! `zeroboot serve`: flags, environment and file into an engine and a server.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use zeroboot_engine::{Engine, EngineConfig, TemplateConfig, ZygoteSpec};
-use zeroboot_server::{FileConfig, Overrides, Server, ServerConfig, TemplateSection, read_config};
+use zeroboot_server::{FileConfig, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config};
 
 use crate::{
     cli::{EngineChoice, Runtime, ServeArgs, TemplateArgs},
@@ -17,6 +17,11 @@ use crate::{
 const POOL: usize = 4;
 /// Sandboxes alive at once, unless said otherwise.
 const MAX_LIVE: usize = 1000;
+/// Descriptors that this process has open for each sandbox.
+const EACH_SANDBOX: u64 = 3;
+/// Descriptors for everything else: listeners, zygotes, the runtime's own, files that are read.
+const OUR_OWN: u64 = 64;
+const MIB: u64 = 1024 * 1024;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
     let file = args.config.as_deref().map(read_config).transpose()?.unwrap_or_default();
@@ -27,8 +32,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         tls_key: args.tls_key.clone(),
         trusted_proxies: args.trusted_proxy.clone(),
     };
-    let config = ServerConfig::resolve(&file, Overrides::from_env(|name| std::env::var_os(name)), flags)?;
-    config.check()?;
+    let mut config = ServerConfig::resolve(&file, Overrides::from_env(|name| std::env::var_os(name)), flags)?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     tokio.block_on(async {
         let filter = std::env::var("ZEROBOOT_LOG").ok().or_else(|| file.log.filter.clone());
@@ -41,6 +45,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         )?;
         let (engine_config, why) = engine_config(args, &file)?;
         tracing::info!(why, "engine");
+        fit_memory(&mut config.limits, &file, engine_config.max_memory)?;
+        fit_connections(&mut config.limits, &engine_config);
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let engine = tokio::select! {
@@ -71,19 +77,27 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
 fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineConfig, String)> {
     let section = &file.engine;
     let choice = match (args.from.engine, section.kind.as_deref()) {
-        (EngineChoice::Auto, Some("vm")) => EngineChoice::Vm,
-        (EngineChoice::Auto, Some("process")) => EngineChoice::Process,
-        (EngineChoice::Auto, Some(other)) if other != "auto" => {
+        (Some(choice), _) => choice,
+        (None, None | Some("auto")) => EngineChoice::Auto,
+        (None, Some("vm")) => EngineChoice::Vm,
+        (None, Some("process")) => EngineChoice::Process,
+        (None, Some(other)) => {
             return Err(hinted(format!("unknown engine {other:?} in the configuration"), "use auto, vm or process"));
         }
-        (choice, _) => choice,
     };
     let (engine, why) = resolve::choose_engine(choice)?;
+    if engine == EngineChoice::Vm {
+        resolve::refuse_process_flags(&args.from)?;
+    }
+    if section.max_live == Some(0) {
+        return Err(hinted("[engine] max_live is zero: nothing could run", "give at least 1"));
+    }
     let pool = args.pool.or(section.pool).unwrap_or(POOL);
     let templates = if file.template.is_empty() {
-        default_templates(engine, args, pool)?
+        default_templates(engine, args, section.store.as_deref(), pool)?
     } else {
-        file.template.iter().map(|t| template(engine, t, &args.from, pool)).collect::<anyhow::Result<_>>()?
+        let one = |section| template(engine, section, &args.from, file.engine.store.as_deref(), pool);
+        file.template.iter().map(one).collect::<anyhow::Result<_>>()?
     };
     let seconds = |value: Option<f64>, default: f64| {
         Duration::try_from_secs_f64(value.unwrap_or(default)).context("a time in the configuration is out of range")
@@ -91,20 +105,71 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
     let mut config = resolve::engine_config(
         templates,
         section.max_live.unwrap_or(MAX_LIVE),
-        section.max_memory_mb.map_or_else(|| resolve::total_memory() / 4 * 3, |mb| mb << 20),
+        section.max_memory_mb.map_or_else(|| resolve::total_memory() / 4 * 3, |mb| mb.saturating_mul(MIB)),
     )?;
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;
     Ok((config, why))
 }
 
+/// The server's limits and the engine's memory must go together: else every request that names no memory, and every
+/// canary, would be refused. A small host that nobody configured gets a smaller default.
+fn fit_memory(limits: &mut RequestLimits, file: &FileConfig, most: u64) -> anyhow::Result<()> {
+    if limits.default_memory <= most {
+        return Ok(());
+    }
+    if file.limits.default_memory_mb.is_none() && file.engine.max_memory_mb.is_none() {
+        limits.default_memory = (most / MIB).max(1) * MIB;
+        tracing::warn!(
+            default_memory_mb = limits.default_memory / MIB,
+            "this host is small: sandboxes have less memory"
+        );
+        return Ok(());
+    }
+    Err(hinted(
+        format!(
+            "a sandbox has {} MiB by default, and all of them together may have {} MiB",
+            limits.default_memory / MIB,
+            most / MIB
+        ),
+        "lower default_memory_mb in [limits], or raise max_memory_mb in [engine]",
+    ))
+}
+
+/// Connections must not take the descriptors that sandboxes need: anyone can open them, a key is not asked for.
+fn fit_connections(limits: &mut RequestLimits, engine: &EngineConfig) {
+    use rustix::process::{Resource, getrlimit};
+    let Some(descriptors) = getrlimit(Resource::Nofile).current else { return };
+    let sandboxes = engine.templates.iter().fold(engine.max_live, |sum, template| sum.saturating_add(template.pool));
+    let fit = connections_within(descriptors, sandboxes, limits.max_connections);
+    if fit < limits.max_connections {
+        tracing::warn!(
+            max_connections = fit,
+            descriptors,
+            "this process may open few files, so fewer connections are taken; raise its limit (ulimit -n, LimitNOFILE)"
+        );
+        limits.max_connections = fit;
+    }
+}
+
+/// Connections that leave the engine what it needs; where that is more than there is, three quarters.
+fn connections_within(descriptors: u64, sandboxes: usize, asked: usize) -> usize {
+    let engine = (sandboxes as u64).saturating_mul(EACH_SANDBOX).saturating_add(OUR_OWN).min(descriptors / 4 * 3);
+    usize::try_from(descriptors - engine).unwrap_or(usize::MAX).clamp(1, asked.max(1))
+}
+
 /// Python and Node: those that are there. One is enough.
-fn default_templates(engine: EngineChoice, args: &ServeArgs, pool: usize) -> anyhow::Result<Vec<TemplateConfig>> {
+fn default_templates(
+    engine: EngineChoice,
+    args: &ServeArgs,
+    store: Option<&Path>,
+    pool: usize,
+) -> anyhow::Result<Vec<TemplateConfig>> {
     let mut templates = Vec::new();
     let mut missing = None;
     for runtime in [Runtime::Python, Runtime::Node] {
         let template = match engine {
-            EngineChoice::Vm => resolve::vm_template(runtime.name(), pool),
+            EngineChoice::Vm => resolve::vm_template(store, runtime.name(), pool),
             _ => resolve::process_template(runtime, &args.from, None, pool),
         };
         match template {
@@ -125,26 +190,57 @@ fn template(
     engine: EngineChoice,
     section: &TemplateSection,
     from: &TemplateArgs,
+    store: Option<&Path>,
     pool: usize,
 ) -> anyhow::Result<TemplateConfig> {
     let pool = section.pool.unwrap_or(pool);
+    let name = &section.name;
+    let runtime = || {
+        let language = section.language.as_deref().unwrap_or(name);
+        match language {
+            "python" => Ok(Runtime::Python),
+            "node" | "javascript" => Ok(Runtime::Node),
+            other => Err(hinted(
+                format!("template {name}: unknown language {other:?}"),
+                "give language = \"python\" or \"node\"; without it the name is the language",
+            )),
+        }
+    };
+    // What would change nothing is refused.
+    let others: &[(&str, bool)] = match engine {
+        EngineChoice::Vm => &[
+            ("interpreter", section.interpreter.is_some()),
+            ("warm", section.warm.is_some()),
+            ("env", !section.env.is_empty()),
+        ],
+        _ => &[("path", section.path.is_some())],
+    };
+    if let Some((key, _)) = others.iter().find(|(_, given)| *given) {
+        let (of, hint) = match engine {
+            EngineChoice::Vm => ("process", "build a template with what it shall have (see docs/templates.md)"),
+            _ => ("VM", "remove it, or use kind = \"vm\" in [engine]"),
+        };
+        return Err(hinted(format!("template {name}: {key} is for the {of} engine"), hint));
+    }
     let mut template = if engine == EngineChoice::Vm {
         match &section.path {
             Some(path) => TemplateConfig {
-                name: section.name.clone(),
-                language: section.language.clone().unwrap_or_else(|| "python".into()),
+                name: name.clone(),
+                language: runtime()?.name().into(),
                 spec: ZygoteSpec::Vm { template: path.clone() },
                 pool,
             },
-            None => resolve::vm_template(&section.name, pool)?,
+            None => {
+                let template = resolve::vm_template(store, name, pool)?;
+                if section.language.is_some() && runtime()?.name() != template.language {
+                    let text = format!("template {name}: its language is {}", template.language);
+                    return Err(hinted(text, "leave language out: the template says it"));
+                }
+                template
+            }
         }
     } else {
-        let language = section.language.as_deref().unwrap_or(&section.name);
-        let runtime = match language {
-            "python" => Runtime::Python,
-            "node" | "javascript" => Runtime::Node,
-            other => bail!("template {}: unknown language {other:?}; use python or node", section.name),
-        };
+        let runtime = runtime()?;
         let from = TemplateArgs {
             engine: from.engine,
             python: section.interpreter.clone().or_else(|| from.python.clone()),
@@ -153,9 +249,88 @@ fn template(
         };
         resolve::process_template(runtime, &from, None, pool)?
     };
-    template.name.clone_from(&section.name);
+    template.name.clone_from(name);
     if let ZygoteSpec::Process { env, .. } = &mut template.spec {
         env.extend(section.env.iter().map(|(k, v)| (k.clone(), v.clone())));
     }
     Ok(template)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(text: &str) -> TemplateSection {
+        let file: FileConfig = toml::from_str(&format!("[[template]]\n{text}")).unwrap();
+        file.template.into_iter().next().unwrap()
+    }
+
+    fn from() -> TemplateArgs {
+        TemplateArgs { engine: None, python: None, node: None, warm: None }
+    }
+
+    #[test]
+    fn a_template_with_a_path_has_its_name_as_its_language() {
+        let language =
+            |text: &str| template(EngineChoice::Vm, &section(text), &from(), None, 1).map(|one| one.language);
+        assert_eq!(language("name = \"node\"\npath = \"/t\"").unwrap(), "node");
+        assert_eq!(language("name = \"python\"\npath = \"/t\"").unwrap(), "python");
+        assert_eq!(language("name = \"science\"\npath = \"/t\"\nlanguage = \"node\"").unwrap(), "node");
+        assert!(language("name = \"science\"\npath = \"/t\"").is_err());
+    }
+
+    #[test]
+    fn templates_are_looked_for_in_the_store_of_the_configuration() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("mine")).unwrap();
+        let find =
+            |store| template(EngineChoice::Vm, &section("name = \"mine\""), &from(), store, 1).unwrap_err().to_string();
+        assert!(find(Some(folder.path())).contains("template mine is not complete"));
+        let other = tempfile::tempdir().unwrap();
+        assert!(find(Some(other.path())).contains("no template is called mine"));
+    }
+
+    #[test]
+    fn what_an_engine_would_ignore_is_refused() {
+        for (engine, text, word) in [
+            (EngineChoice::Vm, "warm = [\"numpy\"]", "warm is for the process engine"),
+            (EngineChoice::Vm, "interpreter = \"/usr/bin/python3\"", "interpreter is for the process engine"),
+            (EngineChoice::Vm, "env = { A = \"b\" }", "env is for the process engine"),
+            (EngineChoice::Process, "path = \"/t\"", "path is for the VM engine"),
+        ] {
+            let error =
+                template(engine, &section(&format!("name = \"python\"\n{text}")), &from(), None, 1).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        for from in [
+            TemplateArgs { python: Some("/p".into()), ..from() },
+            TemplateArgs { node: Some("/n".into()), ..from() },
+            TemplateArgs { warm: Some(Vec::new()), ..from() },
+        ] {
+            assert!(resolve::refuse_process_flags(&from).is_err());
+        }
+        resolve::refuse_process_flags(&from()).unwrap();
+    }
+
+    #[test]
+    fn a_small_host_gets_a_smaller_default_and_a_contradiction_is_refused() {
+        let mut limits = RequestLimits::default();
+        fit_memory(&mut limits, &FileConfig::default(), 2048 * MIB).unwrap();
+        assert_eq!(limits, RequestLimits::default());
+        fit_memory(&mut limits, &FileConfig::default(), 300 * MIB + 5).unwrap();
+        assert_eq!(limits.default_memory, 300 * MIB);
+        let file: FileConfig = toml::from_str("[engine]\nmax_memory_mb = 300").unwrap();
+        let error = fit_memory(&mut RequestLimits::default(), &file, 300 * MIB).unwrap_err();
+        assert!(error.to_string().contains("512 MiB by default"), "{error}");
+    }
+
+    #[test]
+    fn connections_leave_the_engine_its_descriptors() {
+        assert_eq!(connections_within(1 << 20, 1008, 4096), 4096);
+        assert_eq!(connections_within(4096, 1000, 4096), 4096 - 3064);
+        // Too few for both: most are the engine's.
+        assert_eq!(connections_within(1024, 1000, 4096), 256);
+        assert_eq!(connections_within(2, 1000, 4096), 2);
+        assert_eq!(connections_within(0, 1000, 4096), 1);
+    }
 }

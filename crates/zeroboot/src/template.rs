@@ -1,6 +1,9 @@
 //! `zeroboot template`: from packages to a frozen, warm virtual machine.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use zeroboot_engine::{ExecRequest, request_frames};
@@ -33,7 +36,7 @@ pub(crate) fn run(command: TemplateCommand) -> anyhow::Result<u8> {
             printer::line(made.initramfs.display())?;
         }
         TemplateCommand::Build(args) => {
-            let template = build(&args)?;
+            let template = build(&store()?, &args)?;
             printer::line(template.dir.display())?;
         }
         TemplateCommand::List => list()?,
@@ -127,7 +130,7 @@ fn assembled(args: &AssembleArgs) -> anyhow::Result<(Recipe, Assembled)> {
 }
 
 /// Assembles, boots, warms, rehearses and freezes; shows progress on standard error.
-fn build(args: &AssembleArgs) -> anyhow::Result<Template> {
+fn build(store: &Store, args: &AssembleArgs) -> anyhow::Result<Template> {
     let begin = Instant::now();
     let (recipe, made) = assembled(args)?;
     let say = |text: String| printer::note(format_args!("template {}: {text}", recipe.name));
@@ -158,7 +161,6 @@ fn build(args: &AssembleArgs) -> anyhow::Result<Template> {
     snapshot.rehearse(&host, &request_frames(&request, uuid::Uuid::now_v7())?)?;
     say("rehearsed; writing".into());
 
-    let store = store()?;
     let draft = store.begin(&recipe.name).map_err(refused)?;
     let facts = snapshot.save(draft.path())?;
     let about: serde_json::Value = serde_json::from_slice(snapshot.about()).unwrap_or_default();
@@ -181,9 +183,10 @@ fn build(args: &AssembleArgs) -> anyhow::Result<Template> {
     Ok(template)
 }
 
-/// The template of this name, built now if it is missing or was made of other parts than ours.
-pub(crate) fn ensure(name: &str) -> anyhow::Result<Template> {
-    let store = store()?;
+/// The template of this name, built now if it is missing or was made of other parts than ours. `at`: the store, if it is
+/// not the user's own.
+pub(crate) fn ensure(at: Option<&Path>, name: &str) -> anyhow::Result<Template> {
+    let store = at.map_or_else(store, |at| Ok(Store::at(at)))?;
     let args =
         AssembleArgs { name: name.into(), recipe: None, rootfs: None, kernel: None, offline: false, refresh: false };
     match (store.open(name), Recipe::embedded(name)) {
@@ -196,11 +199,11 @@ pub(crate) fn ensure(name: &str) -> anyhow::Result<Template> {
                 return Ok(template);
             }
             printer::note(format_args!("template {name} was made by another version of zeroboot; building it again"));
-            build(&args)
+            build(&store, &args)
         }
         (Err(StoreError::Missing(_)), Some(_)) => {
             printer::note(format_args!("template {name} is missing; building it, once"));
-            build(&args)
+            build(&store, &args)
         }
         (Err(error), _) => Err(refused(error)),
     }

@@ -119,7 +119,10 @@ async fn item(app: &Arc<App>, caller: &Caller, request_id: Uuid, body: ExecBody,
                 let wait = error.retry_after.unwrap_or_default();
                 sleep(wait.clamp(Duration::from_millis(5), Duration::from_millis(50))).await;
             }
-            other => return other.map(|finished| (finished, share)),
+            other => {
+                share.settle();
+                return other.map(|finished| (finished, share));
+            }
         }
     }
 }

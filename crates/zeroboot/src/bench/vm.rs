@@ -54,7 +54,7 @@ pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results)
     let snapshot = if stand_in {
         bench::stand_in(&host, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
     } else {
-        Snapshot::load(&host, &crate::template::ensure("python")?.dir).context("load the python template")?
+        Snapshot::load(&host, &crate::template::ensure(None, "python")?.dir).context("load the python template")?
     };
     let forks = bench::forks(&host, &snapshot, &request, args.repeat as usize)?;
     let unpooled = results.row("vm: unpooled fork, ready to enter the guest", forks.unpooled);

@@ -116,15 +116,36 @@ fn the_servers_end_waits_for_requests_and_refuses_new_ones() {
             "POST",
             "/v1/exec",
             &[JSON],
-            json!({"code": "import time; time.sleep(1.5); print('done')"}).to_string().as_bytes(),
+            json!({"code": "import time; time.sleep(4); print('done')"}).to_string().as_bytes(),
         );
         let address = fixture.address;
         move || client::exchange(address, &request)
     });
     fixture.wait_for_live(1, Duration::from_secs(10));
+    // A connection from before, and new ones.
+    let mut kept = BufReader::new(client::connect(fixture.address));
     fixture.stop();
+    wait_for("503", Duration::from_secs(10), || fixture.get("/v1/health").status == 503);
+    let exec = client::request("POST", "/v1/exec", &[JSON], json!({"code": "print(1)"}).to_string().as_bytes());
+    kept.get_mut().write_all(&exec).unwrap();
+    for answer in [read_answer(&mut kept).unwrap(), client::exchange(fixture.address, &exec)] {
+        assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("shutting_down")));
+        assert_eq!((answer.header("connection"), answer.header("retry-after")), (Some("close"), Some("1")));
+    }
+    assert_eq!(fixture.get("/v1/health").json()["status"], "shutting_down");
     let answer = slow.join().unwrap();
     assert_eq!((answer.status, &answer.json()["stdout"]), (200, &json!("done\n")));
+    fixture.join();
+}
+
+#[test]
+fn a_server_with_nothing_under_way_ends_at_once() {
+    let mut setup = Setup::default();
+    setup.config.drain = Duration::from_secs(3600);
+    let fixture = setup.start();
+    let _idle = client::connect(fixture.address);
+    fixture.run("print(1)");
+    fixture.stop();
     fixture.join();
 }
 

@@ -4,6 +4,7 @@ mod client;
 mod exec;
 mod fixture;
 mod keys;
+mod limits;
 mod listen;
 mod load;
 mod logs;

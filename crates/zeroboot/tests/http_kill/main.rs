@@ -27,6 +27,12 @@ fn kill_9(pid: i32) {
     assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
 }
 
+/// The same for one that may have ended by itself.
+fn kill_if_there(pid: &i32) {
+    let done = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+    assert!(done.is_ok());
+}
+
 /// The children of a process.
 fn children(of: u32) -> Vec<i32> {
     let own = of.to_string();
@@ -98,6 +104,34 @@ fn under_load(fixture: &Fixture, disturb: impl FnOnce()) -> [(usize, usize); 2] 
         stop.store(true, Ordering::Relaxed);
     });
     counts.into_inner().unwrap()
+}
+
+#[test]
+fn health_says_which_templates_are_down() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let fixture = Setup { node: true, own_engine: true, ..Setup::default() }.start();
+    let health = || {
+        let answer = fixture.get("/v1/health");
+        (answer.status, answer.json())
+    };
+    assert_eq!(health().1["status"], "ok");
+    // A zygote comes back quickly: it is killed until it is seen to be down.
+    wait_for("one that is down", Duration::from_secs(60), || {
+        children(std::process::id()).first().into_iter().for_each(kill_if_there);
+        let (status, body) = health();
+        let down = body["templates"].as_object().unwrap().values().filter(|one| one["ready"] == false).count();
+        if (status, &body["status"]) != (200, &json!("degraded")) {
+            return false;
+        }
+        assert_eq!((down, body["reasons"].as_array().map(Vec::len)), (1, Some(1)), "{body}");
+        true
+    });
+    wait_for("none that is up", Duration::from_secs(60), || {
+        children(std::process::id()).iter().for_each(kill_if_there);
+        let (status, body) = health();
+        (status, &body["status"]) == (503, &json!("unavailable"))
+    });
+    wait_for("health again", Duration::from_secs(60), || health().1["status"] == "ok");
 }
 
 #[test]

@@ -1,0 +1,141 @@
+//! What a key, a client address and all callers together may have.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde_json::{Value, json};
+use zeroboot_server::{KeyStore, NewKey, ServerConfig};
+
+use crate::{
+    client::Answer,
+    fixture::{Fixture, Setup, wait_for},
+};
+
+/// A server with one key.
+struct Keyed {
+    fixture: Fixture,
+    token: String,
+    _folder: tempfile::TempDir,
+}
+
+impl Keyed {
+    fn new(new: NewKey, change: impl FnOnce(&mut ServerConfig)) -> Keyed {
+        let folder = tempfile::tempdir().unwrap();
+        let path: PathBuf = folder.path().join("keys.toml");
+        let (token, _) = KeyStore::new(&path).create(NewKey { name: "test".into(), ..new }).unwrap();
+        let mut setup = Setup::default();
+        setup.config.keys_file = Some(path);
+        change(&mut setup.config);
+        Keyed { fixture: setup.start(), token, _folder: folder }
+    }
+
+    fn post(&self, path: &str, body: &Value, more: &[&str]) -> Answer {
+        let header = format!("Authorization: Bearer {}", self.token);
+        self.fixture.post(path, body, &[&[header.as_str()], more].concat())
+    }
+
+    fn run(&self, more: &[&str]) -> Answer {
+        self.post("/v1/exec", &json!({"code": "print(1)"}), more)
+    }
+}
+
+#[test]
+fn a_key_has_its_rate() {
+    let keyed = Keyed::new(NewKey { rate: Some(0.01), ..NewKey::default() }, |_| {});
+    assert_eq!(keyed.run(&[]).status, 200);
+    let answer = keyed.run(&[]);
+    assert_eq!((answer.status, &answer.json()["error"]), (429, &json!("Rate limit exceeded (0.01 req/s)")));
+    let wait: u64 = answer.header("retry-after").unwrap().parse().unwrap();
+    assert!((50..=100).contains(&wait), "{wait}");
+}
+
+#[test]
+fn a_batch_above_the_rate_passes_from_a_full_bucket_and_is_paid_for_afterwards() {
+    let keyed = Keyed::new(NewKey { rate: Some(0.01), ..NewKey::default() }, |_| {});
+    let batch = json!({"executions": vec![json!({"code": "print(1)"}); 3]});
+    let answer = keyed.post("/v1/exec/batch", &batch, &[]);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(answer.json()["results"][2]["stdout"], "1\n");
+    let answer = keyed.run(&[]);
+    assert_eq!((answer.status, &answer.json()["code"]), (429, &json!("rate_limited")));
+    let wait: u64 = answer.header("retry-after").unwrap().parse().unwrap();
+    assert!((250..=300).contains(&wait), "three of them are paid for: {wait}");
+}
+
+#[test]
+fn a_demo_key_has_few_execs_from_each_address_and_only_a_proxy_of_ours_says_which() {
+    let demo = || NewKey { demo: true, ..NewKey::default() };
+    let keyed = Keyed::new(demo(), |config| {
+        config.limits.demo_per_minute = 1.0;
+        config.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    });
+    assert_eq!(keyed.run(&["X-Forwarded-For: 1.1.1.1"]).status, 200);
+    let answer = keyed.run(&["X-Forwarded-For: 1.1.1.1"]);
+    assert_eq!((answer.status, &answer.json()["error"]), (429, &json!("Rate limit exceeded (1 req/min)")));
+    assert!(answer.header("retry-after").is_some());
+    assert_eq!(keyed.run(&["X-Forwarded-For: 2.2.2.2"]).status, 200);
+
+    let keyed = Keyed::new(demo(), |config| config.limits.demo_per_minute = 1.0);
+    assert_eq!(keyed.run(&["X-Forwarded-For: 1.1.1.1"]).status, 200);
+    assert_eq!(keyed.run(&["X-Forwarded-For: 2.2.2.2"]).status, 429);
+}
+
+#[test]
+fn a_key_has_its_concurrency() {
+    let keyed = Keyed::new(NewKey { concurrency: Some(1), ..NewKey::default() }, |_| {});
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| keyed.post("/v1/exec", &json!({"code": "import time; time.sleep(1.5)"}), &[]));
+        keyed.fixture.wait_for_live(1, Duration::from_secs(20));
+        let answer = keyed.run(&[]);
+        assert_eq!((answer.status, &answer.json()["code"]), (429, &json!("concurrency_limited")));
+        assert_eq!(answer.header("retry-after"), Some("1"));
+        assert_eq!(slow.join().unwrap().status, 200);
+    });
+    // A batch runs within it, and needs it all.
+    let batch = json!({"executions": vec![json!({"code": "print(1)"}); 3]});
+    let answer = keyed.post("/v1/exec/batch", &batch, &[]).json();
+    assert!((0..3).all(|at| answer["results"][at]["stdout"] == "1\n"), "{answer}");
+}
+
+#[test]
+fn a_key_ends_when_it_expires() {
+    let soon = jiff::Timestamp::now().checked_add(Duration::from_secs(4)).unwrap();
+    let keyed = Keyed::new(NewKey { expires: Some(soon), ..NewKey::default() }, |_| {});
+    wait_for("its end", Duration::from_secs(20), || keyed.run(&[]).status == 401);
+    let answer = keyed.run(&[]);
+    assert_eq!((answer.status, &answer.json()["error"]), (401, &json!("API key expired")));
+}
+
+#[test]
+fn what_the_server_holds_is_bounded_and_given_back() {
+    let mut setup = Setup::default();
+    setup.config.limits.max_held = 1024 * 1024;
+    setup.config.limits.max_body = 512 * 1024;
+    let fixture = setup.start();
+    let large = |code: &str| json!({"code": code, "stdin": "x".repeat(450 * 1024)});
+    std::thread::scope(|scope| {
+        let slow = || fixture.post("/v1/exec", &large("import time; time.sleep(3)"), &[]).status;
+        let both = [scope.spawn(slow), scope.spawn(slow)];
+        fixture.wait_for_live(2, Duration::from_secs(20));
+        for path in ["/v1/exec", "/v1/exec/batch"] {
+            let answer = fixture.post(path, &large("print(1)"), &[]);
+            assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("busy")));
+            assert_eq!(answer.header("retry-after"), Some("1"));
+        }
+        assert_eq!(fixture.run("print(1)")["stdout"], "1\n", "there is room for a small one");
+        assert_eq!(both.map(|slow| slow.join().unwrap()), [200, 200]);
+    });
+    assert_eq!(fixture.exec(&large("print(1)"))["stdout"], "1\n");
+    let loud = json!({"code": "import sys\nfor _ in range(32): sys.stdout.write('x' * 65536)"});
+    let answer = fixture.post("/v1/exec", &loud, &[]);
+    assert_eq!((answer.status, &answer.json()["code"]), (500, &json!("server_output_limit")));
+    let batch = json!({"executions": [loud, {"code": "print(1)"}]});
+    let results = fixture.post("/v1/exec/batch", &batch, &[]).json()["results"].take();
+    assert_eq!((&results[0]["code"], &results[1]["stdout"]), (&json!("server_output_limit"), &json!("1\n")));
+    fixture.wait_for_live(0, Duration::from_secs(20));
+    // A client that reads its stream gets all of it: only what is not taken counts.
+    let answer = fixture.post("/v1/exec", &loud, &["Accept: text/event-stream"]);
+    let events = answer.events();
+    let last = events.last().unwrap();
+    assert_eq!((last.0.as_str(), &last.1["outcome"]), ("end", &json!("exited")));
+    assert_eq!(fixture.run("print(1)")["stdout"], "1\n");
+}
