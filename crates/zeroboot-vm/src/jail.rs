@@ -52,7 +52,8 @@ pub(crate) fn strip_zygote() -> Result<(), VmJailError> {
     if !may_mount {
         // After the change of user: in a user namespace of its own the process would keep its id on the host.
         // What was refused is not there; `zeroboot doctor` says so.
-        let _refused = jail::own_user_namespace().and_then(|()| enter_nothing());
+        // (That change made the files in /proc of this process root's, and it is to write its own id map.)
+        let _refused = jail::allow_looking().and_then(|()| jail::own_user_namespace()).and_then(|()| enter_nothing());
     }
     jail::drop_capabilities().map_err(step("drop capabilities"))?;
     jail::deny_tracing().map_err(step("forbid tracing"))?;
@@ -69,9 +70,7 @@ fn become_nobody(held: CapabilitySet) -> Result<(), VmJailError> {
     process::become_user(NOBODY).map_err(step("become nobody"))?;
     let last = held & CapabilitySet::SETPCAP;
     let sets = CapabilitySets { effective: last, permitted: last, inheritable: CapabilitySet::empty() };
-    rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))?;
-    // The change made the files in /proc of this process root's; it is to write its own id map yet.
-    jail::allow_looking().map_err(step("look at itself"))
+    rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))
 }
 
 /// In a stripped zygote that ignores its children: whether it can give a worker namespaces of its own, found out by

@@ -221,9 +221,10 @@ fn what_a_module_that_node_warmed_keeps_gives_each_fork_other_numbers() {
     let runner = "/usr/bin/node --no-deprecation --experimental-vm-modules /usr/lib/zeroboot/runner.cjs --frozen --warm /made_before.cjs ";
     let files = [Entry::file("made_before.cjs", 0o644, module.as_bytes())];
     let Some(template) = own_template("node", &files, runner, "", "console.log(1)") else { return };
-    let code = "const [all, own] = [require('/made_before.cjs')(), (line) => !line.startsWith('before')];
-console.log(all.filter(own).join('\n') + '\n' + performance.timeOrigin)
-console.log(Math.abs(performance.timeOrigin + performance.now() - Date.now()) < 60e3, all.length)";
+    let code = "const all = require('/made_before.cjs')();
+for (const line of all) if (!line.startsWith('before')) console.log(line);
+console.log(performance.timeOrigin);
+console.log(Math.abs(performance.timeOrigin + performance.now() - Date.now()) < 60e3, all.length);";
     for (_, answer, _) in all_differ(&template, code, 7, 20) {
         assert_eq!(answer.text().lines().nth(7), Some("true 10"), "{answer:?}");
     }
