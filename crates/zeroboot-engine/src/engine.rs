@@ -181,9 +181,9 @@ impl Engine {
         request.check()?;
         let template = self.inner.templates.iter().find(|t| t.config.name == request.template);
         let template = template.ok_or_else(|| ExecError::UnknownTemplate(request.template.clone()))?;
-        let permits = self.admit(&request).instrument(tracing::info_span!("exec.admission")).await?;
+        let permits = self.admit(&request).instrument(tracing::debug_span!("exec.admission")).await?;
         let asked = Instant::now();
-        let (mut worker, pooled) = template.checkout().instrument(tracing::info_span!("exec.checkout")).await?;
+        let (mut worker, pooled) = template.checkout().instrument(tracing::debug_span!("exec.checkout")).await?;
         worker.charge(permits);
         worker.limit(&request.limits).map_err(|e| ExecError::Sandbox(format!("set its cgroup limits: {e}")))?;
         let isolation = template.config.spec.isolation();

@@ -108,7 +108,7 @@ impl Drop for Leash {
             ended: self.ended.take(),
             cgroup: self.cgroup.take(),
             permits: std::mem::take(&mut self.permits),
-            span: tracing::info_span!("exec.reap"),
+            span: tracing::debug_span!("exec.reap"),
         });
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderValue, Version, header},
+    http::{HeaderMap, HeaderValue, Version, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -76,6 +76,32 @@ impl App {
         self.budget.share(caller).map_err(Full::busy)
     }
 
+    /// Who asks; refused without a key where the route and the server want one.
+    fn let_in(
+        &self,
+        route: &str,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+        address: Option<IpAddr>,
+    ) -> Result<Caller, ApiError> {
+        // Without keys a page of any name could ask for its own name to be this address, and would be let in.
+        let proxied =
+            |ip: &IpAddr| self.config.trusted_proxies.iter().any(|network| network.contains(&ip.to_canonical()));
+        if !self.gate.has_keys()
+            && peer.is_some_and(|ip| !proxied(&ip))
+            && !headers.get(header::HOST).is_none_or(|host| is_local_host(host.as_bytes()))
+        {
+            let text = "This server has no keys, so it answers only under its address or localhost";
+            return Err(ApiError::new("forbidden_host", text));
+        }
+        let open = match route {
+            "/v1/health" | "/openapi.json" | "/docs" | "none" => true,
+            "/v1/metrics" => self.config.metrics_public,
+            _ => false,
+        };
+        if open { Ok(Caller { key: None, address }) } else { self.gate.authenticate(headers, address) }
+    }
+
     /// Refuses new execs once the shutdown signal came, and while nothing has run yet.
     pub(crate) fn check_open(&self) -> Result<(), ApiError> {
         if self.draining.load(Ordering::Relaxed) {
@@ -98,31 +124,29 @@ pub(crate) struct Peer {
     pub(crate) cut: Arc<Notify>,
 }
 
-/// The id of a request, also in its answer's headers.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RequestId(pub(crate) Uuid);
+/// What is known of a request besides what it says.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    /// Also in its answer's headers.
+    pub(crate) request_id: Uuid,
+    /// Whose it is: on a route that wants a key, and where there are keys, one with a key.
+    pub(crate) caller: Caller,
+    pub(crate) peer: Peer,
+}
 
 /// All routes.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let keyed = Router::new()
+    Router::new()
         .route("/v1/exec", post(routes::exec::exec))
         .route("/exec", post(routes::exec::exec))
         .route("/v1/exec/batch", post(routes::batch::batch))
         .route("/exec/batch", post(routes::batch::batch))
-        .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
-    let mut metrics = Router::new()
-        .route("/v1/metrics", get(routes::status::metrics))
-        .route("/metrics", get(routes::status::metrics));
-    if !app.config.metrics_public {
-        metrics = metrics.route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
-    }
-    Router::new()
         .route("/v1/health", get(routes::status::health))
         .route("/health", get(routes::status::health))
+        .route("/v1/metrics", get(routes::status::metrics))
+        .route("/metrics", get(routes::status::metrics))
         .route("/openapi.json", get(routes::docs::openapi))
         .route("/docs", get(routes::docs::page))
-        .merge(keyed)
-        .merge(metrics)
         .fallback(async || ApiError::new("not_found", "There is nothing at this path; see /docs"))
         .method_not_allowed_fallback(async || {
             ApiError::new("method_not_allowed", "This path has another method; see the Allow header")
@@ -134,33 +158,24 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// The outermost layer: gives the request its id, renders errors, counts and logs the answer. Never the path as it was
-/// sent, the query, a header or a body: they can hold code and keys.
+/// The outermost layer: gives the request its id, lets only callers with a key through, renders errors, counts and logs
+/// the answer. Never the path as it was sent, the query, a header or a body: they can hold code and keys.
 async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let id = Uuid::now_v7();
     let (method, version) = (request.method().clone(), request.version());
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| known_route(path.as_str()));
-    let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
+    let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
-    let caller = Caller { key: None, address: client };
-    let peer_ip = peer.ip;
-    request.extensions_mut().insert(peer);
-    request.extensions_mut().insert(RequestId(id));
-    request.extensions_mut().insert(caller.clone());
-
-    // Without keys a page of any name could ask for its own name to be this address, and would be let in.
-    let foreign = !app.gate.has_keys()
-        && peer_ip
-            .is_some_and(|ip| !app.config.trusted_proxies.iter().any(|network| network.contains(&ip.to_canonical())))
-        && !request.headers().get(header::HOST).is_none_or(|host| is_local_host(host.as_bytes()));
-    let mut response = if foreign {
-        let text = "This server has no keys, so it answers only under its address or localhost";
-        ApiError::new("forbidden_host", text).into_response()
-    } else {
-        next.run(request).await
+    let admitted = app.let_in(route, request.headers(), peer.ip, client);
+    let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
+    let mut response = match admitted {
+        Ok(caller) => {
+            request.extensions_mut().insert(Asked { request_id: id, caller, peer });
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
     };
-    let caller = response.extensions_mut().remove::<Caller>().unwrap_or(caller);
     let mut code = "";
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         code = error.code;
@@ -197,20 +212,6 @@ fn known_route(path: &str) -> &'static str {
         "/openapi.json" => "/openapi.json",
         "/docs" => "/docs",
         _ => "none",
-    }
-}
-
-/// Lets only callers with a key through, where there are keys.
-async fn authenticate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let address = request.extensions().get::<Caller>().and_then(|caller| caller.address);
-    match app.gate.authenticate(request.headers(), address) {
-        Err(error) => error.into_response(),
-        Ok(caller) => {
-            request.extensions_mut().insert(caller.clone());
-            let mut response = next.run(request).await;
-            response.extensions_mut().insert(caller);
-            response
-        }
     }
 }
 

@@ -47,7 +47,7 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
         "the server held its maximum for all callers, or half of it for this key, before this exec ended",
     ),
     ("busy", 503, "every sandbox is in use, or the server holds its maximum of input and output; see Retry-After"),
-    ("not_ready", 503, "the template is being made ready; see Retry-After"),
+    ("not_ready", 503, "the template gives no sandbox now; see Retry-After"),
     ("shutting_down", 503, "the server is shutting down; see Retry-After"),
 ];
 

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::{
     answer::Finished,
-    app::{App, Peer, RequestId},
+    app::{App, Asked},
     budget::{Full, Share},
     error::{ApiError, ErrorBody},
     gate::Caller,
@@ -38,9 +38,7 @@ enum Item<'a> {
 /// Runs several pieces of code, each in its own sandbox. Each item has its own result or error.
 pub(crate) async fn batch(
     State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(RequestId(request_id)): Extension<RequestId>,
-    Extension(peer): Extension<Peer>,
+    Extension(Asked { request_id, caller, peer }): Extension<Asked>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {

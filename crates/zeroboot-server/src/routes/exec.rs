@@ -25,12 +25,11 @@ use zeroboot_engine::{Event, ExecRequest, OutputFile, Report};
 
 use crate::{
     answer::{Finished, Text, is_truncated},
-    app::{App, Peer, RequestId},
+    app::{App, Asked},
     backend::Run,
     budget::{Full, Share},
     config::RequestLimits,
     error::ApiError,
-    gate::Caller,
     logging,
     routes::stream,
     wire::{self, ExecBody},
@@ -39,9 +38,7 @@ use crate::{
 /// Runs one piece of code. The sandbox is taken only when the whole request is here.
 pub(crate) async fn exec(
     State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
-    Extension(RequestId(request_id)): Extension<RequestId>,
-    Extension(peer): Extension<Peer>,
+    Extension(Asked { request_id, caller, peer }): Extension<Asked>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {

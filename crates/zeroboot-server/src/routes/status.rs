@@ -15,9 +15,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    app::App,
+    app::{App, Asked},
     error::ApiError,
-    gate::Caller,
     metrics::Format,
     routes::exec::{json_response, serialize},
 };
@@ -93,7 +92,7 @@ const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
 
 pub(crate) async fn health(
     State(app): State<Arc<App>>,
-    Extension(caller): Extension<Caller>,
+    Extension(Asked { caller, .. }): Extension<Asked>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     // Without keys every caller is of this machine.
