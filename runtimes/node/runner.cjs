@@ -306,13 +306,15 @@ function tellTheEnd() {
   const { fstatSync } = fs;
   const wait = Atomics.wait.bind(Atomics, new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
   let uncaught = false;
-  // Node prints an uncaught error after `exit`, in C++.
-  process.on('uncaughtExceptionMonitor', () => { uncaught = true; });
-  // The property that Node itself calls. A listener of ours could not be the last.
-  process.emit = function (name, ...rest) {
+  // The property that Node itself calls. A listener of ours could not be the last. Neither is this if the program has
+  // wrapped it, as some packages do: then it ends as any process.
+  const ours = process.emit = function (name, ...rest) {
+    // Node prints an uncaught error after `exit`, in C++.
+    if (name === 'uncaughtExceptionMonitor') uncaught = true;
     const heard = Reflect.apply(emit, this, [name, ...rest]);
     const status = process.exitCode ?? rest[0] ?? 0;
-    if (name === 'exit' && process._exiting && !uncaught && Number.isInteger(+status) && +status !== STATUS_UNSETTLED) {
+    if (name === 'exit' && process._exiting && process.emit === ours && !uncaught &&
+        Number.isInteger(+status) && +status !== STATUS_UNSETTLED) {
       try {
         // Not into a file that the program has put in its place.
         if (fstatSync(CONTROL).ino === ino) {

@@ -23,7 +23,7 @@ use tracing::Instrument as _;
 use crate::cgroup::Cgroup;
 
 /// How long a sandbox that has ended keeps its socket, and so stays as it is. Taking it apart costs more CPU time than most
-/// runs: its answer goes out first.
+/// runs: its answer goes out first. (The agent and a VM's worker wait for it, for up to a second.)
 const LINGER: Duration = Duration::from_millis(1);
 /// How often sandboxes that overstay are looked for.
 const LOOK: Duration = Duration::from_secs(1);
@@ -150,6 +150,7 @@ mod tests {
         let (mut late, mut kept) = (sleeper(), sleeper());
         let _late = Reaper::kill_after(&reaper, Instant::now(), &pidfd(&late));
         drop(Reaper::kill_after(&reaper, Instant::now(), &pidfd(&kept)));
+        assert_eq!(reaper.latest().len(), 1);
         let status = tokio::task::spawn_blocking(move || late.wait().unwrap()).await.unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
         assert!(kept.try_wait().unwrap().is_none());

@@ -357,7 +357,8 @@ fn adopt(socket: OwnedFd) -> io::Result<UnixStream> {
 
 /// Keeps the pool full.
 async fn keep_pool(template: std::sync::Weak<Template>) {
-    let mut rested = false;
+    // When the pool, still half full, is filled up.
+    let mut rest: Option<Instant> = None;
     loop {
         let Some(strong) = template.upgrade() else { return };
         let missing = {
@@ -368,18 +369,20 @@ async fn keep_pool(template: std::sync::Weak<Template>) {
             }
         };
         if missing == 0 {
+            rest = None;
             // The template must be able to end while we wait.
             let waiting = wait_for_refill(&strong);
             drop(strong);
             waiting.await;
             continue;
         }
-        if missing <= strong.config.pool / 2 && !rested {
-            // Checkouts until it is less than half full wake this up.
-            rested = tokio::time::timeout(REST, strong.refill.notified()).await.is_err();
+        let until = *rest.get_or_insert_with(|| Instant::now() + REST);
+        if missing <= strong.config.pool / 2 && Instant::now() < until {
+            // A checkout wakes it up: now it may be less than half full.
+            let _over = tokio::time::timeout_at(until.into(), strong.refill.notified()).await;
             continue;
         }
-        rested = false;
+        rest = None;
         let forks = (0..missing.min(REFILL_AT_ONCE)).map(|_| {
             let strong = Arc::clone(&strong);
             tokio::spawn(async move { strong.fork().await })

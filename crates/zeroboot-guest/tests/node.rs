@@ -241,9 +241,21 @@ fn an_uncaught_error_is_printed_whole_whatever_exit_listeners_do() {
         "Promise.reject(new Error('boom'))",
         "setTimeout(() => { throw new Error('boom') })",
     ] {
-        let answer = node(format!("process.on('exit', () => console.log('bye')); {throws}"));
+        // Listeners of ours, if there were any, are the program's to remove.
+        let code = format!("process.removeAllListeners(); process.on('exit', () => console.log('bye')); {throws}");
+        let answer = node(code);
         assert_eq!((answer.ending(), answer.out()), (Ending::Exited(1), "bye\n"), "{answer:?}");
         assert!(answer.err().contains("Error: boom") && answer.err().contains("Node.js v"), "{answer:?}");
+    }
+}
+
+#[test]
+fn what_wraps_emit_is_heard_to_its_end() {
+    // As the package signal-exit does.
+    let wrap = "const { emit } = process;
+process.emit = function (name, ...rest) { const heard = emit.call(this, name, ...rest); if (name === 'exit') console.log('after'); return heard; };";
+    for end in ["", "process.exit(0)"] {
+        assert_eq!(node(format!("{wrap} console.log('on'); {end}")).good(), "on\nafter\n");
     }
 }
 

@@ -29,7 +29,7 @@ use crate::{
     config::ServerConfig,
     error::ApiError,
     gate::{Caller, Gate, is_local_host},
-    logging,
+    logging::Afterwards,
     metrics::Metrics,
     routes,
     wire::Catalog,
@@ -45,8 +45,6 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     pub(crate) budget: Arc<Budget>,
     pub(crate) canaries: Canaries,
-    /// No template has run any code yet.
-    pub(crate) unproven: AtomicBool,
     /// The shutdown signal came.
     pub(crate) draining: AtomicBool,
     pub(crate) started: Instant,
@@ -64,7 +62,6 @@ impl App {
             budget: Budget::new(&config.limits),
             config,
             metrics: Metrics::new(),
-            unproven: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             started: Instant::now(),
         }
@@ -95,7 +92,7 @@ impl App {
             return Err(ApiError::new("forbidden_host", text));
         }
         let open = match route {
-            "/v1/health" | "/openapi.json" | "/docs" | "none" => true,
+            "/v1/health" | "/openapi.json" | "/docs" | NO_ROUTE => true,
             "/v1/metrics" => self.config.metrics_public,
             _ => false,
         };
@@ -107,7 +104,7 @@ impl App {
         if self.draining.load(Ordering::Relaxed) {
             return Err(zeroboot_engine::ExecError::ShuttingDown.into());
         }
-        if self.unproven.load(Ordering::Relaxed) {
+        if !self.canaries.proven() {
             let text = "No template could run code yet; the server's log says why";
             return Err(ApiError::new("not_ready", text).retry_after(Duration::from_secs(1)));
         }
@@ -122,6 +119,7 @@ pub(crate) struct Peer {
     pub(crate) ip: Option<IpAddr>,
     /// Ends the connection at once.
     pub(crate) cut: Arc<Notify>,
+    pub(crate) after: Afterwards,
 }
 
 /// What is known of a request besides what it says.
@@ -164,9 +162,10 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let start = Instant::now();
     let id = Uuid::now_v7();
     let (method, version) = (request.method().clone(), request.version());
-    let route = request.extensions().get::<MatchedPath>().map_or("none", |path| known_route(path.as_str()));
+    let route = request.extensions().get::<MatchedPath>().map_or(NO_ROUTE, |path| known_route(path.as_str()));
     let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
+    let after = peer.after.clone();
     let admitted = app.let_in(route, request.headers(), peer.ip, client);
     let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
     let mut response = match admitted {
@@ -192,7 +191,7 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let status = response.status().as_u16();
     let time = start.elapsed();
     app.metrics.answered(route, status, time);
-    logging::afterwards(move || {
+    after.push(move || {
         let client = client.map(tracing::field::display);
         tracing::info!(
             request_id = %id, %method, route, status, code, key = caller.key_id(), client,
@@ -201,6 +200,9 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     });
     response
 }
+
+/// Where no route is.
+const NO_ROUTE: &str = "none";
 
 /// Routes as they stand in logs and metrics: a fixed list, aliases under one name.
 fn known_route(path: &str) -> &'static str {
@@ -211,7 +213,7 @@ fn known_route(path: &str) -> &'static str {
         "/v1/metrics" | "/metrics" => "/v1/metrics",
         "/openapi.json" => "/openapi.json",
         "/docs" => "/docs",
-        _ => "none",
+        _ => "other",
     }
 }
 

@@ -181,6 +181,16 @@ impl Share {
         held.change(self.budget.most, self.key.as_deref(), before, used).unwrap_or_default();
     }
 
+    /// Takes over all that another has in use: no moment is between in which it could go to somebody else.
+    pub(crate) fn absorb(&self, other: &Share) {
+        let mut held = self.budget.held();
+        let taken = other.used.load(Ordering::Relaxed);
+        // What is given back is at least what is taken.
+        other.set(&mut held, 0).unwrap_or_default();
+        let used = self.used.load(Ordering::Relaxed).saturating_add(taken);
+        self.set(&mut held, used).unwrap_or_default();
+    }
+
     /// The bytes of a whole answer, in the place of all that was held for its request.
     pub(crate) fn answer(self: &Arc<Self>, peer: &Peer, bytes: Vec<u8>) -> Result<Bytes, Full> {
         // The reserve goes last: a small answer has room in it.
@@ -288,6 +298,21 @@ mod tests {
         assert_eq!(budget.held().all, 3 * RESERVE);
         assert_eq!(budget.held().clocks.len(), 1);
         drop(part);
+        assert!(budget.is_empty());
+    }
+
+    #[test]
+    fn what_one_takes_over_from_another_goes_to_nobody_else() {
+        let (budget, caller) = (budget(4 * RESERVE), caller(None));
+        let (whole, item) = (budget.share(&caller).unwrap(), budget.share(&caller).unwrap());
+        item.grow(3 * RESERVE).unwrap();
+        assert_eq!(budget.held().all, 4 * RESERVE);
+        item.settle();
+        whole.absorb(&item);
+        assert_eq!((budget.held().all, whole.used.load(Ordering::Relaxed)), (3 * RESERVE, 3 * RESERVE));
+        drop(item);
+        assert_eq!(budget.held().all, 3 * RESERVE);
+        drop(whole);
         assert!(budget.is_empty());
     }
 

@@ -1,6 +1,9 @@
 //! Whether a template can really run code: a small exec, and its cached result.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use tokio::{sync::Mutex, time::Instant};
 use tracing::Instrument as _;
@@ -23,6 +26,10 @@ pub(crate) struct Health {
 #[derive(Debug)]
 pub(crate) struct Canaries {
     each: Vec<Canary>,
+    /// They have run.
+    tried: AtomicBool,
+    /// One has passed, now or earlier.
+    passed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -56,7 +63,12 @@ impl Canaries {
             last: Mutex::default(),
             worked: std::sync::Mutex::default(),
         };
-        Canaries { each: catalog.templates.iter().map(one).collect() }
+        Canaries { each: catalog.templates.iter().map(one).collect(), tried: false.into(), passed: false.into() }
+    }
+
+    /// Whether a template ever ran code. Before the first results nothing speaks against it.
+    pub(crate) fn proven(&self) -> bool {
+        self.passed.load(Ordering::Relaxed) || !self.tried.load(Ordering::Relaxed)
     }
 
     /// An exec of this template just came to an outcome.
@@ -68,7 +80,12 @@ impl Canaries {
 
     /// The result of each, in the order of the catalog; one that is older than `age` is run again.
     pub(crate) async fn results(&self, backend: &Backend, age: Duration) -> Vec<Health> {
-        futures_util::future::join_all(self.each.iter().map(|canary| canary.result(backend, age))).await
+        let results = futures_util::future::join_all(self.each.iter().map(|canary| canary.result(backend, age))).await;
+        if results.iter().any(|health: &Health| health.result.is_ok()) {
+            self.passed.store(true, Ordering::Relaxed);
+        }
+        self.tried.store(true, Ordering::Relaxed);
+        results
     }
 
     /// The last results, without running anything.

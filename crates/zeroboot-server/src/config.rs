@@ -343,15 +343,18 @@ impl ServerConfig {
             || limits.batch_parallel == 0
             || limits.max_connections == 0
             || limits.key_concurrency == Some(0)
-            || limits.max_held < 1024 * 1024
         {
             return Err(Range(
-                "max_body_bytes, max_batch, batch_parallel, max_connections, key_concurrency and max_held_mb",
+                "max_body_bytes, max_batch, batch_parallel, max_connections and key_concurrency",
                 "above zero",
             ));
         }
-        if limits.max_held / 2 < limits.max_body as u64 {
-            return Err(Range("max_held_mb", "at least twice max_body_bytes: one key has half of it"));
+        // An exec's input and output, which is in its answer twice.
+        let one = limits.default_output.saturating_mul(2).saturating_add(limits.max_body as u64);
+        if limits.max_held / 2 < one {
+            let need =
+                "at least twice max_body_bytes and four times default_output_bytes together: one key has half of it";
+            return Err(Range("max_held_mb", need));
         }
         let rates = [Some(limits.key_rate), limits.anonymous_rate, Some(limits.demo_per_minute)];
         if rates.into_iter().flatten().any(|rate| !(rate > 0.0 && rate.is_finite())) {
@@ -435,9 +438,9 @@ mod tests {
             let file: FileConfig = toml::from_str(text).unwrap();
             ServerConfig::resolve(&file, Overrides::default(), Overrides::default())
         };
-        let error = resolve("[limits]\nmax_held_mb = 63").unwrap_err();
-        assert_eq!(error.to_string(), "max_held_mb must be at least twice max_body_bytes: one key has half of it");
-        assert!(resolve("[limits]\nmax_held_mb = 64").is_ok());
+        let error = resolve("[limits]\nmax_held_mb = 127").unwrap_err().to_string();
+        assert!(error.starts_with("max_held_mb must be at least twice max_body_bytes and four times"), "{error}");
+        assert!(resolve("[limits]\nmax_held_mb = 128").is_ok());
         assert!(resolve("[limits]\nkey_concurrency = 0").is_err());
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    future::poll_fn,
     io::{self, BufReader},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -258,7 +259,7 @@ impl Connections {
     }
 
     async fn serve<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, io: I, peer: Peer, two: bool) {
-        let cut = peer.cut.clone();
+        let (cut, after) = (peer.cut.clone(), peer.after.clone());
         let router = self.router.clone();
         let busy = Busy::new();
         let service = hyper::service::service_fn({
@@ -284,6 +285,16 @@ impl Connections {
         macro_rules! drive {
             ($connection:expr) => {{
                 let mut connection = pin!($connection);
+                // Whatever it had to write is written when it waits.
+                macro_rules! run {
+                    () => {
+                        poll_fn(|context| {
+                            let poll = connection.as_mut().poll(context);
+                            after.write();
+                            poll
+                        })
+                    };
+                }
                 let ended = async {
                     tokio::select! {
                         () = cut.notified() => {}
@@ -299,14 +310,14 @@ impl Connections {
                 tokio::select! {
                     result = async {
                         tokio::select! {
-                            result = connection.as_mut() => result,
+                            result = run!() => result,
                             graceful = ending => {
                                 if !graceful {
                                     // Not even HTTP/2's first words came: nothing that could be closed gracefully.
                                     return Ok(());
                                 }
                                 connection.as_mut().graceful_shutdown();
-                                connection.await
+                                run!().await
                             }
                         }
                     } => result,

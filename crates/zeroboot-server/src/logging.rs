@@ -1,6 +1,9 @@
 //! Where log lines go: standard error, as text or JSON, and spans to a collector if one is named.
 
-use std::io::IsTerminal as _;
+use std::{
+    io::IsTerminal as _,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tracing_subscriber::{
     EnvFilter, Layer as _, fmt::MakeWriter, layer::SubscriberExt as _, util::SubscriberInitExt as _,
@@ -42,11 +45,44 @@ impl Drop for LogGuard {
     }
 }
 
-/// Writes a log line once the answer that it is about is on its way: its caller does not wait for it.
-pub(crate) fn afterwards(line: impl FnOnce() + Send + 'static) {
-    let span = tracing::Span::current();
-    // The runtime takes it up when the task that answers has written and waits.
-    tokio::spawn(async move { span.in_scope(line) });
+/// Log lines of one connection that are written once the answers that they are about are on their way: callers do not wait
+/// for them. (A task for each line would wake another thread while an answer is made.)
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Afterwards(Arc<Lines>);
+
+#[derive(Default)]
+struct Lines(Mutex<Vec<Box<dyn FnOnce() + Send>>>);
+
+impl Afterwards {
+    pub(crate) fn push(&self, line: impl FnOnce() + Send + 'static) {
+        let span = tracing::Span::current();
+        let mut lines = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.push(Box::new(move || span.in_scope(line)));
+    }
+
+    /// Writes what is there.
+    pub(crate) fn write(&self) {
+        self.0.write();
+    }
+}
+
+impl Lines {
+    fn write(&self) {
+        let lines = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        lines.into_iter().for_each(|line| line());
+    }
+}
+
+impl std::fmt::Debug for Lines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lines")
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        self.write();
+    }
 }
 
 /// Whether log lines have colours: for a person at a terminal who has not set `NO_COLOR`.

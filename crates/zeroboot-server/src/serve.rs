@@ -122,7 +122,6 @@ impl Server {
         for (health, (template, _)) in first.iter().zip(&app.catalog.templates) {
             tracing::info!(template, ready = health.result.is_ok(), "first canary");
         }
-        app.unproven.store(first.iter().all(|health| health.result.is_err()), Ordering::SeqCst);
         let budget = app.budget.clone();
         background.spawn(async move { budget.watch().await });
         let reload_app = app.clone();
@@ -176,7 +175,6 @@ async fn prove(app: Arc<App>, manager: Arc<Manager>, mut results: Vec<Health>) {
     while !app.draining.load(Ordering::SeqCst) {
         if !ready && results.iter().any(|health| health.result.is_ok()) {
             ready = true;
-            app.unproven.store(false, Ordering::SeqCst);
             manager.tell("READY=1\nSTATUS=Serving");
         }
         if !ready {

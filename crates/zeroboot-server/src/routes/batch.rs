@@ -11,14 +11,12 @@ use futures_util::{FutureExt as _, StreamExt as _, stream};
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 use tracing::Instrument as _;
-use uuid::Uuid;
 
 use crate::{
     answer::Finished,
     app::{App, Asked},
     budget::{Full, Share},
     error::{ApiError, ErrorBody},
-    gate::Caller,
     routes::exec::{UnderWay, json_response, read_body, serialize},
     wire::{self, ExecBody},
 };
@@ -38,38 +36,40 @@ enum Item<'a> {
 /// Runs several pieces of code, each in its own sandbox. Each item has its own result or error.
 pub(crate) async fn batch(
     State(app): State<Arc<App>>,
-    Extension(Asked { request_id, caller, peer }): Extension<Asked>,
+    Extension(asked): Extension<Asked>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let share = app.admit(&caller)?;
+    let Asked { request_id, caller, peer } = &asked;
+    let share = app.admit(caller)?;
     // The first one is paid before the body is read, the others when it is known how many there are.
-    app.gate.charge(&caller, 1)?;
+    app.gate.charge(caller, 1)?;
     let limits = &app.config.limits;
     let span = tracing::info_span!("http.batch", %request_id);
     async {
         let bytes = read_body(&headers, body, limits, &share).await?;
         let executions = wire::parse_batch(&bytes, limits.max_batch)?;
         drop(bytes);
-        app.gate.charge_rest(&caller, executions.len() - 1)?;
+        app.gate.charge_rest(caller, executions.len() - 1)?;
         // Above the key's places the items would only wait for each other.
         let parallel =
-            app.gate.most_at_once(&caller).map_or(limits.batch_parallel, |most| most.min(limits.batch_parallel));
+            app.gate.most_at_once(caller).map_or(limits.batch_parallel, |most| most.min(limits.batch_parallel));
         let together =
             Together { output: AtomicU64::new(limits.max_batch_output), until: Instant::now() + limits.max_batch_time };
         let items = executions
             .into_iter()
             .enumerate()
-            .map(|(at, body)| guarded(item(&app, &caller, request_id, body, &together)).map(move |done| (at, done)));
+            .map(|(at, body)| guarded(item(&app, &asked, body, &together)).map(move |done| (at, done)));
         let mut done: Vec<_> = stream::iter(items).buffer_unordered(parallel).collect().await;
         done.sort_unstable_by_key(|(at, _)| *at);
         let results = done.iter().map(|(_, result)| match result {
             Ok((finished, _)) => Item::Answer(finished),
-            Err(error) => Item::Error(error.body(Some(request_id))),
+            Err(error) => Item::Error(error.body(Some(*request_id))),
         });
         let bytes = serialize(&Results { results: results.collect() })?;
+        done.iter().filter_map(|(_, result)| result.as_ref().ok()).for_each(|(_, item)| share.absorb(item));
         drop(done);
-        Ok(json_response(share.answer(&peer, bytes).map_err(Full::output_limit)?))
+        Ok(json_response(share.answer(peer, bytes).map_err(Full::output_limit)?))
     }
     .instrument(span)
     .await
@@ -91,7 +91,8 @@ async fn guarded(item: impl Future<Output = Done>) -> Done {
     AssertUnwindSafe(item).catch_unwind().await.unwrap_or_else(|_| Err(ApiError::internal()))
 }
 
-async fn item(app: &Arc<App>, caller: &Caller, request_id: Uuid, body: ExecBody, together: &Together) -> Done {
+async fn item(app: &Arc<App>, asked: &Asked, body: ExecBody, together: &Together) -> Done {
+    let Asked { request_id, caller, peer } = asked;
     let (request, template) = body.into_request(&app.catalog, &app.config.limits)?;
     let now = Instant::now();
     if now >= together.until {
@@ -107,7 +108,7 @@ async fn item(app: &Arc<App>, caller: &Caller, request_id: Uuid, body: ExecBody,
             Err(_) => sleep(Duration::from_millis(50)).await,
         }
     };
-    let under_way = UnderWay::new(app.clone(), request_id, template, place, share.clone());
+    let under_way = UnderWay::new(app.clone(), *request_id, template, place, share.clone(), peer);
     // Items wait for each other's sandboxes. One that was refused as busy has not begun, so it may be tried again.
     loop {
         app.check_open()?;

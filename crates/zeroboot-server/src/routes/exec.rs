@@ -25,12 +25,12 @@ use zeroboot_engine::{Event, ExecRequest, OutputFile, Report};
 
 use crate::{
     answer::{Finished, Text, is_truncated},
-    app::{App, Asked},
+    app::{App, Asked, Peer},
     backend::Run,
     budget::{Full, Share},
     config::RequestLimits,
     error::ApiError,
-    logging,
+    logging::Afterwards,
     routes::stream,
     wire::{self, ExecBody},
 };
@@ -54,7 +54,7 @@ pub(crate) async fn exec(
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
-        let under_way = UnderWay::new(app.clone(), request_id, template, place, share);
+        let under_way = UnderWay::new(app.clone(), request_id, template, place, share, &peer);
         if wants_stream(&headers) {
             return stream::start(under_way, request, peer).await;
         }
@@ -128,6 +128,7 @@ pub(crate) struct UnderWay {
     /// The template's place in the catalog.
     pub(crate) template: usize,
     pub(crate) share: Arc<Share>,
+    after: Afterwards,
     _place: Option<tokio::sync::OwnedSemaphorePermit>,
     _entered: crate::metrics::Entered,
 }
@@ -139,9 +140,10 @@ impl UnderWay {
         template: usize,
         place: Option<tokio::sync::OwnedSemaphorePermit>,
         share: Arc<Share>,
+        peer: &Peer,
     ) -> UnderWay {
         let entered = app.metrics.enter();
-        UnderWay { app, request_id, template, share, _place: place, _entered: entered }
+        UnderWay { app, request_id, template, share, after: peer.after.clone(), _place: place, _entered: entered }
     }
 
     /// Takes a sandbox.
@@ -181,7 +183,7 @@ impl UnderWay {
         self.app.metrics.finished(template, run.isolation(), report);
         let (app, report) = (self.app.clone(), *report);
         let (at, request_id, id, isolation) = (self.template, self.request_id, run.id(), run.isolation().as_str());
-        logging::afterwards(move || {
+        self.after.push(move || {
             let (template, _) = app.catalog.get(at);
             let ms = |time: Duration| time.as_secs_f64() * 1e3;
             tracing::info!(

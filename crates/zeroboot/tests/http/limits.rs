@@ -1,14 +1,22 @@
 //! What a key, a client address and all callers together may have.
 
-use std::{path::PathBuf, time::Duration};
+use std::{io::Write as _, net::TcpStream, path::PathBuf, time::Duration};
 
 use serde_json::{Value, json};
 use zeroboot_server::{KeyStore, NewKey, ServerConfig};
 
 use crate::{
-    client::Answer,
-    fixture::{Fixture, Setup, wait_for},
+    client::{self, Answer},
+    fixture::{Fixture, JSON, Setup, wait_for},
 };
+
+/// Sends an exec and reads no answer. Dropping the connection ends it.
+fn begin(fixture: &Fixture, body: &Value, headers: &[&str]) -> TcpStream {
+    let mut stream = client::connect(fixture.address);
+    let headers = [&[JSON], headers].concat();
+    stream.write_all(&client::request("POST", "/v1/exec", &headers, body.to_string().as_bytes())).unwrap();
+    stream
+}
 
 /// A server with one key.
 struct Keyed {
@@ -31,6 +39,10 @@ impl Keyed {
     fn post(&self, path: &str, body: &Value, more: &[&str]) -> Answer {
         let header = format!("Authorization: Bearer {}", self.token);
         self.fixture.post(path, body, &[&[header.as_str()], more].concat())
+    }
+
+    fn begin(&self, code: &str) -> TcpStream {
+        begin(&self.fixture, &json!({"code": code}), &[&format!("Authorization: Bearer {}", self.token)])
     }
 
     fn run(&self, more: &[&str]) -> Answer {
@@ -82,14 +94,15 @@ fn a_demo_key_has_few_execs_from_each_address_and_only_a_proxy_of_ours_says_whic
 #[test]
 fn a_key_has_its_concurrency() {
     let keyed = Keyed::new(NewKey { concurrency: Some(1), ..NewKey::default() }, |_| {});
-    std::thread::scope(|scope| {
-        let slow = scope.spawn(|| keyed.post("/v1/exec", &json!({"code": "import time; time.sleep(1.5)"}), &[]));
-        keyed.fixture.wait_for_live(1, Duration::from_secs(20));
-        let answer = keyed.run(&[]);
-        assert_eq!((answer.status, &answer.json()["code"]), (429, &json!("concurrency_limited")));
-        assert_eq!(answer.header("retry-after"), Some("1"));
-        assert_eq!(slow.join().unwrap().status, 200);
-    });
+    let slow = keyed.begin("import time; time.sleep(60)");
+    keyed.fixture.wait_for_live(1, Duration::from_secs(20));
+    let answer = keyed.run(&[]);
+    assert_eq!((answer.status, &answer.json()["code"]), (429, &json!("concurrency_limited")));
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    // Its client leaves.
+    drop(slow);
+    keyed.fixture.wait_for_live(0, Duration::from_secs(20));
+    wait_for("its place", Duration::from_secs(20), || keyed.run(&[]).status == 200);
     // A batch runs within it, and needs it all.
     let batch = json!({"executions": vec![json!({"code": "print(1)"}); 3]});
     let answer = keyed.post("/v1/exec/batch", &batch, &[]).json();
@@ -109,23 +122,24 @@ fn a_key_ends_when_it_expires() {
 fn what_the_server_holds_is_bounded_and_given_back() {
     let mut setup = Setup::default();
     setup.config.limits.max_held = 1024 * 1024;
-    setup.config.limits.max_body = 512 * 1024;
+    setup.config.limits.max_body = 460 * 1024;
+    setup.config.limits.default_output = 16 * 1024;
     let fixture = setup.start();
     let large = |code: &str| json!({"code": code, "stdin": "x".repeat(450 * 1024)});
-    std::thread::scope(|scope| {
-        let slow = || fixture.post("/v1/exec", &large("import time; time.sleep(3)"), &[]).status;
-        let both = [scope.spawn(slow), scope.spawn(slow)];
-        fixture.wait_for_live(2, Duration::from_secs(20));
-        for path in ["/v1/exec", "/v1/exec/batch"] {
-            let answer = fixture.post(path, &large("print(1)"), &[]);
-            assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("busy")));
-            assert_eq!(answer.header("retry-after"), Some("1"));
-        }
-        assert_eq!(fixture.run("print(1)")["stdout"], "1\n", "there is room for a small one");
-        assert_eq!(both.map(|slow| slow.join().unwrap()), [200, 200]);
-    });
+    let slow = || begin(&fixture, &large("import time; time.sleep(60)"), &[]);
+    let both = [slow(), slow()];
+    fixture.wait_for_live(2, Duration::from_secs(20));
+    for path in ["/v1/exec", "/v1/exec/batch"] {
+        let answer = fixture.post(path, &large("print(1)"), &[]);
+        assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("busy")));
+        assert_eq!(answer.header("retry-after"), Some("1"));
+    }
+    assert_eq!(fixture.run("print(1)")["stdout"], "1\n", "there is room for a small one");
+    drop(both);
+    fixture.wait_for_live(0, Duration::from_secs(20));
     assert_eq!(fixture.exec(&large("print(1)"))["stdout"], "1\n");
-    let loud = json!({"code": "import sys\nfor _ in range(32): sys.stdout.write('x' * 65536)"});
+    let code = "import sys\nfor _ in range(32): sys.stdout.write('x' * 65536)";
+    let loud = json!({"code": code, "limits": {"output_bytes": 4 << 20}});
     let answer = fixture.post("/v1/exec", &loud, &[]);
     assert_eq!((answer.status, &answer.json()["code"]), (500, &json!("server_output_limit")));
     let batch = json!({"executions": [loud, {"code": "print(1)"}]});

@@ -116,7 +116,7 @@ fn the_servers_end_waits_for_requests_and_refuses_new_ones() {
             "POST",
             "/v1/exec",
             &[JSON],
-            json!({"code": "import time; time.sleep(4); print('done')"}).to_string().as_bytes(),
+            json!({"code": "import time; time.sleep(15); print('done')"}).to_string().as_bytes(),
         );
         let address = fixture.address;
         move || client::exchange(address, &request)
