@@ -7,6 +7,7 @@ use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::Limits;
@@ -15,6 +16,9 @@ use crate::Limits;
 const OVERHEAD: u64 = 16 * 1024 * 1024;
 /// Processes beside the code's: the agent.
 const OWN_PROCESSES: u32 = 1;
+/// Tries to remove a group that is busy, and the pause between two.
+const REMOVALS: u32 = 100;
+const BETWEEN_REMOVALS: Duration = Duration::from_millis(20);
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
 /// The right to make groups.
@@ -137,9 +141,24 @@ impl Cgroup {
     }
 }
 
+impl Cgroup {
+    /// Removes it once nothing is in it: what the kernel takes apart after a process's end, such as a VM, can have threads
+    /// of its own there.
+    pub(crate) async fn remove(self) {
+        for _ in 0..REMOVALS {
+            match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => tokio::time::sleep(BETWEEN_REMOVALS).await,
+                _ => return,
+            }
+        }
+    }
+}
+
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.path) {
+        if let Err(error) = fs::remove_dir(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove a sandbox's cgroup");
         }
     }

@@ -133,9 +133,12 @@ struct Inner {
     refused: AtomicU64,
     closing: AtomicBool,
     cgroup_obstacle: Option<String>,
+    reaper: Arc<Reaper>,
 }
 
 const MIB: u64 = 1024 * 1024;
+/// How long the end of an engine waits for what it killed to be gone.
+const CLEARING: Duration = Duration::from_secs(2);
 
 impl Engine {
     /// Starts the zygotes, waits until every template is warm, and begins to fill the pools.
@@ -145,10 +148,11 @@ impl Engine {
             Some(Err(reason)) => (None, Some(reason)),
             None => (None, Some("switched off".into())),
         };
+        let reaper = Reaper::start();
         let shared = Arc::new(Shared {
             spawner: Spawner::new(&config.program).map_err(StartError::Spawn)?,
             cgroups,
-            reaper: Reaper::start(),
+            reaper: Arc::clone(&reaper),
             warm_timeout: config.warm_timeout,
         });
         let starts: Vec<_> = config
@@ -171,6 +175,7 @@ impl Engine {
                 refused: AtomicU64::new(0),
                 closing: AtomicBool::new(false),
                 cgroup_obstacle,
+                reaper,
             }),
         })
     }
@@ -237,7 +242,7 @@ impl Engine {
         self.inner.cgroup_obstacle.as_deref()
     }
 
-    /// Refuses new execs, waits up to `drain` for the live ones, then kills all that is left.
+    /// Refuses new execs, waits up to `drain` for the live ones, then kills all that is left and clears it away.
     pub async fn shutdown(&self, drain: Duration) {
         self.inner.closing.store(true, Ordering::Relaxed);
         let deadline = Instant::now() + drain;
@@ -247,6 +252,10 @@ impl Engine {
         self.inner.places.close();
         for template in &self.inner.templates {
             template.empty_pool();
+        }
+        let deadline = Instant::now() + CLEARING;
+        while !self.inner.reaper.is_done() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -68,7 +68,10 @@ impl Remains {
             }
             Err(error) => tracing::warn!(%error, "cannot wait for a worker"),
         }
-        drop((self.cgroup, self.permits));
+        drop(self.permits);
+        if let Some(cgroup) = self.cgroup {
+            cgroup.remove().await;
+        }
     }
 }
 
@@ -76,6 +79,8 @@ impl Remains {
 #[derive(Debug)]
 pub(crate) struct Reaper {
     remains: mpsc::UnboundedSender<Remains>,
+    /// Remains that are not cleared away yet.
+    uncleared: Arc<AtomicUsize>,
     /// A timer for each would wake another thread in the middle of an exec.
     latest: Mutex<HashMap<u64, (Instant, Arc<OwnedFd>)>>,
     next: AtomicU64,
@@ -85,18 +90,30 @@ impl Reaper {
     /// With the tasks that do its work until it is dropped.
     pub(crate) fn start() -> Arc<Reaper> {
         let (remains, mut queue) = mpsc::unbounded_channel::<Remains>();
+        let uncleared = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&uncleared);
         tokio::spawn(async move {
             while let Some(remains) = queue.recv().await {
-                let span = remains.span.clone();
-                tokio::spawn(remains.clear().instrument(span));
+                let (span, count) = (remains.span.clone(), Arc::clone(&count));
+                let clear = async move {
+                    remains.clear().await;
+                    count.fetch_sub(1, Ordering::Relaxed);
+                };
+                tokio::spawn(clear.instrument(span));
             }
         });
-        let reaper = Arc::new(Reaper { remains, latest: Mutex::default(), next: AtomicU64::new(0) });
+        let reaper = Arc::new(Reaper { remains, uncleared, latest: Mutex::default(), next: AtomicU64::new(0) });
         tokio::spawn(look_for_late_ones(Arc::downgrade(&reaper)));
         reaper
     }
 
+    /// Whether nothing is left of any worker that was dropped.
+    pub(crate) fn is_done(&self) -> bool {
+        self.uncleared.load(Ordering::Relaxed) == 0
+    }
+
     pub(crate) fn take(&self, remains: Remains) {
+        self.uncleared.fetch_add(1, Ordering::Relaxed);
         // Its task ends with the runtime only; then everything goes at once.
         let _ended = self.remains.send(remains);
     }

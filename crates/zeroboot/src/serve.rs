@@ -54,6 +54,9 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
         };
+        if let Some(reason) = engine.cgroup_obstacle() {
+            tracing::info!(reason, "sandboxes have no cgroups; rlimits and the agent's own watch hold their limits");
+        }
         let server = Server::bind(config, engine.clone()).await?;
         for address in server.addresses() {
             let keys = if server.has_keys() { "" } else { " (no keys: local callers only)" };

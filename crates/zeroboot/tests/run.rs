@@ -202,7 +202,9 @@ fn node_ends_as_its_code_says() {
     node("throw new Error('x')").go().ended(1).says("Error: x");
     node("for (;;);").args(["--timeout", "1s"]).go().ended(124).says("--timeout");
     let hog = "const k = []; for (;;) k.push(Buffer.alloc(1 << 24, 1))";
-    node(hog).args(["--memory", "256M"]).go().ended(137).says("out of memory");
+    // V8 may be the first to see it, and aborts.
+    let ended = node(hog).args(["--memory", "256M"]).go();
+    assert!([134, 137].contains(&ended.says("out of memory").code()), "{ended:?}");
     node("const a = []; for (;;) a.push(new Array(1e5).fill(a.length + 0.5))")
         .args(["--memory", "256M"])
         .go()

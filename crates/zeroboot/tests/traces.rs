@@ -65,6 +65,18 @@ fn spans_of_an_exec(flags: &[&str], headers: &[&str]) -> (Vec<Span>, Vec<Span>) 
     let line = log.by_ref().map(|line| line.unwrap()).find(|line| line.contains("listens on")).unwrap();
     let address = line.split("listens on ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     let drained = std::thread::spawn(move || log.map(|line| line.unwrap()).collect::<Vec<_>>());
+    let waiting = || {
+        let health = client::exchange(address, &client::request("GET", "/v1/health", &[], b"")).json();
+        let template = &health["templates"]["python"];
+        template["pool_ready"] == template["pool_target"]
+    };
+    // What the first canary took from the pool is being made again.
+    for _ in 0..3000 {
+        if waiting() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let body = json!({"code": "print(6 * 7)"}).to_string();
     let headers: Vec<&str> = ["Content-Type: application/json"].iter().chain(headers).copied().collect();
     let answer = client::exchange(address, &client::request("POST", "/v1/exec", &headers, body.as_bytes()));
