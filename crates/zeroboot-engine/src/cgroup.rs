@@ -139,9 +139,7 @@ impl Cgroup {
         fs::read_to_string(self.path.join("memory.events"))
             .is_ok_and(|text| text.lines().any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0")))
     }
-}
 
-impl Cgroup {
     /// Removes it once nothing is in it: what the kernel takes apart after a process's end, such as a VM, can have threads
     /// of its own there.
     pub(crate) async fn remove(self) {

@@ -170,14 +170,13 @@ impl Gate {
     }
 
     /// The execs that the caller may have at once; `None`: only the engine's admission limits them.
-    pub(crate) fn most_at_once(&self, caller: &Caller) -> Option<usize> {
-        let key = caller.key.as_ref()?;
-        key.concurrency.or(self.rates.concurrency).map(|most| most as usize)
+    pub(crate) fn most_at_once(&self, caller: &Caller) -> Option<u32> {
+        caller.key.as_ref()?.concurrency.or(self.rates.concurrency)
     }
 
     fn places_of(&self, caller: &Caller) -> Option<(u32, Arc<Semaphore>)> {
         let key = caller.key.as_ref()?;
-        let most = key.concurrency.or(self.rates.concurrency)?;
+        let most = self.most_at_once(caller)?;
         let mut all = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh = || (most, Arc::new(Semaphore::new(most as usize)));
         let entry = all.entry(key.id.clone()).or_insert_with(fresh);

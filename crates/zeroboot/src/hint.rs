@@ -39,7 +39,9 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<String> {
             Some(ExecError::Invalid(InvalidRequest::EmptyCode)) => {
                 return Some("give code with -c 'print(1)', or a file".into());
             }
-            Some(ExecError::Sandbox(_)) => return Some("`zeroboot doctor` shows what this host can do".into()),
+            Some(ExecError::Sandbox(_) | ExecError::NotReady { .. }) => {
+                return Some("`zeroboot doctor` shows what this host can do".into());
+            }
             _ => {}
         }
         None

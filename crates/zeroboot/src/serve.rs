@@ -17,7 +17,8 @@ use crate::{
 const POOL: usize = 4;
 /// Sandboxes alive at once, unless said otherwise.
 const MAX_LIVE: usize = 1000;
-/// Descriptors that this process has open for each sandbox.
+/// Descriptors that this process has open for each sandbox: its socket and its pidfd; while it is asked for, both ends of
+/// the socket and `cgroup.procs`.
 const EACH_SANDBOX: u64 = 3;
 /// Descriptors for everything else: listeners, zygotes, the runtime's own, files that are read.
 const OUR_OWN: u64 = 64;

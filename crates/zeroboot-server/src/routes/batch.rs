@@ -52,8 +52,10 @@ pub(crate) async fn batch(
         drop(bytes);
         app.gate.charge_rest(caller, executions.len() - 1)?;
         // Above the key's places the items would only wait for each other.
-        let parallel =
-            app.gate.most_at_once(caller).map_or(limits.batch_parallel, |most| most.min(limits.batch_parallel));
+        let parallel = app
+            .gate
+            .most_at_once(caller)
+            .map_or(limits.batch_parallel, |most| limits.batch_parallel.min(most as usize));
         let together =
             Together { output: AtomicU64::new(limits.max_batch_output), until: Instant::now() + limits.max_batch_time };
         let items = executions
@@ -92,7 +94,7 @@ async fn guarded(item: impl Future<Output = Done>) -> Done {
 }
 
 async fn item(app: &Arc<App>, asked: &Asked, body: ExecBody, together: &Together) -> Done {
-    let Asked { request_id, caller, peer } = asked;
+    let caller = &asked.caller;
     let (request, template) = body.into_request(&app.catalog, &app.config.limits)?;
     let now = Instant::now();
     if now >= together.until {
@@ -108,7 +110,7 @@ async fn item(app: &Arc<App>, asked: &Asked, body: ExecBody, together: &Together
             Err(_) => sleep(Duration::from_millis(50)).await,
         }
     };
-    let under_way = UnderWay::new(app.clone(), *request_id, template, place, share.clone(), peer);
+    let under_way = UnderWay::new(app.clone(), asked, template, place, share.clone());
     // Items wait for each other's sandboxes. One that was refused as busy has not begun, so it may be tried again.
     loop {
         app.check_open()?;

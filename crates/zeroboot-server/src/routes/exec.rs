@@ -25,7 +25,7 @@ use zeroboot_engine::{Event, ExecRequest, OutputFile, Report};
 
 use crate::{
     answer::{Finished, Text, is_truncated},
-    app::{App, Asked, Peer},
+    app::{App, Asked},
     backend::Run,
     budget::{Full, Share},
     config::RequestLimits,
@@ -38,14 +38,15 @@ use crate::{
 /// Runs one piece of code. The sandbox is taken only when the whole request is here.
 pub(crate) async fn exec(
     State(app): State<Arc<App>>,
-    Extension(Asked { request_id, caller, peer }): Extension<Asked>,
+    Extension(asked): Extension<Asked>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
     // All before the body, which is held too.
-    let share = app.admit(&caller)?;
-    app.gate.charge(&caller, 1)?;
-    let place = app.gate.place(&caller)?;
+    let Asked { request_id, caller, peer } = &asked;
+    let share = app.admit(caller)?;
+    app.gate.charge(caller, 1)?;
+    let place = app.gate.place(caller)?;
     let span = tracing::info_span!("http.exec", %request_id);
     async {
         let bytes = read_body(&headers, body, &app.config.limits, &share).await?;
@@ -54,15 +55,15 @@ pub(crate) async fn exec(
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
-        let under_way = UnderWay::new(app.clone(), request_id, template, place, share, &peer);
+        let under_way = UnderWay::new(app.clone(), &asked, template, place, share);
         if wants_stream(&headers) {
-            return stream::start(under_way, request, peer).await;
+            return stream::start(under_way, request, peer.clone()).await;
         }
         let finished = under_way.collect(request, None).await?;
         tracing::debug_span!("exec.answer").in_scope(|| {
             let bytes = serialize(&finished)?;
             drop(finished);
-            Ok(json_response(under_way.share.answer(&peer, bytes).map_err(Full::output_limit)?))
+            Ok(json_response(under_way.share.answer(peer, bytes).map_err(Full::output_limit)?))
         })
     }
     .instrument(span)
@@ -136,14 +137,14 @@ pub(crate) struct UnderWay {
 impl UnderWay {
     pub(crate) fn new(
         app: Arc<App>,
-        request_id: Uuid,
+        asked: &Asked,
         template: usize,
         place: Option<tokio::sync::OwnedSemaphorePermit>,
         share: Arc<Share>,
-        peer: &Peer,
     ) -> UnderWay {
         let entered = app.metrics.enter();
-        UnderWay { app, request_id, template, share, after: peer.after.clone(), _place: place, _entered: entered }
+        let (request_id, after) = (asked.request_id, asked.peer.after.clone());
+        UnderWay { app, request_id, template, share, after, _place: place, _entered: entered }
     }
 
     /// Takes a sandbox.
