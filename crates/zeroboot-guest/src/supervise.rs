@@ -279,6 +279,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                         self.files.close();
                         return Ok(request);
                     }
+                    Command::Live => return Err(Stop::Failed("this agent runs one program".into())),
                 }
                 if self.control_out.len() > MAX_PAYLOAD {
                     self.flush_control()?;

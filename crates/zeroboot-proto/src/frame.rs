@@ -49,6 +49,24 @@ kinds! {
     Identity = 0x09,
     /// Start the run: no more `Code`, `Arg`, `Env`, `Put`, `Get` follow.
     Run = 0x0a,
+    /// Agent to runner: the working directory to go to, before `Serve`.
+    Cwd = 0x0b,
+    /// Agent to runner, instead of `Run`: be a context, which runs cells until the channel ends.
+    Serve = 0x0c,
+    /// Agent to runner: run the `Code` that came before as a cell. Answered by `Result`s, at most one `Error`, one `Done`.
+    Cell = 0x0d,
+    /// The sandbox lives on instead of running one program: from now on, channels. See [`crate::live`].
+    Live = 0x0e,
+    /// Begins what a channel is for: [`crate::live::Open`], after its `Arg`, `Env` and `Code`.
+    Open = 0x0f,
+    /// A signal's number, one byte, for the run of this channel.
+    Signal = 0x10,
+    /// A terminal's new size: [`crate::live::Size`].
+    Resize = 0x11,
+    /// Nobody waits for this channel any more: what runs on it is stopped. It still ends with `End`.
+    Close = 0x12,
+    /// Bytes that the front takes more on this channel: `u32`.
+    Credit = 0x13,
 
     /// The worker (or the runner) is warm and waits for a request. Empty payload.
     Ready = 0x81,
@@ -68,6 +86,18 @@ kinds! {
     Note = 0x88,
     /// Worker to front, ahead of [`Kind::Exit`]: why it calls the guest crashed; text for the log.
     Crash = 0x89,
+    /// Part of what a cell shows: [`crate::live::ResultChunk`].
+    Result = 0x8a,
+    /// The uncaught error of a cell: JSON, `{"name", "value", "traceback"}`.
+    Error = 0x8b,
+    /// Runner to agent: the cell is over. `u8` status, `u32` execution count: [`crate::live::CellDone`].
+    Done = 0x8c,
+    /// Part of an answer: [`crate::live::Reply`].
+    Reply = 0x8d,
+    /// The last frame of a channel: [`crate::live::End`].
+    End = 0x8e,
+    /// Bytes that the sandbox takes more on this channel: `u32`.
+    Grant = 0x8f,
 }
 
 /// Why bytes are not a frame.
@@ -77,8 +107,10 @@ pub enum FrameError {
     TooLong(u32),
     /// No [`Kind`] has this number.
     UnknownKind(u8),
-    /// The reserved header bytes are not zero.
+    /// The reserved header byte is not zero.
     Reserved,
+    /// A frame of this channel came where only the sandbox itself (channel 0) speaks.
+    Channel(u16),
 }
 
 impl core::fmt::Display for FrameError {
@@ -86,7 +118,8 @@ impl core::fmt::Display for FrameError {
         match self {
             FrameError::TooLong(n) => write!(f, "frame payload of {n} bytes is above the limit of {MAX_PAYLOAD}"),
             FrameError::UnknownKind(k) => write!(f, "unknown frame kind {k:#04x}"),
-            FrameError::Reserved => f.write_str("reserved header bytes are not zero"),
+            FrameError::Reserved => f.write_str("the reserved header byte is not zero"),
+            FrameError::Channel(n) => write!(f, "a frame of channel {n} where there are no channels"),
         }
     }
 }
@@ -98,6 +131,8 @@ impl core::error::Error for FrameError {}
 pub struct Header {
     /// What the payload is.
     pub kind: Kind,
+    /// What it belongs to; 0 is the sandbox itself.
+    pub channel: u16,
     /// Payload bytes, at most [`MAX_PAYLOAD`].
     pub len: usize,
 }
@@ -105,34 +140,40 @@ pub struct Header {
 impl Header {
     /// Checks the eight bytes of a header.
     pub fn parse(bytes: [u8; HEADER_LEN]) -> Result<Header, FrameError> {
-        let [a, b, c, d, kind, r0, r1, r2] = bytes;
+        let [a, b, c, d, kind, reserved, lo, hi] = bytes;
         let len = u32::from_le_bytes([a, b, c, d]);
         if len as usize > MAX_PAYLOAD {
             return Err(FrameError::TooLong(len));
         }
-        if [r0, r1, r2] != [0; 3] {
+        if reserved != 0 {
             return Err(FrameError::Reserved);
         }
         let kind = Kind::from_u8(kind).ok_or(FrameError::UnknownKind(kind))?;
-        Ok(Header { kind, len: len as usize })
+        Ok(Header { kind, channel: u16::from_le_bytes([lo, hi]), len: len as usize })
     }
 }
 
 /// The header of a payload of `len` bytes, which must be at most [`MAX_PAYLOAD`].
-pub fn encode_header(kind: Kind, len: usize) -> [u8; HEADER_LEN] {
+pub fn encode_header(channel: u16, kind: Kind, len: usize) -> [u8; HEADER_LEN] {
     debug_assert!(len <= MAX_PAYLOAD);
     let [a, b, c, d] = (len as u32).to_le_bytes();
-    [a, b, c, d, kind as u8, 0, 0, 0]
+    let [lo, hi] = channel.to_le_bytes();
+    [a, b, c, d, kind as u8, 0, lo, hi]
 }
 
-/// Appends `data` to `out` as frames of `kind`, split at [`MAX_PAYLOAD`]; an empty `data` is one
+/// Appends `data` to `out` as frames of `kind` of the sandbox itself, split at [`MAX_PAYLOAD`]; an empty `data` is one
 /// empty frame.
 pub fn encode(out: &mut Vec<u8>, kind: Kind, data: &[u8]) {
+    encode_on(out, 0, kind, data);
+}
+
+/// As [`encode`], on a channel.
+pub fn encode_on(out: &mut Vec<u8>, channel: u16, kind: Kind, data: &[u8]) {
     if data.is_empty() {
-        out.extend_from_slice(&encode_header(kind, 0));
+        out.extend_from_slice(&encode_header(channel, kind, 0));
     }
     for chunk in data.chunks(MAX_PAYLOAD) {
-        out.extend_from_slice(&encode_header(kind, chunk.len()));
+        out.extend_from_slice(&encode_header(channel, kind, chunk.len()));
         out.extend_from_slice(chunk);
     }
 }
@@ -160,8 +201,18 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole frame, or `None` until more bytes come. After an error the stream is lost.
+    /// The next whole frame of the sandbox itself, or `None` until more bytes come. A frame of a channel is an error:
+    /// for streams without channels. After an error the stream is lost.
     pub fn next_frame(&mut self) -> Result<Option<(Kind, &[u8])>, FrameError> {
+        match self.next_on_any()? {
+            Some((0, kind, payload)) => Ok(Some((kind, payload))),
+            Some((channel, ..)) => Err(FrameError::Channel(channel)),
+            None => Ok(None),
+        }
+    }
+
+    /// The next whole frame and its channel, or `None` until more bytes come. After an error the stream is lost.
+    pub fn next_on_any(&mut self) -> Result<Option<(u16, Kind, &[u8])>, FrameError> {
         let rest = self.buffer.get(self.taken..).unwrap_or_default();
         let Some((header, after)) = rest.split_first_chunk::<HEADER_LEN>() else {
             return Ok(None);
@@ -171,7 +222,7 @@ impl Decoder {
             return Ok(None);
         };
         self.taken += HEADER_LEN + header.len;
-        Ok(Some((header.kind, payload)))
+        Ok(Some((header.channel, header.kind, payload)))
     }
 
     /// Whether bytes of an unfinished frame are held.
@@ -194,8 +245,19 @@ mod tests {
 
     #[test]
     fn reserved_bytes_and_unknown_kinds_are_refused() {
-        assert_eq!(Header::parse([0, 0, 0, 0, 0x83, 0, 1, 0]), Err(FrameError::Reserved));
+        assert_eq!(Header::parse([0, 0, 0, 0, 0x83, 1, 0, 0]), Err(FrameError::Reserved));
         assert_eq!(Header::parse([0, 0, 0, 0, 0x70, 0, 0, 0]), Err(FrameError::UnknownKind(0x70)));
+    }
+
+    #[test]
+    fn a_channel_comes_back_as_sent_and_is_refused_where_there_are_none() {
+        let mut bytes = Vec::new();
+        encode_on(&mut bytes, 0x8001, Kind::Stdout, b"x");
+        let mut decoder = Decoder::new();
+        decoder.feed(&bytes);
+        assert_eq!(decoder.next_on_any(), Ok(Some((0x8001, Kind::Stdout, &b"x"[..]))));
+        decoder.feed(&bytes);
+        assert_eq!(decoder.next_frame(), Err(FrameError::Channel(0x8001)));
     }
 
     #[test]

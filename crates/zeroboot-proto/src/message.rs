@@ -36,6 +36,8 @@ pub enum Command<'a> {
     Identity(Identity),
     /// Start.
     Run,
+    /// Live on.
+    Live,
 }
 
 impl<'a> Command<'a> {
@@ -62,6 +64,7 @@ impl<'a> Command<'a> {
             Kind::Limits => Command::Limits(Limits::decode(payload)?),
             Kind::Identity => Command::Identity(Identity::decode(payload)?),
             Kind::Run => Command::Run,
+            Kind::Live if payload.is_empty() => Command::Live,
             _ => return Err(PayloadError("command")),
         })
     }

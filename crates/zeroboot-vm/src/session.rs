@@ -259,7 +259,7 @@ impl<'a, F: Front> Session<'a, F> {
                         // The time of now, not of when the request was written: it may have waited.
                         identity.realtime_ns = realtime_ns();
                         let payload = identity.encode();
-                        self.to_guest.extend(encode_header(kind, payload.len()));
+                        self.to_guest.extend(encode_header(0, kind, payload.len()));
                         self.to_guest.extend(payload);
                         self.identified = true;
                         continue;
@@ -281,7 +281,7 @@ impl<'a, F: Front> Session<'a, F> {
                     Kind::Code | Kind::Arg | Kind::Env | Kind::Put | Kind::Get if self.started.is_none() => {}
                     _ => return Err(order()),
                 }
-                self.to_guest.extend(encode_header(kind, payload.len()));
+                self.to_guest.extend(encode_header(0, kind, payload.len()));
                 self.to_guest.extend(payload);
                 // Whatever brought us here: until now the timer was at the end of the setup.
                 if kind == Kind::Run {

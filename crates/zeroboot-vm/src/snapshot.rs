@@ -479,7 +479,7 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
 
 fn encode(body: &Body) -> (Vec<u8>, blake3::Hash) {
     // Serialising plain data into memory has no way to fail.
-    let payload = postcard::to_stdvec(body).unwrap_or_default();
+    let payload = postcard::to_allocvec(body).unwrap_or_default();
     let hash = blake3::hash(&payload);
     let mut bytes = Vec::with_capacity(HEADER + payload.len());
     bytes.extend_from_slice(&MAGIC);
