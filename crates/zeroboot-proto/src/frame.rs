@@ -178,6 +178,17 @@ pub fn encode_on(out: &mut Vec<u8>, channel: u16, kind: Kind, data: &[u8]) {
     }
 }
 
+/// A whole frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    /// What it belongs to; 0 is the sandbox itself.
+    pub channel: u16,
+    /// What the payload is.
+    pub kind: Kind,
+    /// Its bytes.
+    pub payload: &'a [u8],
+}
+
 /// Turns a stream of bytes into frames. Holds at most one frame's bytes beyond what was fed.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -205,14 +216,14 @@ impl Decoder {
     /// for streams without channels. After an error the stream is lost.
     pub fn next_frame(&mut self) -> Result<Option<(Kind, &[u8])>, FrameError> {
         match self.next_on_any()? {
-            Some((0, kind, payload)) => Ok(Some((kind, payload))),
-            Some((channel, ..)) => Err(FrameError::Channel(channel)),
+            Some(Frame { channel: 0, kind, payload }) => Ok(Some((kind, payload))),
+            Some(frame) => Err(FrameError::Channel(frame.channel)),
             None => Ok(None),
         }
     }
 
     /// The next whole frame and its channel, or `None` until more bytes come. After an error the stream is lost.
-    pub fn next_on_any(&mut self) -> Result<Option<(u16, Kind, &[u8])>, FrameError> {
+    pub fn next_on_any(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
         let rest = self.buffer.get(self.taken..).unwrap_or_default();
         let Some((header, after)) = rest.split_first_chunk::<HEADER_LEN>() else {
             return Ok(None);
@@ -222,7 +233,7 @@ impl Decoder {
             return Ok(None);
         };
         self.taken += HEADER_LEN + header.len;
-        Ok(Some((header.channel, header.kind, payload)))
+        Ok(Some(Frame { channel: header.channel, kind: header.kind, payload }))
     }
 
     /// Whether bytes of an unfinished frame are held.
@@ -255,7 +266,7 @@ mod tests {
         encode_on(&mut bytes, 0x8001, Kind::Stdout, b"x");
         let mut decoder = Decoder::new();
         decoder.feed(&bytes);
-        assert_eq!(decoder.next_on_any(), Ok(Some((0x8001, Kind::Stdout, &b"x"[..]))));
+        assert_eq!(decoder.next_on_any(), Ok(Some(Frame { channel: 0x8001, kind: Kind::Stdout, payload: b"x" })));
         decoder.feed(&bytes);
         assert_eq!(decoder.next_frame(), Err(FrameError::Channel(0x8001)));
     }
