@@ -45,19 +45,24 @@ const MAX_LEFTOVERS: usize = 64;
 const WATCH: Duration = Duration::from_millis(200);
 const WATCH_SHARE: u32 = 20;
 
-/// What the one who makes it has learned.
+/// What it was told, and what was found out, before.
+pub(crate) struct Born {
+    pub(crate) identity: Identity,
+    pub(crate) limits: Limits,
+    pub(crate) ceilings: Ceilings,
+    /// `NAME NUL VALUE`, over the template's.
+    pub(crate) env: Vec<Vec<u8>>,
+}
+
+/// What a sandbox that lives is made of.
 pub(crate) struct Birth<T> {
     pub(crate) transport: T,
     pub(crate) place: Place,
     pub(crate) processes: Processes,
-    pub(crate) ceilings: Ceilings,
-    pub(crate) limits: Limits,
-    pub(crate) identity: Identity,
-    /// `NAME NUL VALUE`, over the template's.
-    pub(crate) env: Vec<Vec<u8>>,
     pub(crate) runner: Runner,
     pub(crate) from_runner: Decoder,
     pub(crate) from_front: Decoder,
+    pub(crate) born: Born,
 }
 
 /// The whole state.
@@ -65,10 +70,7 @@ pub(crate) struct Live<T> {
     transport: T,
     place: Place,
     processes: Processes,
-    ceilings: Ceilings,
-    limits: Limits,
-    identity: Identity,
-    env: Vec<Vec<u8>>,
+    born: Born,
     from_front: Decoder,
     out: Vec<u8>,
     contexts: Vec<Context>,
@@ -143,11 +145,8 @@ impl<T: Transport> Live<T> {
             transport: birth.transport,
             place: birth.place,
             processes: birth.processes,
-            ceilings: birth.ceilings,
-            watchdog: Watchdog::new(birth.limits.memory),
-            limits: birth.limits,
-            identity: birth.identity,
-            env: birth.env,
+            watchdog: Watchdog::new(birth.born.limits.memory),
+            born: birth.born,
             from_front: birth.from_front,
             out: Vec::new(),
             contexts: vec![warm],
@@ -447,7 +446,7 @@ impl<T: Transport> Live<T> {
         let failed = |what: &str, error: std::io::Error| (Refusal::CannotStart, format!("cannot {what}: {error}"));
         let command = self.place.context().map_err(|error| failed("find the interpreter", error))?;
         let env = self.environ(&[]).map_err(|error| failed("read the environment", error))?;
-        let setup = || Setup { limits: self.ceilings.of_a_program(&self.limits), terminal: false };
+        let setup = || Setup { limits: self.born.ceilings.of_a_program(&self.born.limits), terminal: false };
         let place = &self.place;
         let spawn = Spawn {
             command,
@@ -460,13 +459,13 @@ impl<T: Transport> Live<T> {
             },
         };
         let runner = Runner::spawn(&spawn).map_err(|error| failed("start the interpreter", error))?;
-        let mut identity = self.identity.clone();
+        let mut identity = self.born.identity.clone();
         rustix::rand::getrandom(&mut identity.entropy, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| failed("get random bytes", error.into()))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         identity.realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         let cwd = cwd.to_string_lossy().into_owned();
-        self.contexts.push(Context::cold(name, cwd, runner, &identity, &self.env));
+        self.contexts.push(Context::cold(name, cwd, runner, &identity, &self.born.env));
         Ok(())
     }
 
@@ -522,7 +521,7 @@ impl<T: Transport> Live<T> {
 
     fn environ(&self, own: &[Vec<u8>]) -> std::io::Result<Vec<(OsString, OsString)>> {
         let mut env: BTreeMap<OsString, OsString> = self.place.environ()?.into_iter().collect();
-        for variable in self.env.iter().chain(own) {
+        for variable in self.born.env.iter().chain(own) {
             let mut parts = variable.splitn(2, |&b| b == 0).map(|part| OsString::from_vec(part.to_vec()));
             env.insert(parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         }
@@ -541,7 +540,7 @@ impl<T: Transport> Live<T> {
         if terminal.is_some() && !env.iter().any(|(name, _)| name == "TERM") {
             env.push(("TERM".into(), "xterm-256color".into()));
         }
-        let setup = Setup { limits: self.ceilings.of_a_program(&self.limits), terminal: terminal.is_some() };
+        let setup = Setup { limits: self.born.ceilings.of_a_program(&self.born.limits), terminal: terminal.is_some() };
         let start = Start { words: pending.args, cwd, env, terminal, stdin, setup, place: &self.place };
         let program = Program::start(start)?;
         let pid = program.pid.as_raw_nonzero().get();
@@ -601,6 +600,8 @@ impl<T: Transport> Live<T> {
     }
 
     fn advance_context(&mut self, at: usize) {
+        // What it said before its channel had credit for it.
+        self.hear(at);
         loop {
             let Some(context) = self.contexts.get_mut(at) else { return };
             if let Some(status) = context.status {

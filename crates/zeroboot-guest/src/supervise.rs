@@ -24,7 +24,7 @@ use zeroboot_proto::{
 
 use crate::files::Files;
 use crate::limits::Ceilings;
-use crate::live::{Birth, Live};
+use crate::live::{Birth, Born, Live};
 use crate::place::Place;
 use crate::processes::{Processes, oom_kills};
 use crate::runner::{Runner, readable};
@@ -184,13 +184,18 @@ impl<T: Transport> Supervisor<T> {
     /// if it is still there, has got its last frame.
     pub(crate) fn serve(mut self) -> Result<(), Stop> {
         let result = match self.life() {
-            Ok(Some(request)) => match self.live(request) {
-                Ok(live) => return live.serve(),
-                Err((supervisor, stop)) => {
-                    self = supervisor;
-                    Err(stop)
-                }
-            },
+            Ok(Some(born)) => {
+                let live = Live::new(Birth {
+                    transport: self.transport,
+                    place: self.place,
+                    processes: self.processes,
+                    runner: self.runner,
+                    from_runner: self.from_runner,
+                    from_front: self.from_front,
+                    born,
+                });
+                return live.serve();
+            }
             Ok(None) => Ok(()),
             Err(stop) => Err(stop),
         };
@@ -203,39 +208,20 @@ impl<T: Transport> Supervisor<T> {
         result
     }
 
-    /// One program's life; or the request of a sandbox that is to live on.
-    fn life(&mut self) -> Result<Option<Request>, Stop> {
+    /// One program's life; or what a sandbox is born with that is to live on.
+    fn life(&mut self) -> Result<Option<Born>, Stop> {
         self.warm_up()?;
         let request = self.load()?;
-        if request.live {
-            return Ok(Some(request));
+        if !request.live {
+            return self.run(request).map(|()| None);
         }
-        self.run(request)?;
-        Ok(None)
-    }
-
-    /// Becomes a sandbox that lives.
-    fn live(mut self, request: Request) -> Result<Live<T>, (Supervisor<T>, Stop)> {
-        let (Some(identity), Some(limits), Some(prepared)) = (request.identity, request.limits, self.prepared.take())
-        else {
-            return Err((self, Stop::Failed("Live came without an Identity or Limits".into())));
-        };
+        let missing = || Stop::Failed("Live came without an Identity or Limits".into());
+        let identity = request.identity.ok_or_else(missing)?;
+        let limits = request.limits.ok_or_else(missing)?;
+        let prepared = self.prepared.take().ok_or_else(missing)?;
         let used = self.processes.cpu_of(self.runner.pid);
-        if let Err(reason) = prepared.ceilings.apply(&self.runner, &limits, used) {
-            return Err((self, Stop::Failed(reason)));
-        }
-        Ok(Live::new(Birth {
-            transport: self.transport,
-            place: self.place,
-            processes: self.processes,
-            ceilings: prepared.ceilings,
-            limits,
-            identity,
-            env: request.env,
-            runner: self.runner,
-            from_runner: self.from_runner,
-            from_front: self.from_front,
-        }))
+        prepared.ceilings.apply(&self.runner, &limits, used).map_err(Stop::Failed)?;
+        Ok(Some(Born { identity, limits, ceilings: prepared.ceilings, env: request.env }))
     }
 
     // ---- warming up

@@ -151,7 +151,10 @@ impl Program {
         self.status = Some(status);
         self.stdin = None;
         let pipe = |fd: &Option<OwnedFd>| fd.as_ref().map_or(0, sys::waiting);
-        self.left = if self.terminal { [TERMINAL_HOLDS, 0] } else { [pipe(&self.stdout), pipe(&self.stderr)] };
+        self.left = match (&self.stdout, self.terminal) {
+            (Some(_), true) => [TERMINAL_HOLDS, 0],
+            _ => [pipe(&self.stdout), pipe(&self.stderr)],
+        };
     }
 
     /// Reads once, at most `most` bytes. `None`: nothing now.

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -58,8 +58,10 @@ impl Disk {
         Ok(self.home.join(path))
     }
 
-    fn open(&self, path: &PathBuf, flags: OFlags) -> Answer<OwnedFd> {
-        let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    fn open(&self, path: &Path, flags: OFlags) -> Answer<OwnedFd> {
+        // openat2 refuses flags that mean nothing beside O_PATH.
+        let reading = if flags.contains(OFlags::PATH) { OFlags::empty() } else { OFlags::NONBLOCK | OFlags::NOCTTY };
+        let flags = flags | reading | OFlags::CLOEXEC;
         let fd =
             rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map_err(refused(path))?;
         // What /proc shows of the agent is not the code's.
@@ -75,7 +77,7 @@ impl Disk {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err((Refusal::BadName, format!("{} has no name", path.display())));
         };
-        let directory = self.open(&parent.to_owned(), OFlags::PATH | OFlags::DIRECTORY)?;
+        let directory = self.open(parent, OFlags::PATH | OFlags::DIRECTORY)?;
         Ok(Named { directory, name: name.to_owned(), path: path.clone() })
     }
 
@@ -293,7 +295,7 @@ fn link_target(directory: impl AsFd, name: &OsStr, stat: &Stat) -> Option<String
     Some(target.to_string_lossy().into_owned())
 }
 
-fn entry(path: &std::path::Path, stat: &Stat, target: Option<String>) -> Entry {
+fn entry(path: &Path, stat: &Stat, target: Option<String>) -> Entry {
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => EntryKind::File,
         FileType::Directory => EntryKind::Directory,
@@ -314,7 +316,7 @@ fn entry(path: &std::path::Path, stat: &Stat, target: Option<String>) -> Entry {
 
 /// What is in a directory and, down to `depth`, in its directories. Links are not followed; a directory that cannot be read
 /// is an entry and no more.
-fn walk(directory: &OwnedFd, path: &PathBuf, depth: usize, most: usize, found: &mut Vec<Entry>) -> Answer<()> {
+fn walk(directory: &OwnedFd, path: &Path, depth: usize, most: usize, found: &mut Vec<Entry>) -> Answer<()> {
     let mut below = Vec::new();
     for item in Dir::read_from(directory).map_err(refused(path))? {
         let item = item.map_err(refused(path))?;
@@ -379,7 +381,7 @@ pub(super) fn read(file: &mut File, buffer: &mut [u8]) -> Result<usize, String> 
     }
 }
 
-fn failed(path: &std::path::Path, error: &io::Error) -> Refused {
+fn failed(path: &Path, error: &io::Error) -> Refused {
     match error.raw_os_error() {
         Some(code) => refused(path)(Errno::from_raw_os_error(code)),
         None => (Refusal::Failed, format!("{}: {error}", path.display())),
@@ -387,7 +389,7 @@ fn failed(path: &std::path::Path, error: &io::Error) -> Refused {
 }
 
 /// A path in an error comes back to the one who named it, and into no log.
-fn refused(path: &std::path::Path) -> impl Fn(Errno) -> Refused + '_ {
+fn refused(path: &Path) -> impl Fn(Errno) -> Refused + '_ {
     move |error| {
         let (refusal, text) = match error {
             Errno::NOENT => (Refusal::NotFound, "no such file or directory"),
