@@ -430,6 +430,30 @@ print([attempt(os.rename, '/tmp', '/x'), attempt(os.unlink, '/etc/passwd'), atte
         }
     }
 
+    fn terminals_are_the_sandboxs_own_and_take_no_input_in_anothers_name(who) {
+        let code = r#"
+import fcntl, pty, termios, tty
+master, slave = pty.openpty()
+print(os.ttyname(slave), termios.tcgetattr(slave)[3] & termios.ICANON != 0, sorted(os.listdir('/dev/pts')))
+fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 7, 9, 0, 0))
+os.write(master, b'hello\n')
+print(os.read(slave, 9), os.get_terminal_size(slave))
+print(attempt(fcntl.ioctl, slave, termios.TIOCSTI, b'x'), attempt(fcntl.ioctl, slave, 0x541C, b'x'))
+many = []
+print([attempt(lambda: many.extend(pty.openpty())) for _ in range(100)].count('OSError') > 30)
+for fd in many: os.close(fd)
+pid, fd = pty.fork()
+if pid == 0: os.execvp('sh', ['sh', '-c', 'tty; test -t 0 && echo yes'])
+print(os.waitpid(pid, 0)[1])
+"#;
+        let done = attack(who, code).go();
+        assert_eq!(
+            done.good(),
+            "/dev/pts/0 True ['0', 'ptmx']\nb'hello\\n' os.terminal_size(columns=9, lines=7)\nEPERM EPERM\nTrue\n0\n",
+            "{done:?}"
+        );
+    }
+
     fn the_hosts_files_are_not_there(who) {
         let canary = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(canary.path(), "canary").unwrap();
@@ -447,7 +471,8 @@ print(open('/etc/passwd').read().count('\n'), sorted(os.listdir('/dev')))
             let fine = match path {
                 "/home/sandbox/.." => seen == "['sandbox']",
                 "/tmp" | "/run" => seen == "empty",
-                "3" => seen == "['fd', 'full', 'null', 'random', 'shm', 'stderr', 'stdin', 'stdout', 'urandom']",
+                "/dev/pts" => seen == "['ptmx']",
+                "3" => seen == "['fd', 'full', 'null', 'ptmx', 'pts', 'random', 'shm', 'stderr', 'stdin', 'stdout', 'urandom']",
                 _ => ["ENOENT", "EACCES", "EPERM"].contains(&seen),
             };
             assert!(fine, "{line}: {done:?}");
@@ -659,9 +684,9 @@ calls = {
     'sched_setscheduler': (144, 0, 1, buf), 'sched_setattr': (314, 0, buf, 0), 'ioprio_set': (251, 1, 0, 0x2000), 'migrate_pages': (256, 1, 1, buf, buf),
     'move_pages': (279, 1, 0, 0, 0, 0, 0), 'mbind': (237, 0), 'shmget': (29, 0, 4096, 0o1600), 'semget': (64, 0, 1, 0o1600), 'msgget': (68, 0, 0o1600),
     'mq_open': (240, b'x', 0o102, 0o600, 0), 'vmsplice': (278, 1, 0, 0, 0), 'splice': (275, 0, 0, 1, 0, 1, 0), 'tee': (276, 0, 1, 1, 0),
-    'prctl_dumpable': (157, 4, 0), 'prctl_seccomp': (157, 22, 2, buf), 'prctl_keepcaps': (157, 8, 1), 'prctl_securebits': (157, 28, 0),
+    'prctl_dumpable': (157, 4, 1), 'prctl_seccomp': (157, 22, 2, buf), 'prctl_keepcaps': (157, 8, 1), 'prctl_securebits': (157, 28, 0),
     'prctl_ambient': (157, 47, 2, 21, 0, 0), 'prctl_mm': (157, 35, 1, 0, 0, 0), 'prctl_subreaper': (157, 36, 1), 'prctl_ptracer': (157, 0x59616d61, -1),
-    'tiocsti': (16, 0, 0x5412, b'x'), 'tioclinux': (16, 0, 0x541C, b'x'), 'tiocsctty': (16, 0, 0x540E, 1), 'fs_ioc_setflags': (16, 1, 0x40086602, buf),
+    'tiocsti': (16, 0, 0x5412, b'x'), 'tioclinux': (16, 0, 0x541C, b'x'), 'fs_ioc_setflags': (16, 1, 0x40086602, buf),
     'ioctl_ns_get_parent': (16, 0, 0xb702), 'ptrace_x32': (0x40000000 + 521, 0), 'getpid_x32': (0x40000000 + 39,), 'no_such_call': (1000,),
     'mmap_hugetlb': (9, 0, 1 << 21, 3, 0x40022, -1, 0), 'memfd_hugetlb': (319, b'x', 4),
 }
