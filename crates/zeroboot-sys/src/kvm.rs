@@ -481,6 +481,13 @@ impl Vcpu {
         Ok(msrs.as_slice().first().filter(|_| read == 1).map(|m| m.data))
     }
 
+    /// Sets one MSR. `false` where the kernel refuses it.
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<bool> {
+        let entry = kb::kvm_msr_entry { index, data, ..Default::default() };
+        let msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_SET_MSRS", format!("{e:?}")))?;
+        Ok(named("KVM_SET_MSRS", self.fd.set_msrs(&msrs))? == 1)
+    }
+
     /// Sets MSRs in this order. An MSR that the kernel refuses is an error that names it.
     pub fn set_msrs(&self, list: &MsrTable) -> Result<()> {
         for part in &list.0 {

@@ -35,6 +35,6 @@ pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
     Snapshot, SnapshotFacts, WorkingSet, fuzz_decode,
 };
-pub use state::{StateTables, TR9, VmState};
+pub use state::{SaveStateError, StateTables, TR9, VmState};
 pub use worker::{SocketFront, WorkerError, worker};
 pub use zygote::{ZygoteError, zygote};

@@ -20,7 +20,9 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, Mapping, MemoryImage, PAGE},
 };
 
-use crate::{Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, StateTables, VmState};
+use crate::{
+    Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, SaveStateError, StateTables, VmState,
+};
 
 const MAGIC: [u8; 8] = *b"ZBSTATE\0";
 /// The version of `state.bin`. Counted up with every change of what it holds.
@@ -111,8 +113,11 @@ pub struct SnapshotFacts {
 /// Why a machine could not be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
-    /// KVM did not give the state.
-    #[error("cannot save the state of the vCPU")]
+    /// The state could not be had, or a fork would not take it.
+    #[error(transparent)]
+    State(#[from] SaveStateError),
+    /// The state could not be put into the form that the kernel takes.
+    #[error("cannot prepare the state of the vCPU")]
     Kvm(#[from] KvmError),
     /// The agent announced no usable mailbox.
     #[error("the guest's mailbox cannot be used")]
@@ -298,7 +303,7 @@ impl Snapshot {
     #[doc(hidden)]
     pub fn with_refused_state(&self) -> Result<Snapshot, FreezeError> {
         let mut body = self.body.clone();
-        // No CPU has this MSR.
+        // As if it had been saved without a trial. No CPU has this MSR.
         body.state.msrs.push((0x4fff_fff0, 1));
         let tables = StateTables::new(&body.state)?;
         Ok(Snapshot { image: self.image.try_clone()?, body, tables, tsc_khz: self.tsc_khz })
