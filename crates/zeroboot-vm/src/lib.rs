@@ -29,7 +29,7 @@ pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
 pub use jail::{POLICY, VmJailError, workers_have_namespaces};
 pub use machine::{Host, Machine};
-pub use probe::{KvmProbe, probe};
+pub use probe::{KvmProbe, probe, restores, restores_altered};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,

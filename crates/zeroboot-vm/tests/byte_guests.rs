@@ -586,6 +586,18 @@ fn thousands_of_forks_that_end_or_fail_leave_nothing_behind() {
 }
 
 #[test]
+fn the_probe_forks_its_guest_and_notices_a_state_that_a_fork_does_not_take() {
+    let Some(host) = host() else { return };
+    zeroboot_vm::restores(&host).unwrap();
+    let reason = zeroboot_vm::restores_altered(&host, |state| state.with_msr(0x198, 1)).unwrap_err();
+    assert!(reason.contains("refuses MSR 0x198"), "{reason}");
+    // What doctor and `auto` say then.
+    let probe = zeroboot_vm::KvmProbe::NoRestore { reason };
+    assert!(probe.verdict().unwrap_err().contains("does not restore one that it saved: KVM_SET_MSRS failed"));
+    assert!(probe.mend().unwrap().contains("--engine process"));
+}
+
+#[test]
 fn the_probe_says_what_this_kvm_is_in_a_moment() {
     let Some(_host) = host() else { return };
     let start = Instant::now();
