@@ -135,6 +135,7 @@ impl Kvm {
             (ki::Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
             (ki::Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
             (ki::Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+            (ki::Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
         ] {
             if !fd.check_extension(cap) {
                 return Err(wrong("KVM_CHECK_EXTENSION", format!("this KVM has no {name}")));
@@ -207,6 +208,13 @@ impl Vm {
     /// The memory, once set.
     pub fn memory(&self) -> Option<&Rc<Mapping>> {
         self.memory.as_ref()
+    }
+
+    /// Three pages below 4 GiB for KVM's own task segment: Intel CPUs without unrestricted guest run real mode with it.
+    /// Elsewhere KVM takes the call and does nothing.
+    pub fn set_tss_address(&self, at: GuestPhys) -> Result<()> {
+        let at = usize::try_from(at.0).map_err(|e| wrong("KVM_SET_TSS_ADDR", e.to_string()))?;
+        named("KVM_SET_TSS_ADDR", self.fd.set_tss_address(at))
     }
 
     /// An in-kernel LAPIC and nothing else: no PIC, no IOAPIC, no routes.

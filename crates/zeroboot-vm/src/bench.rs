@@ -15,7 +15,7 @@ use zeroboot_sys::{
 
 use crate::{
     Console, Exits, Fork, ForkError, FreezeError, Host, Prefault, Session, SessionEnd, SessionError, Snapshot, Stop,
-    VmState, one_request::OneRequest,
+    VmState, machine::TSS, one_request::OneRequest,
 };
 
 pub use crate::stand_in::{ALIVE, answer, input, stand_in, strewn};
@@ -166,6 +166,7 @@ fn bare(host: &Host, snapshot: &Snapshot) -> Result<Duration, BenchError> {
     let memory = timed!(Mapping::fork(&snapshot.image))?;
     let mut vm = timed!(host.kvm().create_vm())?;
     timed!(vm.set_memory(memory))?;
+    timed!(vm.set_tss_address(TSS))?;
     timed!(vm.split_irqchip())?;
     let vcpu = timed!(vm.create_vcpu())?;
     timed!(vcpu.set_cpuid(host.cpuid_table()))?;

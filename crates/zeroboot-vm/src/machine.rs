@@ -4,8 +4,11 @@ use std::{path::Path, rc::Rc};
 
 use zeroboot_sys::{
     kvm::{CpuidEntry, CpuidTable, Kvm, KvmError, Vcpu, Vm},
-    memory::{BootMemory, Mapping, MiB},
+    memory::{BootMemory, GuestPhys, Mapping, MiB},
 };
+
+/// Address of KVM's task segment: behind KVM's own identity map at 0xfffbc000, above all memory that a guest can have.
+pub(crate) const TSS: GuestPhys = GuestPhys(0xfffb_d000);
 
 /// The KVM device with what every VM of this process needs, read once.
 #[derive(Debug)]
@@ -70,6 +73,10 @@ impl Machine {
         // callback, and a slot change that finds one pending waits for its grace period (7 ms and more).
         vm.set_memory(memory)?;
         step("memory_slot");
+        // Before the irqchip, as the memory: where the CPU has no unrestricted guest it adds a slot. Without it KVM
+        // would keep the segment in the guest's page 0 there.
+        vm.set_tss_address(TSS)?;
+        step("tss_address");
         // Before the vCPU: KVM refuses a split irqchip once one exists.
         vm.split_irqchip()?;
         step("split_irqchip");
