@@ -24,6 +24,7 @@ mod zygote;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
+pub use cpuid::CpuDifference;
 pub use doorbell::{Mailbox, MailboxError, fuzz_mailbox};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};

@@ -32,11 +32,6 @@ impl Host {
         &self.kvm
     }
 
-    /// The same in the form that the kernel takes.
-    pub(crate) fn cpuid_table(&self) -> &CpuidTable {
-        &self.cpuid_table
-    }
-
     /// The TSC's rate that a guest has here, in kHz.
     pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
         let failed = |source| KvmError { call: "mmap", source };
@@ -62,11 +57,16 @@ pub struct Machine {
 impl Machine {
     /// Makes the VM in the cheap order and without state.
     pub fn new(host: &Host, memory: Mapping) -> Result<Machine, KvmError> {
-        Machine::timed(host, memory, &mut |_| ())
+        Machine::timed(host, &host.cpuid_table, memory, &mut |_| ())
     }
 
-    /// As [`Machine::new`]; `step` hears the name of each step once it is done.
-    pub fn timed(host: &Host, memory: Mapping, step: &mut dyn FnMut(&'static str)) -> Result<Machine, KvmError> {
+    /// As [`Machine::new`], with the CPU of a template; `step` hears the name of each step once it is done.
+    pub(crate) fn timed(
+        host: &Host,
+        cpuid: &CpuidTable,
+        memory: Mapping,
+        step: &mut dyn FnMut(&'static str),
+    ) -> Result<Machine, KvmError> {
         let mut vm = host.kvm.create_vm()?;
         step("create_vm");
         // The slot before anything that has to do with interrupts: enabling an irqchip queues an SRCU
@@ -83,7 +83,7 @@ impl Machine {
         let vcpu = vm.create_vcpu()?;
         step("create_vcpu");
         // Before any other state: what KVM accepts as state depends on what the guest's CPU has.
-        vcpu.set_cpuid(&host.cpuid_table)?;
+        vcpu.set_cpuid(cpuid)?;
         step("set_cpuid");
         let memory = match vm.memory() {
             Some(memory) => Rc::clone(memory),
