@@ -125,6 +125,8 @@ pub struct RequestLimits {
     pub demo_per_minute: f64,
     /// Connections at once; further ones wait in the kernel's queue.
     pub max_connections: usize,
+    /// Connections at once from one client address (an IPv6 /64), but for trusted proxies; `None`: half of all.
+    pub max_connections_per_address: Option<usize>,
     /// How long a client may take to send its request's head (or its next one on an idle connection).
     pub header_timeout: Duration,
     /// How long a client may take to send a whole body.
@@ -160,11 +162,19 @@ impl Default for RequestLimits {
             anonymous_rate: None,
             demo_per_minute: 10.0,
             max_connections: 4096,
+            max_connections_per_address: None,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
             max_held: 512 * MIB,
         }
+    }
+}
+
+impl RequestLimits {
+    /// Connections that one client address may have.
+    pub(crate) fn connections_per_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
     }
 }
 
@@ -342,10 +352,11 @@ impl ServerConfig {
             || limits.max_batch == 0
             || limits.batch_parallel == 0
             || limits.max_connections == 0
+            || limits.max_connections_per_address == Some(0)
             || limits.key_concurrency == Some(0)
         {
             return Err(Range(
-                "max_body_bytes, max_batch, batch_parallel, max_connections and key_concurrency",
+                "max_body_bytes, max_batch, batch_parallel, max_connections, max_connections_per_address and key_concurrency",
                 "above zero",
             ));
         }
