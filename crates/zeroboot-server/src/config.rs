@@ -117,7 +117,8 @@ pub struct RequestLimits {
     pub max_output: u64,
     /// Execs a second of a key that has no rate of its own.
     pub key_rate: f64,
-    /// Execs at once of a key that has no number of its own; `None`: only the engine's admission limits it.
+    /// Execs at once of a key that has no number of its own; `None`: where there are several keys, half of the engine's
+    /// sandboxes and memory, else only the engine's admission limits it.
     pub key_concurrency: Option<u32>,
     /// Execs a second of all callers when no keys are configured; `None`: only the engine's admission limits them.
     pub anonymous_rate: Option<f64>,

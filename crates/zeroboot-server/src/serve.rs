@@ -84,7 +84,7 @@ impl Server {
             let made = Bound::bind(listen, config.socket_mode).await;
             bound.push(made.map_err(|error| ServeError::Bind(listen.clone(), error))?);
         }
-        let gate = Gate::new(ring, &config.limits);
+        let gate = Gate::new(ring, &config.limits, backend.stats());
         let app = Arc::new(App::new(backend, config, gate));
         Ok(Server { app, bound, tls, watched, manager: Manager::of_env() })
     }
