@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// A package's program may do what a sandbox's code may.
-const POLICY: &str = include_str!("../../../policy/process-runner.json");
+const POLICY: &str = include_str!("../../../policy/process-sandbox.json");
 /// How long a package's program may take: to compile numpy and pandas takes half a minute on a slow machine.
 const PROGRAM_TIME: Duration = Duration::from_secs(15 * 60);
 
