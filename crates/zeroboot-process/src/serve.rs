@@ -16,7 +16,7 @@ use rustix::{
 use zeroboot_sys::{
     control::{self, Control},
     jail::{self, Filter, JailError},
-    mount,
+    mount, net,
     process::{self, Forked},
 };
 
@@ -233,6 +233,7 @@ impl Zygote {
         own(HOME, "755")?;
         own("/dev/shm", "1777")?;
         mount::private_terminals()?;
+        net::loopback_up()?;
         rustix::process::chdir(HOME)?;
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;

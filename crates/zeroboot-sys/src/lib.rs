@@ -8,5 +8,6 @@ pub mod kick;
 pub mod kvm;
 pub mod memory;
 pub mod mount;
+pub mod net;
 pub mod process;
 mod tree;
