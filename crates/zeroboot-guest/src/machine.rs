@@ -121,7 +121,7 @@ impl Mailbox {
                 // A header goes as a whole: that is how its frame is followed.
                 break;
             }
-            last |= end <= n && matches!(header.kind, Kind::Exit | Kind::Failure);
+            last |= end <= n && header.channel == 0 && matches!(header.kind, Kind::Exit | Kind::Failure);
             at = end;
         }
         let n = if at > n { n } else { at };
@@ -135,8 +135,14 @@ impl Transport for Mailbox {
         None
     }
 
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.vm.wake_fd())
+    }
+
     fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received> {
         if self.input.is_empty() {
+            // Before the ring: the host raises the line for what it has after it, and that is not to be forgotten.
+            self.vm.forget_wake()?;
             // The host answers at once when the program runs, and waits for the request before.
             self.vm.exchange(Ring::Want, &[], &mut self.input);
         }

@@ -1,8 +1,9 @@
 //! Engine 1: boot a Linux guest once, freeze it at its doorbell, fork it copy-on-write.
 //!
-//! One machine has one vCPU, a local APIC, memory and the doorbell. The order of a fork's steps is
+//! One machine has one vCPU, a local APIC, memory and the doorbell; and the wake line, an interrupt without a device. The order of a fork's steps is
 //! [`Machine::new`], then [`VmState`]'s restore, then the clocks, then the mailbox.
 
+mod acpi;
 pub mod bench;
 mod boot;
 mod build;
@@ -19,6 +20,7 @@ mod session;
 mod snapshot;
 mod stand_in;
 mod state;
+mod wake;
 mod worker;
 mod zygote;
 
@@ -36,5 +38,6 @@ pub use snapshot::{
     Snapshot, SnapshotFacts, WorkingSet, fuzz_decode,
 };
 pub use state::{StateTables, TR9, VmState};
+pub use wake::{NoWakeLine, WakeVector, fuzz_boot_devices};
 pub use worker::{SocketFront, WorkerError, worker};
 pub use zygote::{ZygoteError, zygote};

@@ -7,6 +7,8 @@ use zeroboot_sys::{
     memory::{BootMemory, Mapping, MiB},
 };
 
+use crate::wake::BootDevices;
+
 /// The KVM device with what every VM of this process needs, read once.
 #[derive(Debug)]
 pub struct Host {
@@ -54,6 +56,8 @@ pub struct Machine {
     pub(crate) vcpu: Vcpu,
     pub(crate) vm: Vm,
     pub(crate) memory: Rc<Mapping>,
+    /// Only while a template boots: a fork has no device.
+    pub(crate) boot_devices: Option<BootDevices>,
 }
 
 impl Machine {
@@ -83,7 +87,7 @@ impl Machine {
             // set_memory above succeeded.
             None => unreachable!("a VM whose memory was just set has it"),
         };
-        Ok(Machine { vcpu, vm, memory })
+        Ok(Machine { vcpu, vm, memory, boot_devices: None })
     }
 
     /// The guest's memory.

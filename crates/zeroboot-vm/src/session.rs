@@ -91,6 +91,8 @@ pub enum SessionError {
 pub struct SessionStats {
     /// Exits to user space.
     pub exits: Exits,
+    /// How often the wake line was raised.
+    pub raised: u64,
     /// From the first entry to the last exit.
     pub run: Duration,
 }
@@ -104,6 +106,8 @@ pub struct Session<'a, F> {
     from_front: Decoder,
     /// Bytes of frames that wait for the guest.
     to_guest: VecDeque<u8>,
+    /// The wake line was raised, and the guest has not rung [`Ring::Want`] since.
+    raised: bool,
     from_guest: Decoder,
     limits: Option<Limits>,
     identified: bool,
@@ -133,6 +137,7 @@ impl<'a, F: Front> Session<'a, F> {
             kick,
             from_front: Decoder::new(),
             to_guest: VecDeque::new(),
+            raised: false,
             from_guest: Decoder::new(),
             limits: None,
             identified: false,
@@ -174,6 +179,7 @@ impl<'a, F: Front> Session<'a, F> {
         let mut bytes = Vec::with_capacity(AREA);
         self.arm()?;
         loop {
+            self.wake()?;
             let stop = self.fork.machine.run(&mut console, &mut self.stats.exits)?;
             let (ring, len) = match stop {
                 Stop::Ring(ring, len) => (ring, len),
@@ -212,6 +218,7 @@ impl<'a, F: Front> Session<'a, F> {
             }
             match ring {
                 Ring::Want => {
+                    self.raised = false;
                     // Until `Run` the guest has nothing to do but wait for us; after it, it has.
                     let wait = self.started.is_none() && self.to_guest.is_empty();
                     if self.fill(wait)? {
@@ -229,6 +236,18 @@ impl<'a, F: Front> Session<'a, F> {
                 return self.finish(Ending::DeadlinePassed);
             }
         }
+    }
+
+    /// Raises the wake line where bytes wait for a guest that may sleep. Until `Run` it asks by itself. Once is enough: the
+    /// agent forgets the line before it rings [`Ring::Want`], not after, and is given what waits at that ring.
+    fn wake(&mut self) -> Result<(), SessionError> {
+        if self.started.is_some() && !self.raised && !self.to_guest.is_empty() {
+            // A guest that turned its local APIC off sleeps on: it harms itself.
+            let _heard = self.fork.wake()?;
+            self.raised = true;
+            self.stats.raised += 1;
+        }
+        Ok(())
     }
 
     /// Sets the timer to the deadline.

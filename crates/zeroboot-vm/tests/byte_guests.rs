@@ -18,7 +18,7 @@ use zeroboot_sys::{
     kvm::{MsrTable, Regs},
     memory::{BootMemory, GuestPhys, MiB},
 };
-use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop};
+use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop, WakeVector};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -84,6 +84,47 @@ impl Asm {
         }
         asm.ring(ring.encode(bytes.len() as u32))
     }
+    /// `mov ecx, msr; mov eax, value; xor edx, edx; wrmsr`
+    fn wrmsr(self, msr: u32, value: u32) -> Asm {
+        self.raw(&[0x66, 0xb9])
+            .raw(&msr.to_le_bytes())
+            .raw(&[0x66, 0xb8])
+            .raw(&value.to_le_bytes())
+            .raw(&[0x66, 0x31, 0xd2, 0x0f, 0x30])
+    }
+    /// Turns the local APIC on, as an x2APIC, with a handler that ends the wake line's interrupt and returns.
+    fn hears_the_wake_line(self) -> Asm {
+        const HANDLER: u64 = 0x6000;
+        let handler = Asm::default().wrmsr(0x80b, 0).raw(&[0xcf]);
+        let mut asm = self.wrmsr(0x1b, 0xfee0_0d00).wrmsr(0x80f, 0x1ff);
+        for (i, pair) in handler.0.chunks(2).enumerate() {
+            asm = asm.store(HANDLER + 2 * i as u64, u16::from_le_bytes([pair[0], pair[1]]));
+        }
+        let vector = 4 * u64::from(vector().get());
+        asm.store(vector, HANDLER as u16).store(vector + 2, 0)
+    }
+    /// Takes what the mailbox holds and sleeps, until it held something and the host has no more. Adds all lengths up in
+    /// [`COUNTER`], 32 bits. `looks`: begins with what is there already.
+    fn takes_all(self, looks: bool) -> Asm {
+        let (counter, length, more) = (COUNTER as u16, HEADER as u16 + 0x800, HEADER as u16 + 0x804);
+        let want = Asm::default().ring(Ring::Want.encode(0));
+        let body = want
+            // mov eax, [length]; add [counter], eax; test eax, eax; jz sleep
+            .raw(&[0x66, 0xa1])
+            .raw(&length.to_le_bytes())
+            .raw(&[0x66, 0x01, 0x06])
+            .raw(&counter.to_le_bytes())
+            .raw(&[0x66, 0x85, 0xc0, 0x74, 9])
+            // mov eax, [more]; test eax, eax; jz done
+            .raw(&[0x66, 0xa1])
+            .raw(&more.to_le_bytes())
+            .raw(&[0x66, 0x85, 0xc0, 0x74, 5])
+            // sleep: sti; hlt; cli; jmp to the beginning
+            .raw(&[0xfb, 0xf4, 0xfa, 0xeb]);
+        let back = 0u8.wrapping_sub(body.0.len() as u8 + 1);
+        let skip = if looks { vec![0xeb, 11] } else { Vec::new() };
+        self.raw(&skip).raw(&body.0).raw(&[back])
+    }
     fn spin_without_interrupts(self) -> Asm {
         self.raw(&[0xfa, 0xeb, 0xfe])
     }
@@ -100,6 +141,11 @@ fn header_page() -> Vec<u8> {
         page[TABLE_AT + 8 * (AREA_PAGES + i)..][..8].copy_from_slice(&from.to_le_bytes());
     }
     page
+}
+
+/// The wake line's, for guests that hear it and others.
+fn vector() -> WakeVector {
+    WakeVector::new(0x33).unwrap()
 }
 
 /// Boots a guest and stops it at its first ring.
@@ -120,7 +166,7 @@ fn boot(host: &Host, code: &Asm) -> (Machine, BootMemory, Stop) {
 fn snapshot(host: &Host, code: &Asm) -> Snapshot {
     let (machine, memory, stop) = boot(host, code);
     let Stop::Ring(Ring::Ready, argument) = stop else { panic!("{stop:?}") };
-    Snapshot::freeze(host, machine, memory, argument).unwrap()
+    Snapshot::freeze(host, machine, memory, argument, vector()).unwrap()
 }
 
 /// Forks, starts the clocks and runs to the next stop.
@@ -343,6 +389,107 @@ fn a_guest_that_rings_for_ever_is_stopped_at_its_deadline() {
     assert_eq!(end, SessionEnd::Done(Ending::DeadlinePassed));
 }
 
+/// A front that has something to say later.
+struct Later {
+    script: Script,
+    at: Instant,
+    then: Option<Vec<u8>>,
+}
+
+impl Front for Later {
+    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
+        if Instant::now() >= self.at
+            && let Some(bytes) = self.then.take()
+        {
+            self.script.input.push_back(bytes);
+        }
+        self.script.receive(into, wait)
+    }
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.script.send(bytes)
+    }
+}
+
+#[test]
+fn a_guest_that_sleeps_is_woken_for_input_that_comes_while_it_runs() {
+    let Some(host) = host() else { return };
+    let guest = Asm::default().hears_the_wake_line().ready().takes_all(false).send(Ring::Done, &exit_frame(0));
+    let snapshot = snapshot(&host, &guest);
+    let mut fork = snapshot.fork(&host).unwrap();
+    let mut stdin = Vec::new();
+    encode(&mut stdin, Kind::Stdin, b"a line\n");
+    let after = Duration::from_millis(30);
+    let mut front = Later {
+        script: Script::request(limits(Duration::from_secs(20))),
+        at: Instant::now() + after,
+        then: Some(stdin.clone()),
+    };
+    // As the socket's signal.
+    let (kick, arrival) = (Kick::new().unwrap(), Kick::new().unwrap());
+    arrival.after(after).unwrap();
+    let start = Instant::now();
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+    assert_eq!(end, SessionEnd::Done(Ending::Exited(0)));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!((word(&mut fork, COUNTER) as usize, stats.raised), (stdin.len(), 1));
+}
+
+#[test]
+fn a_guest_that_sleeps_with_bytes_left_is_woken_until_it_has_all() {
+    let Some(host) = host() else { return };
+    let guest = Asm::default().hears_the_wake_line().ready().takes_all(true).send(Ring::Done, &exit_frame(0));
+    let snapshot = snapshot(&host, &guest);
+    let mut fork = snapshot.fork(&host).unwrap();
+    let mut script = Script::request(limits(Duration::from_secs(20)));
+    let request = script.input[0].len();
+    let mut stdin = Vec::new();
+    encode(&mut stdin, Kind::Stdin, &[b'x'; 200_000]);
+    script.input[0].extend(&stdin);
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
+    assert_eq!(end, SessionEnd::Done(Ending::Exited(0)));
+    let taken = fork.machine().memory().read_u32(GuestPhys(COUNTER)).unwrap() as usize;
+    // Four pieces: the first was there at the entry, and one interrupt went ahead of each other.
+    assert_eq!((taken, stats.raised), (request + stdin.len(), 3));
+}
+
+#[test]
+fn a_line_that_is_raised_before_the_first_entry_is_not_lost() {
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(
+        &host,
+        &Asm::default().hears_the_wake_line().ready().raw(&[0xfb, 0xf4, 0xfa]).ring(Ring::Done.encode(1)),
+    );
+    for times in [1, 3] {
+        let mut fork = snapshot.fork(&host).unwrap();
+        for _ in 0..times {
+            assert!(fork.wake().unwrap());
+        }
+        let kick = Kick::new().unwrap();
+        kick.after(Duration::from_secs(20)).unwrap();
+        assert_eq!(next_stop(&host, &snapshot, &mut fork), Stop::Ring(Ring::Done, 1));
+    }
+}
+
+#[test]
+fn a_guest_that_turned_its_apic_off_does_not_hear_and_harms_only_itself() {
+    let Some(host) = host() else { return };
+    let off = |asm: Asm| asm.spin_without_interrupts();
+    for (name, guest) in [
+        ("by its spurious vector register", off(Asm::default().hears_the_wake_line().ready().wrmsr(0x80f, 0xff))),
+        ("as a whole", off(Asm::default().hears_the_wake_line().ready().wrmsr(0x1b, 0xfee0_0000))),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let mut script = Script::request(limits(Duration::from_millis(50)));
+        let mut stdin = Vec::new();
+        encode(&mut stdin, Kind::Stdin, &[b'x'; 100_000]);
+        script.input[0].extend(&stdin);
+        let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
+        assert_eq!((end, stats.raised), (SessionEnd::Done(Ending::DeadlinePassed), 1), "{name}");
+        assert!(!fork.wake().unwrap(), "{name}");
+    }
+}
+
 #[test]
 fn a_triple_fault_and_a_reset_are_a_crash_at_once() {
     let Some(host) = host() else { return };
@@ -431,7 +578,7 @@ fn every_piece_of_state_comes_back() {
     // The task priority is CR8 as well.
     let sregs = vcpu.sregs().unwrap();
     let before = (regs, sregs, debug, lapic.regs[0x80], vcpu.msr(0x10).unwrap().unwrap());
-    let snapshot = Snapshot::freeze(&host, machine, memory, argument).unwrap();
+    let snapshot = Snapshot::freeze(&host, machine, memory, argument, vector()).unwrap();
 
     let mut fork = snapshot.fork(&host).unwrap();
     snapshot.start_clocks(&fork).unwrap();
@@ -470,7 +617,7 @@ fn a_forks_tsc_begins_where_the_snapshots_ended_however_long_the_fork_waits() {
     let ticks = |since: Instant| khz * (since.elapsed().as_micros() as u64 + 1000) / 1000;
     let freezing = Instant::now();
     let frozen = machine.vcpu().msr(0x10).unwrap().unwrap();
-    let snapshot = Snapshot::freeze(&host, machine, memory, argument).unwrap();
+    let snapshot = Snapshot::freeze(&host, machine, memory, argument, vector()).unwrap();
     let saved_by = frozen + ticks(freezing);
     for wait in [0, 700] {
         let mut fork = snapshot.fork(&host).unwrap();

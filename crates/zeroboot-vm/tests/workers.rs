@@ -28,7 +28,10 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, MiB},
     process,
 };
-use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop, bench};
+use zeroboot_vm::{
+    Console, Exits, Host, Machine, Prefault, Snapshot, Stop, WakeVector,
+    bench::{self, StandIn},
+};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -101,6 +104,11 @@ fn ring(asm: &mut Vec<u8>, value: u32) {
     asm.extend([0x66, 0xef]);
 }
 
+/// Of guests that take no interrupt: any.
+fn vector() -> WakeVector {
+    WakeVector::new(0x20).unwrap()
+}
+
 /// A template whose guest becomes ready and then does what `rest` says; `answer` lies in its outgoing area.
 fn template(host: &Host, rest: &[u8], answer: &[u8]) -> tempfile::TempDir {
     let memory = BootMemory::new(MiB(1)).unwrap();
@@ -128,7 +136,7 @@ fn template(host: &Host, rest: &[u8], answer: &[u8]) -> tempfile::TempDir {
     let stop = machine.run(&mut Console::default(), &mut Exits::default()).unwrap();
     let Stop::Ring(Ring::Ready, argument) = stop else { panic!("{stop:?}") };
     let dir = tempfile::tempdir().unwrap();
-    Snapshot::freeze(host, machine, memory, argument).unwrap().save(dir.path()).unwrap();
+    Snapshot::freeze(host, machine, memory, argument, vector()).unwrap().save(dir.path()).unwrap();
     dir
 }
 
@@ -570,7 +578,7 @@ fn a_damaged_template_is_refused_with_words(host: &Host) {
 fn workers_alive_at_once_each_give_an_answer_of_their_own(host: &Host) {
     let dir = tempfile::tempdir().unwrap();
     let pages = bench::strewn(MiB(2), 40, 40);
-    bench::stand_in(host, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
+    bench::stand_in(host, StandIn::Program, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
     let mut zygote = Zygote::start(dir.path());
     zygote.ready();
     let mut workers: Vec<Worker> = (0..50).map(|_| zygote.fork()).collect();

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context;
 use zeroboot_engine::{ExecRequest, TemplateConfig, ZygoteSpec, request_frames};
 use zeroboot_sys::memory::MiB;
-use zeroboot_vm::{Host, Prefault, Snapshot, WorkingSet, bench};
+use zeroboot_vm::{
+    Host, Prefault, Snapshot, WorkingSet,
+    bench::{self, StandIn},
+};
 
 use super::{
     Results,
@@ -25,7 +28,7 @@ pub(crate) async fn stand_in_density(args: &BenchArgs, results: &mut Results) ->
         let place = Place(std::env::temp_dir().join(format!("zeroboot-bench-{}", uuid::Uuid::now_v7())));
         std::fs::create_dir(&place.0).context("make a directory for the stand-in")?;
         let pages = bench::strewn(STAND_IN.1, written, read);
-        bench::stand_in(&Host::open()?, STAND_IN.0, STAND_IN.1, pages)?.save(&place.0)?;
+        bench::stand_in(&Host::open()?, StandIn::Program, STAND_IN.0, STAND_IN.1, pages)?.save(&place.0)?;
         let template = TemplateConfig {
             name: "python".into(),
             language: "python".into(),
@@ -52,7 +55,7 @@ pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results)
     let host = Host::open()?;
     let request = request_frames(&ExecRequest::new("python", "print(1)\n"), uuid::Uuid::now_v7())?;
     let snapshot = if stand_in {
-        bench::stand_in(&host, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
+        bench::stand_in(&host, StandIn::Program, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
     } else {
         Snapshot::load(&host, &crate::template::ensure(None, "python")?.dir).context("load the python template")?
     };
