@@ -9,14 +9,17 @@ mod boot;
 mod build;
 mod cpuid;
 mod doorbell;
+mod drive;
+mod exec;
 mod exits;
 mod facts;
+mod front;
 mod jail;
+mod live;
 mod long_mode;
 mod machine;
 mod one_request;
 mod probe;
-mod session;
 mod snapshot;
 mod stand_in;
 mod state;
@@ -27,12 +30,15 @@ mod zygote;
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
 pub use doorbell::{Mailbox, MailboxError, fuzz_mailbox};
+pub use drive::{Session, SessionEnd, SessionError, SessionStats};
+pub use exec::DEADLINE_GRACE;
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
+pub use front::{Front, Received};
 pub use jail::{POLICY, VmJailError, workers_have_namespaces};
+pub use live::fuzz_live;
 pub use machine::{Host, Machine};
 pub use probe::{KvmProbe, probe};
-pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
     Snapshot, SnapshotFacts, WorkingSet, fuzz_decode,

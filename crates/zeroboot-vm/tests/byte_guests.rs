@@ -230,6 +230,9 @@ impl Front for Script {
             None => Ok(Received::Nothing),
         }
     }
+    fn gone(&mut self) -> io::Result<bool> {
+        Ok(self.gone)
+    }
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.heard.extend_from_slice(bytes);
         Ok(())
@@ -404,6 +407,9 @@ impl Front for Later {
             self.script.input.push_back(bytes);
         }
         self.script.receive(into, wait)
+    }
+    fn gone(&mut self) -> io::Result<bool> {
+        self.script.gone()
     }
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.script.send(bytes)
