@@ -33,6 +33,11 @@ pub(crate) trait Transport {
     /// stands still meanwhile: this is where a template is frozen).
     fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received>;
 
+    /// Whether [`Transport::receive`] has something without waiting: it came along with what was sent.
+    fn has_input(&self) -> bool {
+        false
+    }
+
     /// Takes a prefix of `frames` (whole frames when the call began with whole frames) and says how long it was.
     /// 0: no room now, poll for it. One without a descriptor must take something.
     fn send(&mut self, frames: &[u8]) -> io::Result<usize>;

@@ -117,7 +117,7 @@ struct Setup {
 
 impl Setup {
     /// Takes what has to be known. No user code without an identity of its own and limits.
-    fn from_front(&mut self, frame: &Frame<'_>) -> Result<(), SessionError> {
+    fn front_says(&mut self, frame: &Frame<'_>) -> Result<(), SessionError> {
         let order = || SessionError::FrontOrder(frame.kind);
         match (frame.channel, frame.kind) {
             (0, Kind::Identity) => self.identified = true,
@@ -129,7 +129,7 @@ impl Setup {
         Ok(())
     }
 
-    fn from_guest(&self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
+    fn guest_says(&self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
         match (frame.channel, frame.kind) {
             (0, Kind::Failure) if std::str::from_utf8(frame.payload).is_ok() => {
                 encode(out, Kind::Failure, frame.payload);
@@ -331,9 +331,9 @@ impl<'a, F: Front> Session<'a, F> {
     fn take_frames(&mut self) -> Result<(), SessionError> {
         while let Some(frame) = self.from_front.next_on_any()? {
             let wanted = match &mut self.phase {
-                Phase::Setup(setup) => setup.from_front(&frame).map(|()| true),
-                Phase::Exec(exec) => exec.from_front(&frame).map(|()| true),
-                Phase::Live(live) => live.from_front(&frame),
+                Phase::Setup(setup) => setup.front_says(&frame).map(|()| true),
+                Phase::Exec(exec) => exec.front_says(&frame).map(|()| true),
+                Phase::Live(live) => live.front_says(&frame),
             }?;
             if !wanted {
                 continue;
@@ -391,9 +391,9 @@ impl<'a, F: Front> Session<'a, F> {
                 Err(error) => break Verdict::Crashed(error.to_string()),
             };
             let verdict = match &mut self.phase {
-                Phase::Setup(setup) => setup.from_guest(&frame, &mut out),
-                Phase::Exec(exec) => exec.from_guest(&frame, &mut out),
-                Phase::Live(live) => live.from_guest(&frame, &mut out),
+                Phase::Setup(setup) => setup.guest_says(&frame, &mut out),
+                Phase::Exec(exec) => exec.guest_says(&frame, &mut out),
+                Phase::Live(live) => live.guest_says(&frame, &mut out),
             };
             match verdict {
                 Verdict::Go => {}

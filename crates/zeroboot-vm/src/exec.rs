@@ -36,7 +36,7 @@ impl Exec {
     }
 
     /// What the front may still say.
-    pub(crate) fn from_front(&self, frame: &Frame<'_>) -> Result<(), SessionError> {
+    pub(crate) fn front_says(&self, frame: &Frame<'_>) -> Result<(), SessionError> {
         match (frame.channel, frame.kind) {
             (0, Kind::Stdin | Kind::StdinEnd) => Ok(()),
             (_, kind) => Err(SessionError::FrontOrder(kind)),
@@ -44,7 +44,7 @@ impl Exec {
     }
 
     /// Puts what may be sent on of a frame into `out`.
-    pub(crate) fn from_guest(&mut self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
+    pub(crate) fn guest_says(&mut self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
         let Frame { channel, kind, payload } = *frame;
         if channel != 0 {
             return Verdict::Crashed(FrameError::Channel(channel).to_string());

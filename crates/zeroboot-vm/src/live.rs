@@ -57,7 +57,7 @@ impl Live {
     }
 
     /// Whether the guest is to have a frame of the front's: not if it was on its way when its channel ended.
-    pub(crate) fn from_front(&mut self, frame: &Frame<'_>) -> Result<bool, SessionError> {
+    pub(crate) fn front_says(&mut self, frame: &Frame<'_>) -> Result<bool, SessionError> {
         let Frame { channel, kind, payload } = *frame;
         let order = || SessionError::FrontOrder(kind);
         if channel == 0 || channel > MAX_CHANNEL {
@@ -81,7 +81,7 @@ impl Live {
     }
 
     /// Puts a frame of the guest's into `out`, if it may have sent it.
-    pub(crate) fn from_guest(&mut self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
+    pub(crate) fn guest_says(&mut self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
         let Frame { channel, kind, payload } = *frame;
         let verdict = match (channel, kind) {
             (0, Kind::Started) if self.setup_ends.is_some() && payload.is_empty() => {
@@ -91,7 +91,7 @@ impl Live {
             (0, Kind::Failure) if std::str::from_utf8(payload).is_ok() => Verdict::Over(SessionEnd::Failed),
             (0, _) => Verdict::out_of_order(kind),
             _ if self.setup_ends.is_some() => Verdict::out_of_order(kind),
-            _ => match self.from_channel(channel, kind, payload) {
+            _ => match self.channel_says(channel, kind, payload) {
                 Ok(()) => Verdict::Go,
                 Err(why) => Verdict::Crashed(format!("a {kind:?} frame of channel {channel} {why}")),
             },
@@ -102,7 +102,7 @@ impl Live {
         verdict
     }
 
-    fn from_channel(&mut self, channel: u16, kind: Kind, payload: &[u8]) -> Result<(), &'static str> {
+    fn channel_says(&mut self, channel: u16, kind: Kind, payload: &[u8]) -> Result<(), &'static str> {
         let open = self.channels.get_mut(&channel).ok_or("that is not open")?;
         let malformed = |_: PayloadError| "that is malformed";
         match kind {
@@ -152,7 +152,7 @@ pub fn fuzz_live(mut bytes: &[u8]) {
         let channel = u16::from(channel & 3) << (channel >> 6 << 2);
         let frame = Frame { channel, kind, payload };
         if who & 1 == 0 {
-            let taken = live.from_front(&frame).unwrap_or(false);
+            let taken = live.front_says(&frame).unwrap_or(false);
             assert!(!taken || (1..=MAX_CHANNEL).contains(&channel));
             if taken && kind == Kind::Open {
                 assert!(open.insert(channel, (0, 0)).is_none(), "opened twice");
@@ -163,7 +163,7 @@ pub fn fuzz_live(mut bytes: &[u8]) {
             continue;
         }
         let mut out = Vec::new();
-        match live.from_guest(&frame, &mut out) {
+        match live.guest_says(&frame, &mut out) {
             Verdict::Lives => assert!(!std::mem::replace(&mut lives, true), "it began twice"),
             Verdict::Over(end) => assert!(end == SessionEnd::Failed && kind == Kind::Failure),
             Verdict::Go => {
@@ -196,27 +196,27 @@ mod tests {
     /// One that has said that it lives, and whose front has opened channel 7.
     fn opened() -> Live {
         let mut live = Live::begin(Instant::now());
-        assert_eq!(from_guest(&mut live, 0, Kind::Started, b""), Verdict::Lives);
-        assert_eq!(from_front(&mut live, 7, Kind::Arg, b"x"), Some(true));
-        assert_eq!(from_front(&mut live, 7, Kind::Open, b""), Some(true));
+        assert_eq!(guest_says(&mut live, 0, Kind::Started, b""), Verdict::Lives);
+        assert_eq!(front_says(&mut live, 7, Kind::Arg, b"x"), Some(true));
+        assert_eq!(front_says(&mut live, 7, Kind::Open, b""), Some(true));
         live
     }
 
-    fn from_front(live: &mut Live, channel: u16, kind: Kind, payload: &[u8]) -> Option<bool> {
-        live.from_front(&Frame { channel, kind, payload }).ok()
+    fn front_says(live: &mut Live, channel: u16, kind: Kind, payload: &[u8]) -> Option<bool> {
+        live.front_says(&Frame { channel, kind, payload }).ok()
     }
 
-    fn from_guest(live: &mut Live, channel: u16, kind: Kind, payload: &[u8]) -> Verdict {
-        live.from_guest(&Frame { channel, kind, payload }, &mut Vec::new())
+    fn guest_says(live: &mut Live, channel: u16, kind: Kind, payload: &[u8]) -> Verdict {
+        live.guest_says(&Frame { channel, kind, payload }, &mut Vec::new())
     }
 
     fn goes_on(live: &mut Live, channel: u16, kind: Kind, payload: &[u8]) {
-        assert_eq!(from_guest(live, channel, kind, payload), Verdict::Go, "{kind:?} on {channel}");
+        assert_eq!(guest_says(live, channel, kind, payload), Verdict::Go, "{kind:?} on {channel}");
     }
 
     #[track_caller]
     fn crashes(live: &mut Live, channel: u16, kind: Kind, payload: &[u8], why: &str) {
-        let Verdict::Crashed(reason) = from_guest(live, channel, kind, payload) else { panic!("{kind:?} went on") };
+        let Verdict::Crashed(reason) = guest_says(live, channel, kind, payload) else { panic!("{kind:?} went on") };
         assert!(reason.contains(why), "{reason}");
     }
 
@@ -239,10 +239,10 @@ mod tests {
             goes_on(&mut live, 7, Kind::End, &end());
             // What the front had sent before it saw the end.
             for (kind, payload) in [(Kind::Stdin, &b"x"[..]), (Kind::Close, b""), (Kind::Credit, &[1, 0, 0, 0])] {
-                assert_eq!(from_front(&mut live, 7, kind, payload), Some(false), "{kind:?}");
+                assert_eq!(front_says(&mut live, 7, kind, payload), Some(false), "{kind:?}");
             }
             crashes(&mut live.clone(), 7, Kind::Stdout, b"late", "not open");
-            assert_eq!(from_front(&mut live, 7, Kind::Open, b""), Some(true));
+            assert_eq!(front_says(&mut live, 7, Kind::Open, b""), Some(true));
         }
     }
 
@@ -252,7 +252,7 @@ mod tests {
         let fresh = || Live::begin(Instant::now());
         crashes(&mut fresh(), 7, Kind::Stdout, b"x", "out of order");
         crashes(&mut fresh(), 0, Kind::Started, b"x", "out of order");
-        assert_eq!(from_guest(&mut fresh(), 0, Kind::Failure, b"no"), Verdict::Over(SessionEnd::Failed));
+        assert_eq!(guest_says(&mut fresh(), 0, Kind::Failure, b"no"), Verdict::Over(SessionEnd::Failed));
         crashes(&mut fresh(), 0, Kind::Failure, &[0xff], "out of order");
         // On channel 0, an exec's frames and its worker's own are none of its.
         for kind in Kind::ALL.iter().copied().filter(|kind| *kind != Kind::Failure) {
@@ -292,13 +292,13 @@ mod tests {
         for kind in [Kind::Stdout, Kind::Stderr, Kind::Stdout, Kind::Stderr, Kind::Stdout] {
             goes_on(&mut live, 7, kind, &frame);
         }
-        assert_eq!(from_front(&mut live, 7, Kind::Credit, &(MAX_PAYLOAD as u32).to_le_bytes()), Some(true));
+        assert_eq!(front_says(&mut live, 7, Kind::Credit, &(MAX_PAYLOAD as u32).to_le_bytes()), Some(true));
         goes_on(&mut live, 7, Kind::Stdout, &frame);
         crashes(&mut live, 7, Kind::Stdout, &frame, "beyond its credit");
         // Another channel's credit is another's, and so is that of the next with the number.
         let mut live = opened();
-        assert_eq!(from_front(&mut live, 8, Kind::Open, b""), Some(true));
-        assert_eq!(from_front(&mut live, 8, Kind::Credit, &u32::MAX.to_le_bytes()), Some(true));
+        assert_eq!(front_says(&mut live, 8, Kind::Open, b""), Some(true));
+        assert_eq!(front_says(&mut live, 8, Kind::Credit, &u32::MAX.to_le_bytes()), Some(true));
         (0..5).for_each(|_| goes_on(&mut live, 7, Kind::Stdout, &frame));
         (0..50).for_each(|_| goes_on(&mut live, 8, Kind::Stdout, &frame));
         crashes(&mut live, 7, Kind::Stdout, &frame, "beyond its credit");
@@ -308,12 +308,12 @@ mod tests {
     fn a_guest_grants_only_what_it_was_sent() {
         let mut live = opened();
         crashes(&mut live.clone(), 7, Kind::Grant, &1u32.to_le_bytes(), "not sent");
-        assert_eq!(from_front(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
+        assert_eq!(front_says(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
         goes_on(&mut live, 7, Kind::Grant, &3u32.to_le_bytes());
         goes_on(&mut live, 7, Kind::Grant, &2u32.to_le_bytes());
         crashes(&mut live, 7, Kind::Grant, &1u32.to_le_bytes(), "not sent");
         let mut live = opened();
-        assert_eq!(from_front(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
+        assert_eq!(front_says(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
         crashes(&mut live, 7, Kind::Grant, &0u32.to_le_bytes(), "not sent");
     }
 
@@ -323,11 +323,11 @@ mod tests {
         for (channel, kind) in
             [(0, Kind::Open), (0, Kind::Stdin), (0x8000, Kind::Open), (7, Kind::Open), (7, Kind::Arg), (8, Kind::Run)]
         {
-            assert_eq!(from_front(&mut live, channel, kind, b""), None, "{kind:?} on {channel}");
+            assert_eq!(front_says(&mut live, channel, kind, b""), None, "{kind:?} on {channel}");
         }
-        assert_eq!(from_front(&mut live, 7, Kind::Credit, b"123"), None);
-        assert_eq!(from_front(&mut live, 8, Kind::Signal, b"\x02"), Some(false));
-        assert_eq!(from_front(&mut live, MAX_CHANNEL, Kind::Open, b""), Some(true));
+        assert_eq!(front_says(&mut live, 7, Kind::Credit, b"123"), None);
+        assert_eq!(front_says(&mut live, 8, Kind::Signal, b"\x02"), Some(false));
+        assert_eq!(front_says(&mut live, MAX_CHANNEL, Kind::Open, b""), Some(true));
     }
 
     proptest! {
