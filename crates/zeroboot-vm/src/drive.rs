@@ -28,7 +28,7 @@ use zeroboot_sys::kick::{Kick, take_pending};
 
 use crate::{Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop, exec::Exec, live::Live};
 
-/// How long a guest may take from its first instruction to the end of taking its request.
+/// See [`Session::with_setup_timeout`].
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longer than any sandbox.
 pub(crate) const NEVER: Duration = Duration::from_secs(86_400 * 365);
@@ -98,6 +98,7 @@ pub struct Session<'a, F> {
     raised: bool,
     from_guest: Decoder,
     phase: Phase,
+    setup_timeout: Duration,
     stats: SessionStats,
 }
 
@@ -163,7 +164,7 @@ impl Verdict {
 }
 
 impl Phase {
-    /// When the host ends what it is in. Two kicks later at the most, it looks.
+    /// When the host ends what it is in.
     fn deadline(&self) -> Option<Instant> {
         match self {
             Phase::Setup(setup) => Some(setup.deadline),
@@ -187,8 +188,16 @@ impl<'a, F: Front> Session<'a, F> {
             raised: false,
             from_guest: Decoder::new(),
             phase: Phase::Setup(setup),
+            setup_timeout: SETUP_TIMEOUT,
             stats: SessionStats::default(),
         }
+    }
+
+    /// How long a guest may take from its first instruction to the end of taking its request, and from there, if it is to
+    /// live, to its `Started`. A minute else.
+    pub fn with_setup_timeout(mut self, timeout: Duration) -> Session<'a, F> {
+        self.setup_timeout = timeout;
+        self
     }
 
     /// Takes the request, runs it, and sends everything up to the last frame.
@@ -204,7 +213,7 @@ impl<'a, F: Front> Session<'a, F> {
         }
         let entered = Instant::now();
         if let Phase::Setup(setup) = &mut self.phase {
-            setup.deadline = entered + SETUP_TIMEOUT;
+            setup.deadline = entered + self.setup_timeout;
         }
         self.snapshot.start_clocks(self.fork)?;
         self.hand_over()?;
@@ -351,7 +360,7 @@ impl<'a, F: Front> Session<'a, F> {
             if let Phase::Setup(Setup { limits: Some(limits), .. }) = self.phase {
                 match kind {
                     Kind::Run => self.phase = Phase::Exec(Exec::begin(limits)),
-                    Kind::Live => self.phase = Phase::Live(Live::begin(Instant::now() + SETUP_TIMEOUT)),
+                    Kind::Live => self.phase = Phase::Live(Live::begin(Instant::now() + self.setup_timeout)),
                     _ => continue,
                 }
                 // Whatever brought us here: until now the timer was at the end of the setup.

@@ -22,31 +22,37 @@ pub(crate) struct Live {
 }
 
 /// Bytes on a channel, all since it was opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Channel {
     /// `Started` has come.
     started: bool,
-    /// An `Error` has come.
-    failed: bool,
     /// Sent by the guest under the front's credit.
     sent: u64,
-    /// The front's credit beyond [`WINDOW`].
+    /// The front's credit, [`WINDOW`] included.
     credit: u64,
     /// Standard input that went to the guest, and how much of it the guest says it has passed on.
     fed: u64,
     granted: u64,
 }
 
+/// What a guest may be wrong by. The agent sends a last frame that is larger than the credit that is left for it.
+const SLACK: u64 = MAX_PAYLOAD as u64;
+
 impl Channel {
-    /// Counts bytes that need credit. The agent keeps to its credit; a frame's slack costs little.
+    fn new() -> Channel {
+        Channel { started: false, sent: 0, credit: WINDOW.into(), fed: 0, granted: 0 }
+    }
+
+    /// Counts bytes that need credit. Frames without a byte count, too, or nothing would bound their number.
     fn spend(&mut self, payload: &[u8]) -> Result<(), &'static str> {
-        // Nothing would bound the number of frames without a byte.
-        if payload.is_empty() {
-            return Err("without a byte");
-        }
-        self.sent = self.sent.saturating_add(payload.len() as u64);
-        let most = self.credit.saturating_add(u64::from(WINDOW) + MAX_PAYLOAD as u64);
-        if self.sent > most { Err("beyond its credit") } else { Ok(()) }
+        self.sent = self.sent.saturating_add(payload.len().max(1) as u64);
+        if self.sent > self.credit.saturating_add(SLACK) { Err("beyond its credit") } else { Ok(()) }
+    }
+
+    /// Counts what the guest says it has passed on.
+    fn grant(&mut self, bytes: u32) -> Result<(), &'static str> {
+        self.granted = self.granted.saturating_add(bytes.max(1).into());
+        if self.granted > self.fed.saturating_add(SLACK) { Err("for bytes that it was not sent") } else { Ok(()) }
     }
 }
 
@@ -65,7 +71,7 @@ impl Live {
         }
         match (kind, self.channels.get_mut(&channel)) {
             (Kind::Arg | Kind::Env | Kind::Code, None) => {}
-            (Kind::Open, None) => drop(self.channels.insert(channel, Channel::default())),
+            (Kind::Open, None) => drop(self.channels.insert(channel, Channel::new())),
             (Kind::Stdin, Some(open)) => open.fed = open.fed.saturating_add(payload.len() as u64),
             (Kind::Credit, Some(open)) => {
                 let more = decode_credit(payload).map_err(|_| order())?;
@@ -108,7 +114,7 @@ impl Live {
         match kind {
             // A program's process id, or nothing.
             Kind::Started if !open.started && matches!(payload.len(), 0 | 4) => open.started = true,
-            Kind::Stdout | Kind::Stderr => open.spend(payload)?,
+            Kind::Stdout | Kind::Stderr | Kind::Error => open.spend(payload)?,
             Kind::Result => {
                 ResultChunk::decode(payload).map_err(malformed)?;
                 open.spend(payload)?;
@@ -117,15 +123,7 @@ impl Live {
                 decode::<Reply>(payload).map_err(malformed)?;
                 open.spend(payload)?;
             }
-            // Needs no credit, so there is one.
-            Kind::Error if !open.failed => open.failed = true,
-            Kind::Grant => {
-                let more = decode_credit(payload).map_err(malformed)?;
-                open.granted = open.granted.saturating_add(more.into());
-                if more == 0 || open.granted > open.fed {
-                    return Err("for bytes that it was not sent");
-                }
-            }
+            Kind::Grant => open.grant(decode_credit(payload).map_err(malformed)?)?,
             Kind::End => {
                 decode::<End>(payload).map_err(malformed)?;
                 self.channels.remove(&channel);
@@ -168,10 +166,10 @@ pub fn fuzz_live(mut bytes: &[u8]) {
             Verdict::Over(end) => assert!(end == SessionEnd::Failed && kind == Kind::Failure),
             Verdict::Go => {
                 let (sent, credit) = open.get_mut(&channel).filter(|_| lives).unwrap_or_else(|| panic!("{frame:?}"));
-                if matches!(kind, Kind::Stdout | Kind::Stderr | Kind::Result | Kind::Reply) {
+                if matches!(kind, Kind::Stdout | Kind::Stderr | Kind::Result | Kind::Error | Kind::Reply) {
                     *sent += payload.len() as u64;
                 }
-                assert!(*sent <= *credit + u64::from(WINDOW) + MAX_PAYLOAD as u64);
+                assert!(*sent <= *credit + u64::from(WINDOW) + SLACK);
                 if kind == Kind::End {
                     open.remove(&channel);
                 }
@@ -270,17 +268,27 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_no_credit_comes_once_and_nothing_is_without_a_byte() {
-        for kind in [Kind::Started, Kind::Error] {
-            let mut live = opened();
-            goes_on(&mut live, 7, kind, b"");
-            crashes(&mut live, 7, kind, b"", "out of order");
-        }
+    fn a_malformed_payload_is_not_sent_on() {
         crashes(&mut opened(), 7, Kind::Started, b"123", "out of order");
-        crashes(&mut opened(), 7, Kind::Stdout, b"", "without a byte");
-        crashes(&mut opened(), 7, Kind::Stderr, b"", "without a byte");
         for kind in [Kind::Result, Kind::Reply, Kind::End, Kind::Grant] {
             crashes(&mut opened(), 7, kind, &[0xff; 3], "malformed");
+        }
+    }
+
+    #[test]
+    fn frames_that_need_no_credit_do_not_come_without_end() {
+        let mut live = opened();
+        goes_on(&mut live, 7, Kind::Started, b"");
+        crashes(&mut live, 7, Kind::Started, b"", "out of order");
+        let grant = 0u32.to_le_bytes();
+        for (kind, payload, slack) in [
+            (Kind::Stdout, &b""[..], u64::from(WINDOW) + SLACK),
+            (Kind::Error, b"", u64::from(WINDOW) + SLACK),
+            (Kind::Grant, &grant, SLACK),
+        ] {
+            let mut live = opened();
+            (0..slack).for_each(|_| goes_on(&mut live, 7, kind, payload));
+            assert!(matches!(guest_says(&mut live, 7, kind, payload), Verdict::Crashed(_)), "{kind:?}");
         }
     }
 
@@ -289,7 +297,7 @@ mod tests {
         let mut live = opened();
         let frame = vec![b'x'; MAX_PAYLOAD];
         // The window is four frames and their headers.
-        for kind in [Kind::Stdout, Kind::Stderr, Kind::Stdout, Kind::Stderr, Kind::Stdout] {
+        for kind in [Kind::Stdout, Kind::Stderr, Kind::Error, Kind::Stderr, Kind::Stdout] {
             goes_on(&mut live, 7, kind, &frame);
         }
         assert_eq!(front_says(&mut live, 7, Kind::Credit, &(MAX_PAYLOAD as u32).to_le_bytes()), Some(true));
@@ -305,16 +313,13 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_grants_only_what_it_was_sent() {
+    fn a_guest_grants_no_more_than_a_frame_beyond_what_it_was_sent() {
         let mut live = opened();
-        crashes(&mut live.clone(), 7, Kind::Grant, &1u32.to_le_bytes(), "not sent");
         assert_eq!(front_says(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
-        goes_on(&mut live, 7, Kind::Grant, &3u32.to_le_bytes());
-        goes_on(&mut live, 7, Kind::Grant, &2u32.to_le_bytes());
+        goes_on(&mut live, 7, Kind::Grant, &5u32.to_le_bytes());
+        goes_on(&mut live, 7, Kind::Grant, &(SLACK as u32).to_le_bytes());
         crashes(&mut live, 7, Kind::Grant, &1u32.to_le_bytes(), "not sent");
-        let mut live = opened();
-        assert_eq!(front_says(&mut live, 7, Kind::Stdin, b"12345"), Some(true));
-        crashes(&mut live, 7, Kind::Grant, &0u32.to_le_bytes(), "not sent");
+        crashes(&mut opened(), 7, Kind::Grant, &u32::MAX.to_le_bytes(), "not sent");
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::{
 };
 
 use zeroboot_proto::{
-    Decoder, Ending, ExitReport, Identity, Kind, Limits, encode,
+    Decoder, Ending, ExitReport, Frame, Identity, Kind, Limits, MAX_PAYLOAD, encode, encode_on,
+    live::{self, End, How},
     mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, Ring, TABLE_AT, VERSION},
 };
 use zeroboot_sys::{
@@ -212,6 +213,15 @@ impl Script {
         }
         frames
     }
+    fn all_frames(&self) -> Vec<(u16, Kind, Vec<u8>)> {
+        let mut decoder = Decoder::new();
+        decoder.feed(&self.heard);
+        let mut frames = Vec::new();
+        while let Some(frame) = decoder.next_on_any().unwrap() {
+            frames.push((frame.channel, frame.kind, frame.payload.to_vec()));
+        }
+        frames
+    }
     fn ending(&self) -> Option<Ending> {
         let frames = self.frames();
         let (kind, payload) = frames.last()?;
@@ -392,24 +402,24 @@ fn a_guest_that_rings_for_ever_is_stopped_at_its_deadline() {
     assert_eq!(end, SessionEnd::Done(Ending::DeadlinePassed));
 }
 
-/// A front that has something to say later.
+/// A front that has something to say later, or leaves without a word.
 struct Later {
     script: Script,
     at: Instant,
     then: Option<Vec<u8>>,
+    leaves: bool,
 }
 
 impl Front for Later {
     fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
-        if Instant::now() >= self.at
-            && let Some(bytes) = self.then.take()
-        {
-            self.script.input.push_back(bytes);
+        if Instant::now() >= self.at {
+            self.script.input.extend(self.then.take());
+            self.script.gone = self.leaves;
         }
         self.script.receive(into, wait)
     }
     fn gone(&mut self) -> io::Result<bool> {
-        self.script.gone()
+        Ok(self.leaves && Instant::now() >= self.at)
     }
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.script.send(bytes)
@@ -429,6 +439,7 @@ fn a_guest_that_sleeps_is_woken_for_input_that_comes_while_it_runs() {
         script: Script::request(limits(Duration::from_secs(20))),
         at: Instant::now() + after,
         then: Some(stdin.clone()),
+        leaves: false,
     };
     // As the socket's signal.
     let (kick, arrival) = (Kick::new().unwrap(), Kick::new().unwrap());
@@ -493,6 +504,212 @@ fn a_guest_that_turned_its_apic_off_does_not_hear_and_harms_only_itself() {
         let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
         assert_eq!((end, stats.raised), (SessionEnd::Done(Ending::DeadlinePassed), 1), "{name}");
         assert!(!fork.wake().unwrap(), "{name}");
+    }
+}
+
+/// Limits, identity, an environment and `Live`, and a command on channel 7.
+fn live_request() -> Vec<u8> {
+    let mut bytes = Script::request(limits(Duration::from_millis(1))).input.remove(0).unwrap();
+    // In the place of `Code` and `Run`.
+    bytes.truncate(bytes.len() - 2 * zeroboot_proto::HEADER_LEN - b"the code".len());
+    encode(&mut bytes, Kind::Env, b"NAME\0value");
+    encode(&mut bytes, Kind::Live, b"");
+    encode_on(&mut bytes, 7, Kind::Arg, b"true");
+    let command = live::Open::Command { cwd: None, terminal: None, stdin: true, timeout_ns: u64::MAX };
+    encode_on(&mut bytes, 7, Kind::Open, &live::encode(&command));
+    bytes
+}
+
+/// Forks a guest and lets it live.
+fn live(host: &Host, guest: &Asm) -> (SessionEnd, Script) {
+    let snapshot = snapshot(host, guest);
+    let mut fork = snapshot.fork(host).unwrap();
+    let mut script = Script { input: [live_request()].into(), ..Script::default() };
+    let kick = Kick::new().unwrap();
+    let (end, _) = Session::new(&snapshot, &mut fork, &mut script, &kick).run().unwrap();
+    (end, script)
+}
+
+fn on(channel: u16, kind: Kind, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_on(&mut bytes, channel, kind, payload);
+    bytes
+}
+
+/// A guest that says that it lives.
+fn alive() -> Asm {
+    Asm::default().ready().send(Ring::Output, &on(0, Kind::Started, b""))
+}
+
+impl Asm {
+    /// The keyboard controller's reset.
+    fn reset(self) -> Asm {
+        self.raw(&[0xb0, 0xfe, 0xe6, 0x64])
+    }
+    /// The same ring again and again: `mov dx, mov eax, out` are 11 bytes.
+    fn ring_for_ever(self, value: u32) -> Asm {
+        self.ring(value).raw(&[0xeb, 0xf3])
+    }
+}
+
+#[test]
+fn a_guest_that_lives_is_heard_on_its_channels_up_to_its_crash() {
+    let Some(host) = host() else { return };
+    let end = live::encode(&End { how: How::Exited(0), wall_ns: 1, context_lost: false });
+    let frames = [on(7, Kind::Started, &[1, 0, 0, 0]), on(7, Kind::Stdout, b"out"), on(7, Kind::End, &end)].concat();
+    let (session, script) = live(&host, &alive().send(Ring::Output, &frames).reset());
+    assert_eq!(session, SessionEnd::Crashed);
+    let heard = script.all_frames();
+    let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+    let expected = [(0, Kind::Started), (7, Kind::Started), (7, Kind::Stdout), (7, Kind::End), (0, Kind::Crash)];
+    assert_eq!(kinds, expected);
+    assert_eq!(heard[2].2, b"out");
+    assert!(String::from_utf8_lossy(&heard[4].2).contains("it shut down"));
+}
+
+#[test]
+fn guests_that_live_and_lie_harm_only_themselves() {
+    let Some(host) = host() else { return };
+    let says = |frames: Vec<u8>| alive().send(Ring::Output, &frames);
+    // A whole area's frame, again and again.
+    let full = Ring::Output.encode(MAX_PAYLOAD as u32 + 8);
+    let flood = alive()
+        .store(FROM_GUEST, MAX_PAYLOAD as u16)
+        .store(FROM_GUEST + 2, 0)
+        .store(FROM_GUEST + 4, Kind::Stdout as u16)
+        .store(FROM_GUEST + 6, 7)
+        .ring_for_ever(full);
+    for (name, guest, why) in [
+        ("another channel", says(on(8, Kind::Stdout, b"x")), "channel 8 that is not open"),
+        ("a channel of its own choice", says(on(0x8007, Kind::Stdout, b"x")), "channel 32775 that is not open"),
+        ("an exec's end", says(on(0, Kind::Exit, &[0; 29])), "Exit frame out of order"),
+        ("an exec's end on a channel", says(on(7, Kind::Exit, &[0; 29])), "Exit frame of channel 7 out of order"),
+        ("an exec's output", says(on(0, Kind::Stdout, b"x")), "Stdout frame out of order"),
+        ("its worker's word", says(on(0, Kind::Crash, b"x")), "Crash frame out of order"),
+        ("a frame of the other direction", says(on(7, Kind::Stdin, b"x")), "Stdin frame of channel 7 out of order"),
+        ("to live twice", says(on(0, Kind::Started, b"")), "Started frame out of order"),
+        ("a malformed end", says(on(7, Kind::End, &[0xff; 9])), "End frame of channel 7 that is malformed"),
+        ("more than its credit", flood, "Stdout frame of channel 7 beyond its credit"),
+        ("garbage", says(vec![0xff; 16]), "payload of 4294967295 bytes"),
+        ("a length above the area", alive().ring(Ring::Output.encode(65 * 1024)), "65 * 1024 = 66560"),
+        ("ready again", alive().ready(), "Ready"),
+        ("done", alive().ring(Ring::Done.encode(0)), "held no end"),
+        ("no such bell", alive().ring(0xffff_ff77), "it broke"),
+    ] {
+        let (end, script) = live(&host, &guest);
+        assert_eq!(end, SessionEnd::Crashed, "{name}");
+        let heard = script.all_frames();
+        let (channel, kind, payload) = heard.last().unwrap();
+        let said = String::from_utf8_lossy(payload);
+        assert_eq!((*channel, *kind), (0, Kind::Crash), "{name}: {said}");
+        assert!(why.split(" = ").any(|why| said.contains(why)), "{name}: {said}");
+        // Nothing of what was wrong went on.
+        let allowed = if name == "more than its credit" { 5 } else { 0 };
+        let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+        assert_eq!(kinds.len(), 2 + allowed, "{name}: {kinds:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_come_to_live_is_a_failure() {
+    let Some(host) = host() else { return };
+    for (guest, crash) in [
+        (Asm::default().ready().send(Ring::Output, &on(7, Kind::Stdout, b"early")), true),
+        (Asm::default().ready().reset(), true),
+        (Asm::default().ready().send(Ring::Done, &on(0, Kind::Failure, b"cannot live")), false),
+    ] {
+        let (end, script) = live(&host, &guest);
+        assert_eq!(end, SessionEnd::Failed);
+        let heard = script.all_frames();
+        let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+        let expected = if crash { vec![(0, Kind::Crash), (0, Kind::Failure)] } else { vec![(0, Kind::Failure)] };
+        assert_eq!(kinds, expected);
+        assert!(crash || heard[0].2 == b"cannot live");
+    }
+}
+
+#[test]
+fn only_a_guest_that_does_not_come_to_live_has_a_deadline() {
+    let Some(host) = host() else { return };
+    let (setup, whole) = (Duration::from_millis(50), Duration::from_millis(300));
+    for (guest, expected) in [
+        (Asm::default().ready().spin_without_interrupts(), SessionEnd::Failed),
+        (Asm::default().ready().ring_for_ever(Ring::Output.encode(0)), SessionEnd::Failed),
+        (alive().spin_without_interrupts(), SessionEnd::FrontGone),
+        (alive().ring_for_ever(Ring::Output.encode(0)), SessionEnd::FrontGone),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let script = Script { input: [live_request()].into(), ..Script::default() };
+        let mut front = Later { script, at: Instant::now() + whole, then: None, leaves: true };
+        // As the socket's signal.
+        let (kick, departure) = (Kick::new().unwrap(), Kick::new().unwrap());
+        departure.after(whole).unwrap();
+        let start = Instant::now();
+        let session = Session::new(&snapshot, &mut fork, &mut front, &kick).with_setup_timeout(setup);
+        let (end, _) = session.run().unwrap();
+        assert_eq!(end, expected);
+        let long = start.elapsed() >= whole;
+        assert_eq!(long, expected == SessionEnd::FrontGone, "{:?}", start.elapsed());
+    }
+}
+
+/// Three guests that keep the worker busy, and one that takes nothing of what it is sent: the front's departure is seen, and
+/// what it says is taken.
+#[test]
+fn no_guest_keeps_its_front_from_being_heard() {
+    let Some(host) = host() else { return };
+    let after = Duration::from_millis(50);
+    let large = on(7, Kind::Stdin, &[b'x'; 400_000]);
+    for (name, guest, input) in [
+        ("output", alive().ring_for_ever(Ring::Output.encode(0)), Vec::new()),
+        ("wants", alive().ring_for_ever(Ring::Want.encode(0)), Vec::new()),
+        ("port accesses", alive().raw(&[0xe4, 0x70, 0xeb, 0xfc]), Vec::new()),
+        ("takes nothing", alive().spin_without_interrupts(), large.clone()),
+        ("takes nothing and rings", alive().ring_for_ever(Ring::Output.encode(0)), large),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let script = Script { input: [live_request(), input].into(), ..Script::default() };
+        let mut front = Later { script, at: Instant::now() + after, then: None, leaves: true };
+        let (kick, departure) = (Kick::new().unwrap(), Kick::new().unwrap());
+        departure.after(after).unwrap();
+        let start = Instant::now();
+        let (end, _) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+        assert_eq!(end, SessionEnd::FrontGone, "{name}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{name}: {:?}", start.elapsed());
+    }
+    // And what it says: a guest that rings all the time gets it by its next `Want`, by the wake line in between.
+    let guest = Asm::default().hears_the_wake_line().ready().send(Ring::Output, &on(0, Kind::Started, b""));
+    let snapshot = snapshot(&host, &guest.takes_all(false).reset());
+    let mut fork = snapshot.fork(&host).unwrap();
+    let stdin = on(7, Kind::Stdin, b"a line\n");
+    let script = Script { input: [live_request()].into(), ..Script::default() };
+    let mut front = Later { script, at: Instant::now() + after, then: Some(stdin.clone()), leaves: false };
+    let (kick, arrival) = (Kick::new().unwrap(), Kick::new().unwrap());
+    arrival.after(after).unwrap();
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+    assert_eq!((end, stats.raised), (SessionEnd::Crashed, 1));
+    assert_eq!(usize::from(word(&mut fork, COUNTER)), stdin.len());
+}
+
+#[test]
+fn a_sandbox_without_an_identity_never_lives() {
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(&host, &alive().reset());
+    for kind in [Kind::Identity, Kind::Limits] {
+        let mut decoder = Decoder::new();
+        decoder.feed(&live_request());
+        let mut bytes = Vec::new();
+        while let Some(Frame { channel, kind: found, payload }) = decoder.next_on_any().unwrap() {
+            if found != kind {
+                encode_on(&mut bytes, channel, found, payload);
+            }
+        }
+        let mut fork = snapshot.fork(&host).unwrap();
+        let mut script = Script { input: [bytes].into(), ..Script::default() };
+        assert!(Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().is_err(), "{kind:?}");
+        assert!(script.heard.is_empty());
     }
 }
 
