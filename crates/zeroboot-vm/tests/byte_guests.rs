@@ -160,6 +160,8 @@ fn boot(host: &Host, code: &Asm) -> (Machine, BootMemory, Stop) {
     (sregs.base.cs.base, sregs.base.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     vcpu.set_regs(&Regs { rip: CODE, rsp: 0x7000, rflags: 2, ..Default::default() }).unwrap();
+    // A kick of this thread's session before, that came when it was over.
+    zeroboot_sys::kick::take_pending();
     let stop = machine.run(&mut Console::default(), &mut Exits::default()).unwrap();
     (machine, memory, stop)
 }
