@@ -314,14 +314,18 @@ impl Worker {
         let (on, kind, end) = next();
         assert_eq!((on, kind, live::decode::<End>(&end).unwrap().how), (channel, Kind::End, How::Exited(0)));
     }
-    /// CPU time that it has had, and how often it has gone to sleep by itself: since then it was woken as often.
+    /// CPU time that its threads have had, KVM's own included, and how often they have gone to sleep by themselves: since then
+    /// they were woken as often.
     fn idled(&self) -> (Duration, u64) {
-        let pid = self.pid();
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
-        let nanos = read("schedstat").split(' ').next().unwrap().parse().unwrap();
-        let sleeps =
-            read("status").lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")).unwrap().trim().parse();
-        (Duration::from_nanos(nanos), sleeps.unwrap())
+        let (mut cpu, mut sleeps) = (Duration::ZERO, 0);
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap() {
+            let read = |file| std::fs::read_to_string(task.as_ref().unwrap().path().join(file)).unwrap();
+            cpu += Duration::from_nanos(read("schedstat").split(' ').next().unwrap().parse().unwrap());
+            let status = read("status");
+            let line = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+            sleeps += line.trim().parse::<u64>().unwrap();
+        }
+        (cpu, sleeps)
     }
     fn ended_within(&self, limit: Duration) -> bool {
         ended_within(&self.pidfd, limit)
@@ -714,6 +718,7 @@ fn sandboxes_that_live_cost_nothing_while_nothing_happens(host: &Host) {
         Duration::from_millis(10 * (cpu[0] + cpu[1] + cpu[2] + cpu[5] + cpu[6]))
     };
     let before: Vec<_> = workers.iter().map(Worker::idled).collect();
+    assert!(before.iter().all(|(cpu, sleeps)| !cpu.is_zero() && *sleeps > 0), "nothing is counted here");
     let (start, host_before) = (Instant::now(), busy());
     std::thread::sleep(Duration::from_secs(seconds as u64));
     let (passed, host_cpu) = (start.elapsed(), busy() - host_before);
