@@ -31,6 +31,7 @@ use crate::{
     gate::{Caller, Gate, is_local_host},
     logging::Afterwards,
     metrics::Metrics,
+    places::Visit,
     routes,
     wire::Catalog,
 };
@@ -120,6 +121,7 @@ pub(crate) struct Peer {
     /// Ends the connection at once.
     pub(crate) cut: Arc<Notify>,
     pub(crate) after: Afterwards,
+    pub(crate) visit: Arc<Visit>,
 }
 
 /// What is known of a request besides what it says.
@@ -170,6 +172,9 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
     let mut response = match admitted {
         Ok(caller) => {
+            if caller.key.is_some() || !app.gate.has_keys() {
+                peer.visit.prove();
+            }
             request.extensions_mut().insert(Asked { request_id: id, caller, peer });
             next.run(request).await
         }

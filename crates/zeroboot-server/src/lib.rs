@@ -22,6 +22,7 @@ mod notify;
 mod openapi;
 mod otlp;
 mod overhead;
+mod places;
 mod routes;
 mod serve;
 mod wire;

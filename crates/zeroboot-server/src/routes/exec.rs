@@ -30,6 +30,7 @@ use crate::{
     budget::{Full, Share},
     config::RequestLimits,
     error::ApiError,
+    gate::Place,
     logging::Afterwards,
     routes::stream,
     wire::{self, ExecBody},
@@ -46,7 +47,7 @@ pub(crate) async fn exec(
     let Asked { request_id, caller, peer } = &asked;
     let share = app.admit(caller)?;
     app.gate.charge(caller, 1)?;
-    let place = app.gate.place(caller)?;
+    let mut place = app.gate.place(caller)?;
     let span = tracing::info_span!("http.exec", %request_id);
     async {
         let bytes = read_body(&headers, body, &app.config.limits, &share).await?;
@@ -55,6 +56,7 @@ pub(crate) async fn exec(
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
+        app.gate.hold_memory(&mut place, caller, request.limits.memory)?;
         let under_way = UnderWay::new(app.clone(), &asked, template, place, share);
         if wants_stream(&headers) {
             return stream::start(under_way, request, peer.clone()).await;
@@ -130,18 +132,12 @@ pub(crate) struct UnderWay {
     pub(crate) template: usize,
     pub(crate) share: Arc<Share>,
     after: Afterwards,
-    _place: Option<tokio::sync::OwnedSemaphorePermit>,
+    _place: Place,
     _entered: crate::metrics::Entered,
 }
 
 impl UnderWay {
-    pub(crate) fn new(
-        app: Arc<App>,
-        asked: &Asked,
-        template: usize,
-        place: Option<tokio::sync::OwnedSemaphorePermit>,
-        share: Arc<Share>,
-    ) -> UnderWay {
+    pub(crate) fn new(app: Arc<App>, asked: &Asked, template: usize, place: Place, share: Arc<Share>) -> UnderWay {
         let entered = app.metrics.enter();
         let (request_id, after) = (asked.request_id, asked.peer.after.clone());
         UnderWay { app, request_id, template, share, after, _place: place, _entered: entered }
