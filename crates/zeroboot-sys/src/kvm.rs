@@ -83,6 +83,8 @@ const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
 const KVM_CAP_SREGS2: libc::c_ulong = 200;
 const KVM_CAP_XSAVE2: libc::c_ulong = 208;
 const KVM_CAP_PRE_FAULT_MEMORY: libc::c_ulong = 236;
+/// Where a device writes a message-signalled interrupt for the local APIC with id 0.
+const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Most MSRs that one KVM_SET_MSRS takes (`MAX_IO_MSRS` in the kernel).
 const MAX_MSRS: usize = 256;
 /// Bytes of the part of the XSAVE area that every KVM has.
@@ -237,6 +239,19 @@ impl Vm {
         Ok(Vcpu { fd, _memory: memory, caps: self.caps })
     }
 
+    /// Sends the vCPU's local APIC an edge interrupt with this vector. `false`: the APIC does not take it, since the
+    /// guest has turned it off.
+    pub fn raise(&self, vector: u8) -> Result<bool> {
+        // Physical destination 0, fixed delivery: KVM reads no more of an MSI.
+        let msi = kb::kvm_msi { address_lo: LOCAL_APIC, data: vector.into(), ..Default::default() };
+        match self.fd.signal_msi(msi) {
+            Ok(delivered) => Ok(delivered > 0),
+            // What `kvm_irq_delivery_to_apic` says (-1) when no APIC has that address.
+            Err(error) if error.errno() == libc::EPERM => Ok(false),
+            Err(error) => named("KVM_SIGNAL_MSI", Err(error)),
+        }
+    }
+
     /// The VM's kvm-clock.
     pub fn clock(&self) -> Result<ClockData> {
         named("KVM_GET_CLOCK", self.fd.get_clock())
@@ -276,6 +291,8 @@ pub enum VmExit<'a> {
     MmioWrite {
         /// The address.
         at: GuestPhys,
+        /// The bytes, 8 at most.
+        data: &'a [u8],
     },
     /// A triple fault, or a reset by one.
     Shutdown,
@@ -345,12 +362,9 @@ impl Vcpu {
                 // SAFETY: exit_reason names this member of the union.
                 let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
                 let at = GuestPhys(mmio.phys_addr);
-                if mmio.is_write != 0 {
-                    VmExit::MmioWrite { at }
-                } else {
-                    let len = (mmio.len as usize).min(mmio.data.len());
-                    VmExit::MmioRead { at, data: mmio.data.get_mut(..len).unwrap_or_default() }
-                }
+                let len = (mmio.len as usize).min(mmio.data.len());
+                let data = mmio.data.get_mut(..len).unwrap_or_default();
+                if mmio.is_write != 0 { VmExit::MmioWrite { at, data } } else { VmExit::MmioRead { at, data } }
             }
             kb::KVM_EXIT_SHUTDOWN => VmExit::Shutdown,
             // Sent for a guest's reset or power-off where KVM itself implements one.

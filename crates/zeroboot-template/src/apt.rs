@@ -252,6 +252,12 @@ pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Resul
     archive(package, |archive| into.unpack(archive, exclude))
 }
 
+/// Unpacks a package's files into a directory.
+pub fn unpack_to(package: &Path, into: &Path) -> Result<(), AptError> {
+    let mut root = Root::new(into).map_err(|error| AptError::Directory(into.to_owned(), error))?;
+    unpack(package, &mut root, &[])
+}
+
 /// The bytes of the package's file whose path matches the pattern; of the last, if several do.
 pub fn read_file(package: &Path, pattern: &str) -> Result<Vec<u8>, AptError> {
     let mut bytes = None;

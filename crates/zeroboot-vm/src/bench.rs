@@ -18,7 +18,7 @@ use crate::{
     VmState, machine::TSS, one_request::OneRequest,
 };
 
-pub use crate::stand_in::{ALIVE, answer, input, stand_in, strewn};
+pub use crate::stand_in::{ALIVE, StandIn, answer, input, nth_answer, stand_in, strewn};
 
 /// Why a measurement is void.
 #[derive(Debug, thiserror::Error)]

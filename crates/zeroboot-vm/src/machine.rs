@@ -7,6 +7,8 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, Mapping, MiB},
 };
 
+use crate::wake::BootDevices;
+
 /// Address of KVM's task segment: behind KVM's own identity map at 0xfffbc000, above all memory that a guest can have.
 pub(crate) const TSS: GuestPhys = GuestPhys(0xfffb_d000);
 
@@ -52,6 +54,8 @@ pub struct Machine {
     pub(crate) vcpu: Vcpu,
     pub(crate) vm: Vm,
     pub(crate) memory: Rc<Mapping>,
+    /// Only while a template boots: a fork has no device.
+    pub(crate) boot_devices: Option<BootDevices>,
 }
 
 impl Machine {
@@ -90,7 +94,7 @@ impl Machine {
             // set_memory above succeeded.
             None => unreachable!("a VM whose memory was just set has it"),
         };
-        Ok(Machine { vcpu, vm, memory })
+        Ok(Machine { vcpu, vm, memory, boot_devices: None })
     }
 
     /// The guest's memory.

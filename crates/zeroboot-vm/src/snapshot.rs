@@ -22,12 +22,12 @@ use zeroboot_sys::{
 
 use crate::{
     CpuDifference, Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, SaveStateError,
-    StateTables, VmState,
+    StateTables, VmState, WakeVector,
 };
 
 const MAGIC: [u8; 8] = *b"ZBSTATE\0";
 /// The version of `state.bin`. Counted up with every change of what it holds.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 const HEADER: usize = 8 + 4 + 4 + 32;
 /// A state is some 30 KiB; a file far above that is not one.
 const MAX_STATE_FILE: u64 = 4 << 20;
@@ -58,6 +58,7 @@ pub(crate) struct Body {
     pub(crate) cpuid: Vec<CpuidEntry>,
     pub(crate) state: VmState,
     pub(crate) mailbox: Mailbox,
+    pub(crate) wake: WakeVector,
     pub(crate) about: Vec<u8>,
     pub(crate) working_set: WorkingSet,
 }
@@ -196,12 +197,13 @@ impl LoadSnapshotError {
 }
 
 impl Snapshot {
-    /// Freezes a machine that rang `Ready` with this argument.
+    /// Freezes a machine that rang `Ready` with this argument, and that waits for interrupts with this vector.
     pub fn freeze(
         host: &Host,
         mut machine: Machine,
         memory: BootMemory,
         argument: u32,
+        wake: WakeVector,
     ) -> Result<Snapshot, FreezeError> {
         let mailbox = Mailbox::discover(&machine.memory, argument)?;
         let about = mailbox.about(&machine.memory)?;
@@ -223,6 +225,7 @@ impl Snapshot {
             cpuid: host.cpuid().to_vec(),
             state,
             mailbox,
+            wake,
             about,
             working_set: WorkingSet::default(),
         };
@@ -358,7 +361,7 @@ impl Snapshot {
             step("tsc_rate");
         }
         self.body.state.restore(&self.tables, &machine, step)?;
-        Ok(Fork { machine, mailbox: self.body.mailbox.clone() })
+        Ok(Fork { machine, mailbox: self.body.mailbox.clone(), wake: self.body.wake })
     }
 
     /// Starts a fork's clocks where the snapshot stopped them. The last step before the guest runs.
@@ -449,12 +452,18 @@ pub enum ForkError {
 pub struct Fork {
     pub(crate) machine: Machine,
     pub(crate) mailbox: Mailbox,
+    pub(crate) wake: WakeVector,
 }
 
 impl Fork {
     /// The machine.
     pub fn machine(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// Wakes its guest, if that waits. `false`: it has turned its local APIC off and does not hear.
+    pub fn wake(&self) -> Result<bool, KvmError> {
+        self.machine.vm.raise(self.wake.get())
     }
 
     /// Its mailbox.
@@ -604,6 +613,7 @@ mod tests {
             cpuid: vec![CpuidEntry::default(); 3],
             state: VmState::empty(),
             mailbox: Mailbox::at(0x1000, pages(0x10_0000), pages(0x20_0000)),
+            wake: WakeVector::new(0x21).unwrap(),
             about: b"{}".to_vec(),
             working_set: WorkingSet { written: vec![(1, 2)], read: vec![(5, 1)] },
         }
@@ -620,11 +630,11 @@ mod tests {
     fn the_files_first_bytes_never_change() {
         // The format's tripwire: change FORMAT_VERSION with anything that this breaks.
         let (bytes, hash) = encode(&body());
-        assert_eq!(&bytes[..12], b"ZBSTATE\0\x02\0\0\0");
+        assert_eq!(&bytes[..12], b"ZBSTATE\0\x03\0\0\0");
         assert_eq!((bytes.len(), &hash.to_hex()[..16]), (GOLDEN.0, GOLDEN.1));
     }
 
-    const GOLDEN: (usize, &str) = (6605, "be1e8579a9dbf4b4");
+    const GOLDEN: (usize, &str) = (6606, "6fc5fbd0979fed7c");
 
     #[test]
     fn values_that_no_template_has_are_refused() {

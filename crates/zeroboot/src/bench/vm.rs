@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context;
 use zeroboot_engine::{ExecRequest, TemplateConfig, ZygoteSpec, request_frames};
 use zeroboot_sys::memory::MiB;
-use zeroboot_vm::{Host, Prefault, Snapshot, WorkingSet, bench};
+use zeroboot_vm::{
+    Host, Prefault, Snapshot, WorkingSet,
+    bench::{self, StandIn},
+};
 
 use super::{
     Results,
@@ -26,7 +29,8 @@ pub(crate) const PROGRAM: Program =
 pub(crate) async fn stand_in_density(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
     for (label, (written, read)) in [("bare: ", (0, 0)), ("pages ahead: ", WORKING_SET)] {
         let pages = bench::strewn(STAND_IN.1, written, read);
-        let (template, _place) = stored(&bench::stand_in(&Host::open()?, STAND_IN.0, STAND_IN.1, pages)?)?;
+        let (template, _place) =
+            stored(&bench::stand_in(&Host::open()?, StandIn::Program, STAND_IN.0, STAND_IN.1, pages)?)?;
         density::alive_at_once(args, &template, PROGRAM, label, results).await?;
     }
     Ok(())
@@ -56,7 +60,7 @@ pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results)
     let host = Host::open()?;
     let request = request_frames(&ExecRequest::new("python", "print(1)\n"), uuid::Uuid::now_v7())?;
     let snapshot = if stand_in {
-        bench::stand_in(&host, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
+        bench::stand_in(&host, StandIn::Program, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
     } else {
         Snapshot::load(&host, &crate::template::ensure(None, "python")?.dir).context("load the python template")?
     };

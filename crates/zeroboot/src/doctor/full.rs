@@ -162,7 +162,7 @@ pub(super) async fn report(from: &TemplateArgs) -> Report {
 /// A template of a few bytes.
 fn little(host: &Host) -> anyhow::Result<(String, Snapshot)> {
     let begin = Instant::now();
-    let snapshot = bench::stand_in(host, LITTLE.0, LITTLE.1, WorkingSet::default())?;
+    let snapshot = bench::stand_in(host, bench::StandIn::Program, LITTLE.0, LITTLE.1, WorkingSet::default())?;
     let took = begin.elapsed().as_secs_f64() * 1e3;
     let state = snapshot.state();
     let left_out: Vec<String> = state.left_out().iter().map(|index| format!("{index:#x}")).collect();
@@ -332,7 +332,7 @@ fn speed(host: &Host, python: Option<&std::path::Path>) -> Found {
         None => {
             let (size, filled) = vm::STAND_IN;
             (
-                bench::stand_in(host, size, filled, WorkingSet::default())?,
+                bench::stand_in(host, bench::StandIn::Program, size, filled, WorkingSet::default())?,
                 "a guest of a few bytes in the python template's size",
             )
         }
