@@ -4,6 +4,7 @@
 mod answer;
 mod app;
 mod backend;
+mod body;
 mod budget;
 mod canary;
 mod client_addr;
@@ -22,8 +23,17 @@ mod notify;
 mod openapi;
 mod otlp;
 mod overhead;
+mod params;
+mod peer;
+mod router;
 mod routes;
+mod sandbox_answer;
+mod sandbox_wire;
 mod serve;
+mod sse;
+mod streams;
+mod under_way;
+mod visit;
 mod wire;
 
 pub use answer::answer;

@@ -27,9 +27,9 @@ use tokio_rustls::{
 use tower::Service as _;
 
 use crate::{
-    app::Peer,
     config::{Listen, RequestLimits, TlsFiles},
     metrics::Metrics,
+    peer::Peer,
 };
 
 /// How long a TLS handshake may take.
