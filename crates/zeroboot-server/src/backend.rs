@@ -48,7 +48,7 @@ impl Backend {
         match self {
             Backend::Engine(engine) => engine.stats(),
             #[cfg(test)]
-            Backend::Fake(_) => EngineStats::default(),
+            Backend::Fake(_) => EngineStats { max_live: 16, max_memory: 8 << 30, ..EngineStats::default() },
         }
     }
 }

@@ -117,7 +117,8 @@ pub struct RequestLimits {
     pub max_output: u64,
     /// Execs a second of a key that has no rate of its own.
     pub key_rate: f64,
-    /// Execs at once of a key that has no number of its own; `None`: only the engine's admission limits it.
+    /// Execs at once of a key that has no number of its own; `None`: where there are several keys, half of the engine's
+    /// sandboxes and memory, else only the engine's admission limits it.
     pub key_concurrency: Option<u32>,
     /// Execs a second of all callers when no keys are configured; `None`: only the engine's admission limits them.
     pub anonymous_rate: Option<f64>,
@@ -125,6 +126,8 @@ pub struct RequestLimits {
     pub demo_per_minute: f64,
     /// Connections at once; further ones wait in the kernel's queue.
     pub max_connections: usize,
+    /// Connections at once from one client address (an IPv6 /64), but for trusted proxies; `None`: half of all.
+    pub max_connections_per_address: Option<usize>,
     /// How long a client may take to send its request's head (or its next one on an idle connection).
     pub header_timeout: Duration,
     /// How long a client may take to send a whole body.
@@ -168,6 +171,7 @@ impl Default for RequestLimits {
             anonymous_rate: None,
             demo_per_minute: 10.0,
             max_connections: 4096,
+            max_connections_per_address: None,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
@@ -177,6 +181,13 @@ impl Default for RequestLimits {
             max_sandboxes_per_key: 16,
             max_streams_per_key: 128,
         }
+    }
+}
+
+impl RequestLimits {
+    /// Connections that one client address may have.
+    pub(crate) fn connections_per_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
     }
 }
 
@@ -354,10 +365,11 @@ impl ServerConfig {
             || limits.max_batch == 0
             || limits.batch_parallel == 0
             || limits.max_connections == 0
+            || limits.max_connections_per_address == Some(0)
             || limits.key_concurrency == Some(0)
         {
             return Err(Range(
-                "max_body_bytes, max_batch, batch_parallel, max_connections and key_concurrency",
+                "max_body_bytes, max_batch, batch_parallel, max_connections, max_connections_per_address and key_concurrency",
                 "above zero",
             ));
         }

@@ -58,7 +58,11 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ),
     ("range_not_satisfiable", 416, "the file has no bytes in this range"),
     ("rate_limited", 429, "too many executions a second; see Retry-After"),
-    ("concurrency_limited", 429, "too many executions of this key at once; see Retry-After"),
+    (
+        "concurrency_limited",
+        429,
+        "too many executions of this key at once, or too much memory of theirs; see Retry-After",
+    ),
     ("too_many_sandboxes", 429, "as many sandboxes of this key live as may live at once"),
     ("too_many_runs", 429, "the sandbox has as many runs and file operations under way as it may have"),
     ("too_many_streams", 429, "this key has as many open requests about sandboxes as it may have; see Retry-After"),

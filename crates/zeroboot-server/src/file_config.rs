@@ -72,6 +72,7 @@ pub struct LimitsSection {
     pub anonymous_rate: Option<f64>,
     pub demo_per_minute: Option<f64>,
     pub max_connections: Option<usize>,
+    pub max_connections_per_address: Option<usize>,
     pub header_timeout_seconds: Option<f64>,
     pub body_timeout_seconds: Option<f64>,
     pub stall_timeout_seconds: Option<f64>,
@@ -203,6 +204,7 @@ impl FileConfig {
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);
+        put(from.max_connections_per_address.map(Some), &mut to.max_connections_per_address);
         put(from.max_held_mb.map(mebibytes), &mut to.max_held);
         put(from.key_concurrency.map(Some), &mut to.key_concurrency);
         put(from.anonymous_rate.map(Some), &mut to.anonymous_rate);

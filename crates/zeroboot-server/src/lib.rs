@@ -6,6 +6,7 @@ mod app;
 mod backend;
 mod body;
 mod budget;
+mod call;
 mod canary;
 mod client_addr;
 mod config;
@@ -25,6 +26,7 @@ mod otlp;
 mod overhead;
 mod params;
 mod peer;
+mod places;
 mod router;
 mod routes;
 mod sandbox_answer;
@@ -33,7 +35,7 @@ mod serve;
 mod sse;
 mod streams;
 mod under_way;
-mod visit;
+
 mod wire;
 
 pub use answer::answer;

@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::{gate::Caller, logging::Afterwards};
+use crate::{gate::Caller, logging::Afterwards, places::Visit};
 
 /// The other end of a connection.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +15,7 @@ pub(crate) struct Peer {
     /// Ends the connection at once.
     pub(crate) cut: Arc<Notify>,
     pub(crate) after: Afterwards,
+    pub(crate) visit: Arc<Visit>,
 }
 
 /// What is known of a request besides what it says.

@@ -87,6 +87,9 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
     let mut response = match admitted {
         Ok(caller) => {
+            if caller.key.is_some() || !app.gate.has_keys() {
+                peer.visit.prove();
+            }
             request.extensions_mut().insert(Asked { request_id: id, caller, peer });
             next.run(request).await
         }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
 use zeroboot_engine::Engine;
@@ -23,6 +23,7 @@ use crate::{
     keys::{KeyFileError, KeyRing},
     listen::{Bound, Closing, Connections, Tls, TlsError},
     notify::Manager,
+    places::Places,
     router,
 };
 
@@ -84,7 +85,7 @@ impl Server {
             let made = Bound::bind(listen, config.socket_mode).await;
             bound.push(made.map_err(|error| ServeError::Bind(listen.clone(), error))?);
         }
-        let gate = Gate::new(ring, &config.limits);
+        let gate = Gate::new(ring, &config.limits, backend.stats());
         let app = Arc::new(App::new(backend, config, gate));
         Ok(Server { app, bound, tls, watched, manager: Manager::of_env() })
     }
@@ -113,7 +114,7 @@ impl Server {
             router: router::router(app.clone()),
             limits: app.config.limits.clone(),
             metrics: app.clone(),
-            places: Arc::new(Semaphore::new(app.config.limits.max_connections.min(Semaphore::MAX_PERMITS))),
+            places: Places::new(app.config.limits.max_connections, app.config.limits.connections_per_address()),
             closing,
             open,
             tls: tls.clone(),
@@ -123,6 +124,8 @@ impl Server {
         for (health, (template, _)) in first.iter().zip(&app.catalog.templates) {
             tracing::info!(template, ready = health.result.is_ok(), "first canary");
         }
+        let places = connections.places.clone();
+        background.spawn(async move { places.tidy().await });
         let budget = app.budget.clone();
         background.spawn(async move { budget.watch().await });
         let reload_app = app.clone();

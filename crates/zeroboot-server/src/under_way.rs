@@ -18,6 +18,7 @@ use crate::{
     backend::Run,
     budget::Share,
     error::ApiError,
+    gate::Place,
     logging::Afterwards,
     peer::Asked,
 };
@@ -30,18 +31,12 @@ pub(crate) struct UnderWay {
     pub(crate) template: usize,
     pub(crate) share: Arc<Share>,
     after: Afterwards,
-    _place: Option<tokio::sync::OwnedSemaphorePermit>,
+    _place: Place,
     _entered: crate::metrics::Entered,
 }
 
 impl UnderWay {
-    pub(crate) fn new(
-        app: Arc<App>,
-        asked: &Asked,
-        template: usize,
-        place: Option<tokio::sync::OwnedSemaphorePermit>,
-        share: Arc<Share>,
-    ) -> UnderWay {
+    pub(crate) fn new(app: Arc<App>, asked: &Asked, template: usize, place: Place, share: Arc<Share>) -> UnderWay {
         let entered = app.metrics.enter();
         let (request_id, after) = (asked.request_id, asked.peer.after.clone());
         UnderWay { app, request_id, template, share, after, _place: place, _entered: entered }

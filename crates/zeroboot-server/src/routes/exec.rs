@@ -27,7 +27,7 @@ pub(crate) async fn exec(
     let Asked { request_id, caller, peer } = &asked;
     let share = app.admit(caller)?;
     app.gate.charge(caller, 1)?;
-    let place = app.gate.place(caller)?;
+    let mut place = app.gate.place(caller)?;
     let span = tracing::info_span!("http.exec", %request_id);
     async {
         let bytes = read_body(&headers, body, &app.config.limits, &share).await?;
@@ -36,6 +36,7 @@ pub(crate) async fn exec(
         let (request, template) =
             tracing::debug_span!("exec.request").in_scope(|| body.into_request(&app.catalog, &app.config.limits))?;
         app.check_open()?;
+        app.gate.hold_memory(&mut place, caller, request.limits.memory)?;
         let under_way = UnderWay::new(app.clone(), &asked, template, place, share);
         if wants_stream(&headers) {
             return stream::start(under_way, request, peer.clone()).await;

@@ -14,12 +14,12 @@ use tokio::time::Instant;
 use zeroboot_engine::{Entry, FileOp, FileReader, Sandbox, Watch};
 
 use crate::{
+    call::Call,
     error::{About, ApiError},
     params::{InPath, InQuery},
     sandbox_answer::{ChangeBody, EntryBody, EntryList},
     sandbox_wire::{ChmodBody, MoveBody, PathBody, mode},
     sse::{self, KEEP_ALIVE, Sender, Unsent},
-    visit::Visit,
 };
 
 /// Deepest list of a directory.
@@ -34,50 +34,50 @@ async fn ask(sandbox: &Sandbox, op: FileOp) -> Result<Vec<Entry>, ApiError> {
 }
 
 /// Answers with the one entry that an operation told.
-async fn one(visit: &Visit, sandbox: &Sandbox, op: FileOp, status: StatusCode) -> Result<Response, ApiError> {
+async fn one(call: &Call, sandbox: &Sandbox, op: FileOp, status: StatusCode) -> Result<Response, ApiError> {
     let told = ask(sandbox, op).await?;
     let entry = told.first().ok_or_else(ApiError::internal)?;
-    visit.json(status, &EntryBody::of(entry))
+    call.json(status, &EntryBody::of(entry))
 }
 
-pub(crate) async fn stat(visit: Visit, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
+pub(crate) async fn stat(call: Call, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
     let file = query.needed("path")?;
     query.end()?;
-    one(&visit, &visit.sandbox(&path)?, FileOp::Stat { path: file }, StatusCode::OK).await
+    one(&call, &call.sandbox(&path)?, FileOp::Stat { path: file }, StatusCode::OK).await
 }
 
-pub(crate) async fn list(visit: Visit, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
+pub(crate) async fn list(call: Call, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
     let file = query.text("path")?.unwrap_or_else(|| ".".into());
     let depth = query.number("depth", MOST_DEPTH)?.unwrap_or(1).max(1);
     query.end()?;
     let op = FileOp::List { path: file, depth: u16::try_from(depth).unwrap_or(u16::MAX) };
-    let told = ask(&visit.sandbox(&path)?, op).await?;
-    visit.json(StatusCode::OK, &EntryList { entries: told.iter().map(EntryBody::of).collect() })
+    let told = ask(&call.sandbox(&path)?, op).await?;
+    call.json(StatusCode::OK, &EntryList { entries: told.iter().map(EntryBody::of).collect() })
 }
 
-pub(crate) async fn mkdir(visit: Visit, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let sandbox = visit.sandbox(&path)?;
-    let PathBody { path } = visit.body(&headers, body).await?;
-    one(&visit, &sandbox, FileOp::MakeDir { path }, StatusCode::OK).await
+pub(crate) async fn mkdir(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let sandbox = call.sandbox(&path)?;
+    let PathBody { path } = call.body(&headers, body).await?;
+    one(&call, &sandbox, FileOp::MakeDir { path }, StatusCode::OK).await
 }
 
-pub(crate) async fn rename(visit: Visit, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let sandbox = visit.sandbox(&path)?;
-    let MoveBody { from, to } = visit.body(&headers, body).await?;
-    one(&visit, &sandbox, FileOp::Move { from, to }, StatusCode::OK).await
+pub(crate) async fn rename(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let sandbox = call.sandbox(&path)?;
+    let MoveBody { from, to } = call.body(&headers, body).await?;
+    one(&call, &sandbox, FileOp::Move { from, to }, StatusCode::OK).await
 }
 
-pub(crate) async fn chmod(visit: Visit, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let sandbox = visit.sandbox(&path)?;
-    let ChmodBody { path, mode: text } = visit.body(&headers, body).await?;
-    one(&visit, &sandbox, FileOp::Chmod { path, mode: mode(&text)? }, StatusCode::OK).await
+pub(crate) async fn chmod(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let sandbox = call.sandbox(&path)?;
+    let ChmodBody { path, mode: text } = call.body(&headers, body).await?;
+    one(&call, &sandbox, FileOp::Chmod { path, mode: mode(&text)? }, StatusCode::OK).await
 }
 
-pub(crate) async fn remove(visit: Visit, path: InPath, mut query: InQuery) -> Result<StatusCode, ApiError> {
+pub(crate) async fn remove(call: Call, path: InPath, mut query: InQuery) -> Result<StatusCode, ApiError> {
     let file = query.needed("path")?;
     let recursive = query.flag("recursive")?;
     query.end()?;
-    ask(&visit.sandbox(&path)?, FileOp::Remove { path: file, recursive }).await?;
+    ask(&call.sandbox(&path)?, FileOp::Remove { path: file, recursive }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -106,14 +106,14 @@ fn wanted_range(headers: &HeaderMap) -> Option<Range> {
 
 /// Sends a file.
 pub(crate) async fn read(
-    visit: Visit,
+    call: Call,
     path: InPath,
     mut query: InQuery,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let name = query.needed("path")?;
     query.end()?;
-    let sandbox = visit.sandbox(&path)?;
+    let sandbox = call.sandbox(&path)?;
     let range = wanted_range(&headers);
     let (offset, length) = match &range {
         None => (0, u64::MAX),
@@ -137,7 +137,7 @@ pub(crate) async fn read(
         }
         return Ok(response);
     }
-    let mut response = Body::from_stream(bytes_of(visit, reader, sized.then_some(left))).into_response();
+    let mut response = Body::from_stream(bytes_of(call, reader, sized.then_some(left))).into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
@@ -155,12 +155,12 @@ pub(crate) async fn read(
 /// A file's bytes, each piece held until the connection has taken it. The file may change meanwhile: not more than
 /// `promised` are sent, and fewer are an error, by which the client sees that the answer is not whole.
 fn bytes_of(
-    visit: Visit,
+    call: Call,
     reader: FileReader,
     promised: Option<u64>,
 ) -> impl futures_util::Stream<Item = Result<Bytes, std::io::Error>> {
     let broken = |text: &str| std::io::Error::other(text.to_owned());
-    futures_util::stream::try_unfold((visit, reader, promised), move |(visit, mut reader, mut left)| async move {
+    futures_util::stream::try_unfold((call, reader, promised), move |(call, mut reader, mut left)| async move {
         if left == Some(0) {
             return Ok(None);
         }
@@ -172,25 +172,20 @@ fn bytes_of(
             bytes.truncate(usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len()));
             *left -= bytes.len() as u64;
         }
-        let held = visit.share.part(visit.peer(), bytes).map_err(|_| broken("the server holds too much"))?;
-        Ok(Some((held, (visit, reader, left))))
+        let held = call.share.part(call.peer(), bytes).map_err(|_| broken("the server holds too much"))?;
+        Ok(Some((held, (call, reader, left))))
     })
 }
 
 /// Takes a file.
-pub(crate) async fn write(
-    visit: Visit,
-    path: InPath,
-    mut query: InQuery,
-    mut body: Body,
-) -> Result<Response, ApiError> {
+pub(crate) async fn write(call: Call, path: InPath, mut query: InQuery, mut body: Body) -> Result<Response, ApiError> {
     let name = query.needed("path")?;
     let bits = query.text("mode")?.map(|text| mode(&text)).transpose()?;
     query.end()?;
-    let sandbox = visit.sandbox(&path)?;
+    let sandbox = call.sandbox(&path)?;
     let mut writer = sandbox.write(name, bits).await.map_err(failed)?;
     loop {
-        let frame = tokio::time::timeout(visit.limits().body_timeout, body.frame()).await;
+        let frame = tokio::time::timeout(call.limits().body_timeout, body.frame()).await;
         let frame = frame.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
@@ -199,25 +194,25 @@ pub(crate) async fn write(
         }
     }
     let entry = writer.finish().await.map_err(failed)?;
-    visit.json(StatusCode::OK, &EntryBody::of(&entry))
+    call.json(StatusCode::OK, &EntryBody::of(&entry))
 }
 
 /// Tells what changes below a directory.
-pub(crate) async fn watch(visit: Visit, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
+pub(crate) async fn watch(call: Call, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
     let name = query.text("path")?.unwrap_or_else(|| ".".into());
     let recursive = query.flag("recursive")?;
     query.end()?;
-    let watch = visit.sandbox(&path)?.watch(name, recursive).await.map_err(failed)?;
-    let stall = visit.limits().stall_timeout;
-    let (sender, response) = sse::stream(visit.peer().clone(), visit.share.clone(), stall, None);
+    let watch = call.sandbox(&path)?.watch(name, recursive).await.map_err(failed)?;
+    let stall = call.limits().stall_timeout;
+    let (sender, response) = sse::stream(call.peer().clone(), call.share.clone(), stall, None);
     tokio::spawn(async move {
-        let request_id = visit.request_id();
+        let request_id = call.request_id();
         match AssertUnwindSafe(pass_on(watch, &sender)).catch_unwind().await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => sender.last("failure", &error, request_id).await,
             Err(_panic) => sender.last("failure", &ApiError::internal(), request_id).await,
         }
-        drop(visit);
+        drop(call);
     });
     Ok(response)
 }

@@ -12,10 +12,10 @@ use zeroboot_engine::{Attached, CellError, Item, MimeBundle, Run, RunEnd, RunEve
 use crate::{
     answer::{Piece, Pieces},
     app::Foreground,
+    call::Call,
     error::{About, ApiError},
     sandbox_answer::{CellErrorBody, LostBody, ResultBody, RunEndBody, StartedBody},
     sse::{self, KEEP_ALIVE, Sender, Unsent},
-    visit::Visit,
 };
 
 /// Most bytes of all results of one answer.
@@ -65,23 +65,23 @@ pub(crate) struct Gathered {
 }
 
 /// Waits for its end. What one answer cannot hold is left out, and that is said.
-pub(crate) async fn gather(visit: &Visit, mut attached: Attached, about: About) -> Result<Gathered, ApiError> {
-    let most = visit.limits().max_output;
+pub(crate) async fn gather(call: &Call, mut attached: Attached, about: About) -> Result<Gathered, ApiError> {
+    let most = call.limits().max_output;
     let (mut stdout, mut stderr, mut results, mut error) = (Vec::new(), Vec::new(), Vec::new(), None);
     let (mut truncated, mut output, mut shown) = (false, 0_u64, 0_u64);
     while let Some((offset, event)) = attached.next().await {
         match event {
             RunEvent::Started(_) => {}
             RunEvent::Item(Item::Stdout(bytes)) => {
-                truncated |= !take(visit, &mut stdout, &bytes, &mut output, most);
+                truncated |= !take(call, &mut stdout, &bytes, &mut output, most);
             }
             RunEvent::Item(Item::Stderr(bytes)) => {
-                truncated |= !take(visit, &mut stderr, &bytes, &mut output, most);
+                truncated |= !take(call, &mut stderr, &bytes, &mut output, most);
             }
             RunEvent::Item(Item::Result(bundle)) => {
                 let size = bundle.parts.iter().map(|(_, data)| data.len() as u64).sum::<u64>();
                 // It is held here and, in base64, in the answer.
-                if shown + size <= MOST_RESULTS && visit.share.grow(size).is_ok() {
+                if shown + size <= MOST_RESULTS && call.share.grow(size).is_ok() {
                     shown += size;
                     results.push(bundle);
                 } else {
@@ -100,9 +100,9 @@ pub(crate) async fn gather(visit: &Visit, mut attached: Attached, about: About) 
 }
 
 /// As many of these bytes as there is room for; whether that is all.
-fn take(visit: &Visit, into: &mut Vec<u8>, bytes: &Bytes, output: &mut u64, most: u64) -> bool {
+fn take(call: &Call, into: &mut Vec<u8>, bytes: &Bytes, output: &mut u64, most: u64) -> bool {
     let room = usize::try_from(most.saturating_sub(*output)).unwrap_or(usize::MAX).min(bytes.len());
-    if room == 0 || visit.share.grow(room as u64).is_err() {
+    if room == 0 || call.share.grow(room as u64).is_err() {
         return bytes.is_empty();
     }
     *output += room as u64;
@@ -122,14 +122,14 @@ pub(crate) struct Follow {
 
 /// Passes its events on: `started`, `stdout`, `stderr`, `result`, `error`, `lost`, `end`; or, instead of `end`, `failure`.
 /// Each has as its id the offset to go on from.
-pub(crate) fn follow(visit: Visit, follow: Follow) -> Response {
-    let stall = visit.limits().stall_timeout;
-    let (sender, response) = sse::stream(visit.peer().clone(), visit.share.clone(), stall, None);
-    let request_id = visit.request_id();
-    let foreground = follow.foreground.then(|| visit.app.foreground());
+pub(crate) fn follow(call: Call, follow: Follow) -> Response {
+    let stall = call.limits().stall_timeout;
+    let (sender, response) = sse::stream(call.peer().clone(), call.share.clone(), stall, None);
+    let request_id = call.request_id();
+    let foreground = follow.foreground.then(|| call.app.foreground());
     let pump = async move {
         // A panic must not leave the client with a stream that just stops.
-        if AssertUnwindSafe(pump(&visit, follow, foreground, &sender)).catch_unwind().await.is_err() {
+        if AssertUnwindSafe(pump(&call, follow, foreground, &sender)).catch_unwind().await.is_err() {
             tracing::error!(%request_id, "panic while streaming");
             sender.last("failure", &ApiError::internal(), request_id).await;
         }
@@ -138,17 +138,17 @@ pub(crate) fn follow(visit: Visit, follow: Follow) -> Response {
     response
 }
 
-async fn pump(visit: &Visit, follow: Follow, _foreground: Option<Foreground>, sender: &Sender) {
+async fn pump(call: &Call, follow: Follow, _foreground: Option<Foreground>, sender: &Sender) {
     let Follow { run, mut attached, about, kill, .. } = follow;
     match pass_on(&run, &mut attached, sender, about).await {
         Ok(()) => kill.ended(),
         Err(Stop::Unsent(Unsent::Gone)) => {
-            tracing::debug!(request_id = %visit.request_id(), "the client left, or read too slowly");
+            tracing::debug!(request_id = %call.request_id(), "the client left, or read too slowly");
         }
-        Err(Stop::Unsent(Unsent::Full(full))) => sender.last("failure", &full.output_limit(), visit.request_id()).await,
+        Err(Stop::Unsent(Unsent::Full(full))) => sender.last("failure", &full.output_limit(), call.request_id()).await,
         Err(Stop::Failed(error)) => {
             kill.ended();
-            sender.last("failure", &error, visit.request_id()).await;
+            sender.last("failure", &error, call.request_id()).await;
         }
     }
 }

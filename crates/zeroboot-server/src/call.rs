@@ -26,26 +26,26 @@ use crate::{
 };
 
 /// A request that was let in: it was charged to its key, and counts as open until this is dropped.
-pub(crate) struct Visit {
+pub(crate) struct Call {
     pub(crate) app: Arc<App>,
     pub(crate) asked: Asked,
     pub(crate) share: Arc<Share>,
     _open: Open,
 }
 
-impl FromRequestParts<Arc<App>> for Visit {
+impl FromRequestParts<Arc<App>> for Call {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Visit, ApiError> {
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Call, ApiError> {
         let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(ApiError::internal)?;
         let share = app.admit(&asked.caller)?;
         app.gate.charge(&asked.caller, 1)?;
         let open = app.streams.enter(&asked.caller)?;
-        Ok(Visit { app: app.clone(), asked, share, _open: open })
+        Ok(Call { app: app.clone(), asked, share, _open: open })
     }
 }
 
-impl Visit {
+impl Call {
     pub(crate) fn limits(&self) -> &RequestLimits {
         &self.app.config.limits
     }
