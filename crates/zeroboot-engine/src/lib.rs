@@ -19,4 +19,5 @@ pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
     ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
 };
+pub use spawn::leave_ids_to_zygotes;
 pub use zeroboot_sys::memory::give_back as give_memory_back;

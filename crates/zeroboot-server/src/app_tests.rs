@@ -317,7 +317,7 @@ async fn of_several_keys_one_has_half_of_the_sandboxes_and_of_the_memory() {
 
     // Half of the memory, in few sandboxes.
     let large = json!({"code": "hang", "limits": {"memory_mb": 1024}});
-    let fit = (most.max_memory / 2 >> 30) as usize;
+    let fit = ((most.max_memory / 2) >> 30) as usize;
     let hanging: Vec<_> = (0..fit).map(|_| run(&first, large.clone())).collect();
     alive(fit).await;
     refused(&first, hang.clone()).await;

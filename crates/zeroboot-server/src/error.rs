@@ -37,7 +37,11 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("body_too_large", 413, "the body is above the limit"),
     ("unsupported_media_type", 415, "the body is not marked as application/json"),
     ("rate_limited", 429, "too many executions a second; see Retry-After"),
-    ("concurrency_limited", 429, "too many executions of this key at once, or too much memory of theirs; see Retry-After"),
+    (
+        "concurrency_limited",
+        429,
+        "too many executions of this key at once, or too much memory of theirs; see Retry-After",
+    ),
     ("internal", 500, "a fault of the server"),
     ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
     ("batch_output_limit", 500, "the batch had brought back its maximum of output before this item ended"),
