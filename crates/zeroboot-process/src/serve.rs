@@ -8,6 +8,8 @@ use std::{
 };
 
 use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
     net::{AddressFamily, SocketFlags, SocketType},
     pipe::PipeFlags,
     process::{Pid, Resource, Rlimit, getrlimit, setrlimit},
@@ -225,8 +227,24 @@ impl Zygote {
         own("/dev/shm", "1777")?;
         rustix::process::chdir(HOME)?;
         limit_counts()?;
+        self.limit_network()?;
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    /// Bounds what can wait in the sandbox's sockets: memory that is in no process's account.
+    fn limit_network(&self) -> io::Result<()> {
+        for (file, most) in NETWORK {
+            // Of our own network namespace, whatever process this /proc is of.
+            let written = rustix::fs::openat(&self.proc, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+                .and_then(|file| rustix::io::write(&file, most.as_bytes()));
+            match written {
+                // A container in which /proc/sys is read-only keeps the kernel's own values.
+                Ok(_) | Err(Errno::ROFS | Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         Ok(())
     }
 
@@ -264,6 +282,15 @@ const COUNTS: [(Resource, u64); 3] = [
     (Resource::Msgqueue, 0),
     // As the kernel's own default.
     (Resource::Memlock, 8 * 1024 * 1024),
+];
+
+/// Settings of the sandbox's network namespace.
+const NETWORK: [(&str, &str); 2] = [
+    // Connections that nobody has accepted; each holds up to 208 KiB that its client has left behind. As many as Python's
+    // `listen` asks for; the kernel's own is 4096.
+    ("sys/net/core/somaxconn", "128"),
+    // Datagrams in a socket. The kernel's own, which a distribution may raise.
+    ("sys/net/unix/max_dgram_qlen", "10"),
 ];
 
 fn limit_counts() -> io::Result<()> {
