@@ -350,6 +350,16 @@ async fn health_tells_whoever_has_a_key_that_there_are_no_cgroups() {
 }
 
 #[tokio::test]
+async fn a_request_with_two_hosts_is_refused() {
+    let fixture = Fixture::open();
+    for path in ["/v1/health", "/v1/exec", "/none"] {
+        let request = Request::get(path).header("host", "localhost").header("host", "localhost");
+        let answer = fixture.send(request.body(Body::empty()).unwrap()).await;
+        assert_eq!((answer.status, answer.code().as_str()), (400, "invalid_request"), "{path}");
+    }
+}
+
+#[tokio::test]
 async fn a_batch_keeps_its_order_runs_in_parallel_and_fails_item_by_item() {
     let fixture = Fixture::open();
     let executions = json!([
