@@ -247,15 +247,15 @@ impl Apt {
     }
 }
 
+/// Unpacks all files of a package into a directory, as the caller's own.
+pub fn unpack_into(package: &Path, dir: &Path) -> Result<(), AptError> {
+    let mut root = Root::of(dir).map_err(|error| AptError::Directory(dir.to_owned(), error))?;
+    unpack(package, &mut root, &[])
+}
+
 /// Unpacks a package's files into a tree, but for those that match a pattern of [`unpack::matches`].
 pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Result<(), AptError> {
     archive(package, |archive| into.unpack(archive, exclude))
-}
-
-/// Unpacks a package's files into a directory.
-pub fn unpack_to(package: &Path, into: &Path) -> Result<(), AptError> {
-    let mut root = Root::new(into).map_err(|error| AptError::Directory(into.to_owned(), error))?;
-    unpack(package, &mut root, &[])
 }
 
 /// The bytes of the package's file whose path matches the pattern; of the last, if several do.
