@@ -337,12 +337,19 @@ function replaceStdin() {
   fs.openSync('/dev/null', 'r');
 }
 
-/** First uses, before a snapshot. */
+/** First uses, before a snapshot. From the event loop, as a cell: in a microtask others do not run. */
 function practise() {
-  const evaluator = new Evaluator();
-  evaluator.guard.stops(() => evaluator.start('1 + 1', 'practice', (error, answer) => represent(evaluator.value(answer.result))));
-  evaluator.forget();
-  evaluator.session.disconnect();
+  return new Promise((resolve, reject) => setImmediate(() => {
+    try {
+      const evaluator = new Evaluator();
+      evaluator.guard.stops(() => evaluator.start('1 + 1', 'practice', (error, answer) => represent(evaluator.value(answer.result))));
+      evaluator.forget();
+      evaluator.session.disconnect();
+      resolve();
+    } catch (error) {
+      reject(error);
+    }
+  }));
 }
 
 module.exports = { Context, practise };

@@ -52,7 +52,7 @@ async function main() {
   if (options.frozen) seedRandom(randomBytes(16));
   const ready = JSON.stringify(options.context ? cold() : await warm(options.warm));
   // What a context needs is loaded before a snapshot only: elsewhere each start would pay for it.
-  if (options.frozen) require('./context.cjs').practise();
+  if (options.frozen && process.features.inspector) await require('./context.cjs').practise();
   // Until it is compiled: it takes a millisecond before and a twentieth of it after, and every fork does it.
   for (let i = 0; options.frozen && i < 20; i++) spendDrawnAhead();
   process.argv = [process.execPath];
