@@ -246,7 +246,8 @@ class IPythonShell:
         if "MPLBACKEND" not in os.environ and importlib.util.find_spec("matplotlib_inline") is not None:
             os.environ["MPLBACKEND"] = "module://" + INLINE
             if "matplotlib" in sys.modules:
-                sys.modules["matplotlib"].use("module://" + INLINE)
+                # It has read the environment already.
+                shell.run_line_magic("matplotlib", "inline")
 
     def run(self, source, count):
         shell = self.shell
