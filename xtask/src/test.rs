@@ -133,16 +133,16 @@ fn found(program: &str) -> bool {
     env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
-/// A virtual environment with the modules that templates warm, kept in `target/`.
+/// A virtual environment with the modules that templates warm and that contexts use, kept in `target/`.
 fn test_python(root: &Path) -> anyhow::Result<PathBuf> {
     let venv = root.join("target/test-venv");
     let python = venv.join("bin/python");
-    let ready = |python: &Path| works(&[&python.to_string_lossy(), "-c", "import numpy, pandas"]);
+    let ready = |python: &Path| works(&[&python.to_string_lossy(), "-c", "import numpy, pandas, IPython, matplotlib"]);
     if !ready(&python) {
-        println!("making {} with numpy and pandas", venv.display());
+        println!("making {} with numpy, pandas, IPython and matplotlib", venv.display());
         command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
-        command(&python, ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas"])?;
-        ensure!(ready(&python), "{} cannot import numpy and pandas", python.display());
+        command(&python, ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas", "ipython", "matplotlib"])?;
+        ensure!(ready(&python), "{} cannot import what was installed", python.display());
     }
     Ok(python)
 }
