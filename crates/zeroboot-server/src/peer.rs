@@ -5,7 +5,11 @@ use std::{net::IpAddr, sync::Arc};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::{gate::Caller, logging::Afterwards, places::{Place, Visit}};
+use crate::{
+    gate::Caller,
+    logging::Afterwards,
+    places::{Place, Visit},
+};
 
 /// The other end of a connection.
 #[derive(Clone, Debug, Default)]

@@ -92,8 +92,15 @@ pub(crate) async fn start(
     let sandbox = call.sandbox(&path)?;
     // Nothing is started for a request that is not one for a WebSocket.
     let (handshake, upgrade) = Handshake::of(request)?;
-    let spec =
-        RunSpec::Command { argv: shell(&line), env: Vec::new(), cwd, terminal: Some(size), stdin: true, timeout: None, tag };
+    let spec = RunSpec::Command {
+        argv: shell(&line),
+        env: Vec::new(),
+        cwd,
+        terminal: Some(size),
+        stdin: true,
+        timeout: None,
+        tag,
+    };
     let started = sandbox.start_attached(spec).await;
     let (run, attached) = started.map_err(|error| ApiError::of_run(error, About::Command))?;
     let kill = KillOnLeave::new(&run, end_with_client);
@@ -189,12 +196,7 @@ async fn tell(socket: &mut Socket, name: &str, value: &impl Serialize) -> Result
 }
 
 /// Passes bytes on until the program ends or the client goes.
-async fn talk(
-    call: &Call,
-    socket: &mut Socket,
-    run: &Run,
-    attached: &mut Attached,
-) -> Result<CloseCode, SocketError> {
+async fn talk(call: &Call, socket: &mut Socket, run: &Run, attached: &mut Attached) -> Result<CloseCode, SocketError> {
     let mut ping = tokio::time::interval_at(Instant::now() + PING, PING);
     let mut heard = Instant::now();
     // Input that the program has not taken: nothing more is read from the client, and output still comes.
