@@ -10,12 +10,13 @@ use crate::{
 
 /// The short form: the parts of the VM engine with guests of a few bytes, and that KVM has here what it shall be seen with.
 const SHORT: &str = r#"
+exec 2>&1
 parameter() { cat /sys/module/$1/parameters/$2; }
 # What makes this lane worth having: without a virtual PMU the MSRs that KVM gives and does not take are not there.
 intel_is_here() {
     grep -qw vmx /proc/cpuinfo && [ "$(parameter kvm enable_pmu)" = Y ] || { dmesg | grep -i perf; return 1; }
-    for name in ept unrestricted_guest enable_apicv pml; do
-        [ "$(parameter kvm_intel $name)" = Y ] || { echo "kvm_intel has no $name"; return 1; }
+    for feature in ept unrestricted_guest enable_apicv pml; do
+        [ "$(parameter kvm_intel $feature)" = Y ] || { echo "kvm_intel has no $feature"; return 1; }
     done
 }
 step kvm_intel intel_is_here
