@@ -135,6 +135,7 @@ impl Kvm {
             (ki::Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
             (ki::Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
             (ki::Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+            (ki::Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
         ] {
             if !fd.check_extension(cap) {
                 return Err(wrong("KVM_CHECK_EXTENSION", format!("this KVM has no {name}")));
@@ -207,6 +208,13 @@ impl Vm {
     /// The memory, once set.
     pub fn memory(&self) -> Option<&Rc<Mapping>> {
         self.memory.as_ref()
+    }
+
+    /// Three pages below 4 GiB for KVM's own task segment: Intel CPUs without unrestricted guest run real mode with it.
+    /// Elsewhere KVM takes the call and does nothing.
+    pub fn set_tss_address(&self, at: GuestPhys) -> Result<()> {
+        let at = usize::try_from(at.0).map_err(|e| wrong("KVM_SET_TSS_ADDR", e.to_string()))?;
+        named("KVM_SET_TSS_ADDR", self.fd.set_tss_address(at))
     }
 
     /// An in-kernel LAPIC and nothing else: no PIC, no IOAPIC, no routes.
@@ -479,6 +487,13 @@ impl Vcpu {
         let mut msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_GET_MSRS", format!("{e:?}")))?;
         let read = named("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
         Ok(msrs.as_slice().first().filter(|_| read == 1).map(|m| m.data))
+    }
+
+    /// Sets one MSR. `false` where the kernel refuses it.
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<bool> {
+        let entry = kb::kvm_msr_entry { index, data, ..Default::default() };
+        let msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_SET_MSRS", format!("{e:?}")))?;
+        Ok(named("KVM_SET_MSRS", self.fd.set_msrs(&msrs))? == 1)
     }
 
     /// Sets MSRs in this order. An MSR that the kernel refuses is an error that names it.

@@ -24,17 +24,18 @@ mod zygote;
 
 pub use boot::{LoadError, MAX_MEMORY, MIN_MEMORY};
 pub use build::{BuildError, BuildOptions, Progress, RehearseError, build};
+pub use cpuid::CpuDifference;
 pub use doorbell::{Mailbox, MailboxError, fuzz_mailbox};
 pub use exits::{Console, Exits, Stop};
 pub use facts::{Difference, HostFacts};
 pub use jail::{POLICY, VmJailError, workers_have_namespaces};
 pub use machine::{Host, Machine};
-pub use probe::{KvmProbe, probe};
+pub use probe::{KvmProbe, probe, restores, restores_altered};
 pub use session::{DEADLINE_GRACE, Front, Received, Session, SessionEnd, SessionError, SessionStats};
 pub use snapshot::{
     FORMAT_VERSION, Fork, ForkError, FreezeError, LoadSnapshotError, MEMORY_FILE, Prefault, STATE_FILE, SaveError,
     Snapshot, SnapshotFacts, WorkingSet, fuzz_decode,
 };
-pub use state::{StateTables, TR9, VmState};
+pub use state::{SaveStateError, StateTables, TR9, VmState};
 pub use worker::{SocketFront, WorkerError, worker};
 pub use zygote::{ZygoteError, zygote};

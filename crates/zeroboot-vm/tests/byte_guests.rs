@@ -450,6 +450,28 @@ fn every_piece_of_state_comes_back() {
     assert!(tsc >= before.4 && tsc < before.4 + 3_000_000_000, "{} {tsc}", before.4);
 }
 
+/// KVM gives some MSRs that it does not take: IA32_PERF_STATUS on every host, IA32_PERF_CAPABILITIES of a guest without
+/// performance counters on Intel's. With such a one in the state no fork is possible.
+#[test]
+fn an_msr_that_no_fork_takes_is_left_out_if_a_fork_has_its_value_and_named_if_not() {
+    const PERF_STATUS: u32 = 0x198;
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(&host, &Asm::default().ready().ring(Ring::Done.encode(0)));
+    let state = snapshot.state();
+    let mut fork = snapshot.fork(&host).unwrap();
+    let vcpu = fork.machine().vcpu();
+    let value = vcpu.msr(PERF_STATUS).unwrap().expect("every KVM has IA32_PERF_STATUS");
+    assert!(!vcpu.set_msr(PERF_STATUS, value).unwrap(), "this KVM takes IA32_PERF_STATUS");
+
+    let tried = state.clone().with_msr(PERF_STATUS, value).tried(&host, MiB(1)).unwrap();
+    assert_eq!((tried.msrs(), tried.left_out()), (state.msrs(), &[PERF_STATUS][..]));
+    let error = state.clone().with_msr(PERF_STATUS, value + 1).tried(&host, MiB(1)).unwrap_err().to_string();
+    assert!(error.contains("MSR 0x198") && error.contains(&format!("{:#x}", value + 1)), "{error}");
+    // One that does not exist can be read nowhere.
+    let error = state.clone().with_msr(0x4fff_fff0, 1).tried(&host, MiB(1)).unwrap_err().to_string();
+    assert!(error.contains("MSR 0x4ffffff0") && error.contains("does not have it"), "{error}");
+}
+
 /// Linux before 6.7 takes a TSC of user space that is about as old as the vCPU for the vCPU's own.
 #[test]
 fn a_forks_tsc_begins_where_the_snapshots_ended_however_long_the_fork_waits() {
@@ -561,6 +583,18 @@ fn thousands_of_forks_that_end_or_fail_leave_nothing_behind() {
     // Other tests of this binary come and go; what a leak would leave is thousands.
     let after = resources();
     assert!(after.0 < before.0 + 100 && after.1 < before.1 + 100, "{before:?} {after:?}");
+}
+
+#[test]
+fn the_probe_forks_its_guest_and_notices_a_state_that_a_fork_does_not_take() {
+    let Some(host) = host() else { return };
+    zeroboot_vm::restores(&host).unwrap();
+    let reason = zeroboot_vm::restores_altered(&host, |state| state.with_msr(0x198, 1)).unwrap_err();
+    assert!(reason.contains("refuses MSR 0x198"), "{reason}");
+    // What doctor and `auto` say then.
+    let probe = zeroboot_vm::KvmProbe::NoRestore { reason };
+    assert!(probe.verdict().unwrap_err().contains("does not restore one that it saved: KVM_SET_MSRS failed"));
+    assert!(probe.mend().unwrap().contains("--engine process"));
 }
 
 #[test]

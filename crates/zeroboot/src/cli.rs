@@ -36,6 +36,9 @@ pub(crate) enum Command {
     Template(TemplateCommand),
 
     /// Show what this host can do, what will be used, and what to fix.
+    ///
+    /// With --full it also tries the VM engine: forks, identity, deadlines, speed. That takes under a minute and
+    /// gives a report for an issue.
     Doctor(DoctorArgs),
 
     /// Measure forks, execs and density on this host; every answer is checked.
@@ -46,6 +49,10 @@ pub(crate) enum Command {
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     pub(crate) from: TemplateArgs,
+
+    /// Try the VM engine on this host, and print a report to paste into an issue.
+    #[arg(long)]
+    pub(crate) full: bool,
 
     /// Print JSON.
     #[arg(long)]
