@@ -55,7 +55,7 @@ benchmark.
 
   --cpu CPU          amd (default), intel (a Skylake server) or intel-broadwell
   --full             Intel without COMMAND: template, behaviour, identity, kernel 6.12, a second CPU, KVM's other modes
-  --templates        Intel: put the assembled templates into the machine, for `zeroboot template build NAME --offline`
+  --templates        Intel: put the assembled template `python` into the machine, for its build with --offline
   --timeout SECONDS  of the whole run (900); exit status 124
   --memory SIZE      of the machine (3G; Intel always has 2G)
   --cpus N           AMD (1; with more, QEMU takes interrupts where it must not, and once in some hundred execs the
@@ -99,7 +99,7 @@ pub(crate) struct Run {
     cpus: String,
     flavour: Flavour,
     shares: Vec<PathBuf>,
-    /// Whether the assembled templates are in the machine; they always are with the AMD CPU.
+    /// Whether the Python template, assembled, is in the Intel machine. The AMD machine has this machine's files.
     templates: bool,
     /// Whether programs are built without optimisation.
     debug: bool,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -49,13 +50,25 @@ pub(super) fn disk(run: &Run) -> Result<Vec<u8>> {
         tree.program(&format!("tests/{}", program.name), &program.executable)?;
     }
     if run.templates {
-        crate::nested::assemble_templates(&zeroboot)?;
-        let cache = zeroboot_template::paths::cache_dir().context("neither XDG_CACHE_HOME nor HOME is set")?;
-        tree.copy(&cache.join("assembled"), &format!("{}/zeroboot/assembled", &CACHE[1..]))?;
+        let assembled = assembled(&zeroboot)?;
+        let name = assembled.file_name().and_then(OsStr::to_str).context("a template's name is not UTF-8")?;
+        tree.copy(&assembled, &format!("{}/zeroboot/assembled/{name}", &CACHE[1..]))?;
     }
     let mut disk = tree.out.finish()?;
     disk.resize(disk.len().next_multiple_of(TRACK), 0);
     Ok(disk)
+}
+
+/// The directory of the Python template's kernel and root file system. There is room for no more.
+fn assembled(zeroboot: &Path) -> Result<PathBuf> {
+    let mut assemble = Command::new(zeroboot);
+    let output = assemble.args(["template", "assemble", "python"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.context("cannot run zeroboot")?;
+    ensure!(output.status.success(), "zeroboot template assemble python failed");
+    // It names the files.
+    let text = String::from_utf8(output.stdout).ok().context("a path is not UTF-8")?;
+    let first = text.lines().next().and_then(|line| Path::new(line).parent());
+    first.map(Path::to_owned).context("zeroboot template assemble names no file")
 }
 
 struct Tree {
