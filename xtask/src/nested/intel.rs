@@ -64,7 +64,6 @@ const KERNEL_PARAMETERS: &str = concat!(
     "mitigations=off nokaslr ",                               // nothing to guard; speed
     "tsc=reliable no_timer_check ",                           // emulated clocks fail the kernel's checks
     "tsc_early_khz=1000000 ", // one tick an instruction, as `ips` says; CPUID says what the real CPU's clock would be
-    "clearcpuid=smap ",       // under test
     "nmi_watchdog=0 ",        // it counts with a PMU that does not count
     "random.trust_cpu=on ",   // no wait for entropy
     "cgroup_no_v1=all",       // every controller in the v2 hierarchy

@@ -53,6 +53,7 @@ const TEMPLATE: &str = r#"
 step template-python zeroboot template build python --offline
 step first-exec exec_prints python 'print(6*7)' 42
 step numpy exec_prints python 'import numpy as np; print(int((np.arange(6).reshape(2,3) @ np.ones(3)).sum()))' 15
+step doctor-full zeroboot doctor --full
 now() { cut -d. -f1 /proc/uptime; }
 until=$(($(now) + 120))
 identity=forks_of_one_template_share_no_random_number_and_no_name

@@ -62,7 +62,8 @@ pub(super) fn disk(run: &Run) -> Result<Vec<u8>> {
 /// The directory of the Python template's kernel and root file system. There is room for no more.
 fn assembled(zeroboot: &Path) -> Result<PathBuf> {
     let mut assemble = Command::new(zeroboot);
-    let output = assemble.args(["template", "assemble", "python"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output =
+        assemble.args(["template", "assemble", "python"]).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.context("cannot run zeroboot")?;
     ensure!(output.status.success(), "zeroboot template assemble python failed");
     // It names the files.
