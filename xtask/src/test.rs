@@ -30,6 +30,7 @@ const STEPS: &[Step] = &[
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
     ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
     ("systemd", "deploy/systemd under a systemd that runs, in an emulated machine", systemd),
+    ("intel", "the VM engine on kvm_intel with guests of a few bytes, in an emulated machine", intel),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -99,6 +100,9 @@ const PACKAGES: &[(&[&str], &str)] = &[
     (&["npm", "--version"], "npm"),
     (&["curl", "--version"], "curl"),
     (&["cpio", "--version"], "cpio"),
+    // Bochs is built with these.
+    (&["g++", "--version"], "g++"),
+    (&["make", "--version"], "make"),
 ];
 
 fn works(command: &[&str]) -> bool {
@@ -252,4 +256,9 @@ fn systemd(setup: &Setup) -> anyhow::Result<()> {
 fn nested(_: &Setup) -> anyhow::Result<()> {
     let xtask = env::current_exe().context("find ourselves")?;
     command(xtask, ["nested-suite", "--debug"])
+}
+
+fn intel(_: &Setup) -> anyhow::Result<()> {
+    let xtask = env::current_exe().context("find ourselves")?;
+    command(xtask, ["nested", "--cpu", "intel", "--debug"])
 }
