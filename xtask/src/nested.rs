@@ -385,4 +385,13 @@ mod tests {
         assert!(parse(["--nonsense"].map(OsString::from).into_iter()).is_err());
         assert!(parse(std::iter::empty()).is_err());
     }
+    #[test]
+    fn an_option_of_the_other_cpu_is_refused() {
+        let parsed = |words: &str| parse(words.split(' ').map(OsString::from));
+        assert!(matches!(parsed("--cpu intel --full"), Ok(Task::Form { full: true, .. })));
+        assert!(matches!(parsed("--cpu intel -- true"), Ok(Task::Run(Run { cpu: Cpu::Intel(_), .. }))));
+        for wrong in ["--cpu intel --memory 3G", "--full", "--templates -- true", "--cpu intel --full -- true", "--cpu z80"] {
+            assert!(parsed(wrong).is_err(), "{wrong}");
+        }
+    }
 }
