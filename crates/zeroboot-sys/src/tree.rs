@@ -268,11 +268,10 @@ mod tests {
                     let value = condition["val"].as_u64().unwrap();
                     fillings.extend([value, value.wrapping_add(1)]);
                 }
-                for at in 0..list.len() {
+                for (at, rule) in list.iter().enumerate() {
                     let mut less = policy.clone();
                     less[name]["filter"].as_array_mut().unwrap().remove(at);
                     let without = compile(&less, name);
-                    let rule = &list[at];
                     // The number of its call: the one that a filter with nothing but that call answers otherwise.
                     let mut alone = policy.clone();
                     alone[name]["filter"] = serde_json::json!([{ "syscall": rule["syscall"] }]);
