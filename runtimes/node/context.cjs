@@ -190,6 +190,8 @@ class Context {
   constructor(decoder, identify, setEnvironment) {
     if (!process.features.inspector) throw new RunnerError('this Node was built without its inspector, which contexts need');
     Object.assign(this, { decoder, identify, setEnvironment, code: [], waiting: [], count: 0, cell: null, shown: [], abandoned: [] });
+    // Before `Started`: from then on the agent may send one.
+    this.signal = new Signal();
     this.evaluator = new Evaluator();
     defineModuleGlobals(process.cwd());
     process.argv = [process.argv[0]];
@@ -207,7 +209,6 @@ class Context {
   }
 
   serve() {
-    this.signal = new Signal();
     process.on('uncaughtException', (error) => {
       if (process.listenerCount('uncaughtException') === 1) report(error);
     });
