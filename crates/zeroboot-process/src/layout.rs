@@ -12,9 +12,9 @@ pub const AGENT: &str = "/.zeroboot/agent";
 /// The library through which a warm Python is forked.
 pub const PYFORK: &str = "/.zeroboot/pyfork.so";
 /// The Python runner.
-pub const RUNNER_PYTHON: &str = "/.zeroboot/runner.py";
+pub const RUNNER_PYTHON: &str = "/.zeroboot/python.pyz";
 /// The Node runner.
-pub const RUNNER_NODE: &str = "/.zeroboot/runner.cjs";
+pub const RUNNER_NODE: &str = "/.zeroboot/node.cjs";
 /// The command line of one more interpreter, for the agent.
 pub(crate) const CONTEXT: &str = "/etc/zeroboot/context";
 /// The environment of what runs in a sandbox, for the agent.

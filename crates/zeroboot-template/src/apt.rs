@@ -252,6 +252,12 @@ pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Resul
     archive(package, |archive| into.unpack(archive, exclude))
 }
 
+/// As [`unpack`], all of it, into an empty directory or one with packages in it. For this project's own tools.
+pub fn unpack_into(package: &Path, directory: &Path) -> Result<(), AptError> {
+    let mut root = Root::new(directory).map_err(|error| AptError::Directory(directory.to_owned(), error))?;
+    unpack(package, &mut root, &[])
+}
+
 /// The bytes of the package's file whose path matches the pattern; of the last, if several do.
 pub fn read_file(package: &Path, pattern: &str) -> Result<Vec<u8>, AptError> {
     let mut bytes = None;

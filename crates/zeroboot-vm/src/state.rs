@@ -33,6 +33,9 @@ pub struct VmState {
     pub(crate) debug_regs: DebugRegs,
     /// All MSRs that this guest has and a fork takes, but the two of the clock.
     pub(crate) msrs: Vec<(u32, u64)>,
+    /// Those that KVM gave and does not take, of a state that was just saved.
+    #[serde(skip)]
+    pub(crate) left_out: Vec<u32>,
     pub(crate) tsc: u64,
     pub(crate) tsc_deadline: u64,
     pub(crate) tsc_khz: u32,
@@ -81,6 +84,7 @@ impl VmState {
             events: VcpuEvents::default(),
             debug_regs: DebugRegs::default(),
             msrs: vec![(0xc000_0080, 0xd01)],
+            left_out: Vec::new(),
             tsc: 1,
             tsc_deadline: 2,
             tsc_khz: 3,
@@ -112,7 +116,7 @@ impl VmState {
             }
             // Read only now: what came before may have set it, as the system registers set EFER and APIC_BASE.
             match scratch.vcpu.msr(index)? {
-                Some(value) if value == saved => {}
+                Some(value) if value == saved => self.left_out.push(index),
                 fork => return Err(SaveStateError::Msr { index, saved, fork }),
             }
         }
@@ -123,6 +127,11 @@ impl VmState {
     /// The MSRs, without those of the clock.
     pub fn msrs(&self) -> &[(u32, u64)] {
         &self.msrs
+    }
+
+    /// The MSRs that KVM gave of this machine and does not take, if the state was just saved: none of them is needed.
+    pub fn left_out(&self) -> &[u32] {
+        &self.left_out
     }
 
     /// With one more. For tests of what a state does that a host does not take.
@@ -178,6 +187,7 @@ impl VmState {
             events,
             debug_regs,
             msrs,
+            left_out: Vec::new(),
             tsc,
             tsc_deadline,
             tsc_khz,

@@ -543,13 +543,37 @@ with open('big', 'wb') as f:
     /// Files of the read-only root are the host's: their use by others is neither shown nor held up.
     fn the_use_of_shared_files_cannot_be_watched(who) {
         let code = r#"
-fd = call(294, 0)
-print(call(254, fd, b'/usr/bin/env', 0xfff), call(254, fd, b'/tmp', 0xfff))
+print(call(253), call(294, 0), call(254, 0, b'/usr/bin/env', 0xfff), call(255, 0, 1))
 import fcntl
 d = os.open('/usr/bin', os.O_RDONLY)
 print(attempt(fcntl.fcntl, d, fcntl.F_NOTIFY, fcntl.DN_ACCESS), attempt(fcntl.fcntl, os.open('/usr/bin/env', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK))
 "#;
-        assert_eq!(attack(who, code).go().good(), "EPERM EPERM\nEPERM EPERM\n");
+        assert_eq!(attack(who, code).go().good(), "EPERM EPERM EPERM EPERM\nEPERM EPERM\n");
+    }
+
+    /// The kernel is not even asked: a descriptor that is not open is no error.
+    fn flushing_and_advice_succeed_and_reach_no_disk(who) {
+        let code = r#"
+with open('file', 'w') as f:
+    f.write('x'); f.flush(); os.fsync(f.fileno()); os.fdatasync(f.fileno())
+print([call(number, 999, 0, 0, 4) for number in (74, 75, 277, 221, 187)], open('file').read())
+"#;
+        assert_eq!(attack(who, code).go().good(), "[0, 0, 0, 0, 0] x\n");
+    }
+
+    fn socket_buffers_stay_as_they_are(who) {
+        let code = r#"
+pair = socket.socketpair()
+sizes = lambda: [s.getsockopt(socket.SOL_SOCKET, o) for s in pair for o in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+before = sizes()
+for s in pair:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        s.setsockopt(socket.SOL_SOCKET, option, 1 << 24)
+    for option in (32, 33):
+        print(attempt(s.setsockopt, socket.SOL_SOCKET, option, 1 << 24))
+print(sizes() == before)
+"#;
+        assert_eq!(attack(who, code).go().good(), "EPERM\nEPERM\nEPERM\nEPERM\nTrue\n");
     }
 
     // ---- the network and other sandboxes
