@@ -331,9 +331,9 @@ fn files_go_in_and_out_as_they_are() {
     });
 }
 
-/// An echo is the front's kick, the agent's ring for it, the agent's ring with the echo: as many exits, and one interrupt.
+/// The front's kick and one interrupt; then the agent's rings for the byte, for its grant and with its echo.
 #[test]
-fn an_echo_on_a_terminal_costs_two_doorbells() {
+fn an_echo_on_a_terminal_costs_at_most_three_doorbells() {
     let Some(python) = python() else { return };
     let terminal = |sandbox: &mut Client, echoes: usize| {
         let cat = sandbox.command_with(&["cat"], Some(Size { columns: 80, rows: 24 }), true);
@@ -366,7 +366,6 @@ fn an_echo_on_a_terminal_costs_two_doorbells() {
         each(some.raised, none.raised),
         each(some.exits.total(), none.exits.total()),
     );
-    // The echo and the end of its being passed on may be two rings, and so may a byte and its grant.
     assert!(rings <= 3.0, "{rings}");
     assert!(some.raised >= 100);
 }
@@ -409,7 +408,9 @@ fn an_idle_sandbox_is_hardly_ever_awake() {
         counts.push([stats.exits.total(), count("halt_exits"), count("exits")]);
     }
     let [user, halts, exits] = std::array::from_fn(|i| counts[1][i].saturating_sub(counts[0][i]));
-    eprintln!("idle for {SECONDS} s: {user} exits to the worker, slept {halts} times, {exits} exits of all kinds");
+    eprintln!(
+        "idle for {SECONDS} s: {user} exits to the worker, slept {halts} times, {exits} exits of all kinds; in all {counts:?}"
+    );
     assert!(user <= 10, "{user}");
     // The kernel's own timers: 8 to 9 in 10 s where nothing of ours is. Counts differ from run to run.
     assert!(halts <= 4 * SECONDS, "{halts}");
