@@ -950,12 +950,13 @@ fn answer(frames: Vec<Vec<u8>>) -> Work {
     Work::Answer(frames.into())
 }
 
-/// Replies go as far as there is credit; each is a frame at the most, and one more than the credit may be on its way.
+/// Replies go as far as there is credit. Each is a frame at the most, which a window has room for once its caller has taken
+/// what came before.
 fn send_replies(out: &mut Vec<u8>, id: u16, credit: &mut usize, frames: &mut VecDeque<Vec<u8>>) {
-    while *credit > 0 && out.len() < OUT_FULL {
+    while out.len() < OUT_FULL && frames.front().is_some_and(|frame| frame.len() <= *credit) {
         let Some(frame) = frames.pop_front() else { return };
         encode_on(out, id, Kind::Reply, &frame);
-        *credit = credit.saturating_sub(frame.len());
+        *credit -= frame.len();
     }
 }
 

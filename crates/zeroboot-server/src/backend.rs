@@ -27,6 +27,15 @@ impl Backend {
         }
     }
 
+    /// Sandboxes that live are the real engine's: their fake is a worker, in the engine's own tests.
+    pub(crate) fn engine(&self) -> Option<&Engine> {
+        match self {
+            Backend::Engine(engine) => Some(engine),
+            #[cfg(test)]
+            Backend::Fake(_) => None,
+        }
+    }
+
     pub(crate) fn templates(&self) -> Vec<TemplateStatus> {
         match self {
             Backend::Engine(engine) => engine.templates(),

@@ -137,6 +137,14 @@ pub struct RequestLimits {
     /// Bytes held for callers at once: request bodies until their exec has ended, output while it is collected, answers
     /// until they are taken. What finds no room is refused. One key may have half.
     pub max_held: u64,
+    /// Lease of a sandbox that names none.
+    pub default_lease: Duration,
+    /// The longest lease that may be asked for.
+    pub max_lease: Duration,
+    /// Sandboxes that live at once of one key.
+    pub max_sandboxes_per_key: usize,
+    /// Requests about sandboxes that one key may have open at once: streams, terminals, answers that are waited for.
+    pub max_streams_per_key: usize,
 }
 
 impl Default for RequestLimits {
@@ -168,6 +176,10 @@ impl Default for RequestLimits {
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
             max_held: 512 * MIB,
+            default_lease: Duration::from_secs(300),
+            max_lease: zeroboot_engine::SandboxBounds::default().max_lease,
+            max_sandboxes_per_key: 16,
+            max_streams_per_key: 128,
         }
     }
 }
@@ -360,6 +372,12 @@ impl ServerConfig {
                 "max_body_bytes, max_batch, batch_parallel, max_connections, max_connections_per_address and key_concurrency",
                 "above zero",
             ));
+        }
+        if limits.default_lease.is_zero() || limits.default_lease > limits.max_lease {
+            return Err(Range("default_lease_seconds", "above zero and at most max_lease_seconds"));
+        }
+        if limits.max_sandboxes_per_key == 0 || limits.max_streams_per_key == 0 {
+            return Err(Range("max_sandboxes_per_key and max_streams_per_key", "above zero"));
         }
         // An exec's input and output, which is in its answer twice.
         let one = limits.default_output.saturating_mul(2).saturating_add(limits.max_body as u64);

@@ -27,10 +27,10 @@ use tokio_rustls::{
 use tower::Service as _;
 
 use crate::{
-    app::Peer,
     client_addr::limit_name,
     config::{Listen, RequestLimits, TlsFiles},
     metrics::Metrics,
+    peer::Peer,
     places::{Heads, Place, Places},
 };
 

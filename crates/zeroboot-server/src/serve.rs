@@ -15,7 +15,7 @@ use tokio::{
 use zeroboot_engine::Engine;
 
 use crate::{
-    app::{self, App},
+    app::App,
     backend::Backend,
     canary::Health,
     config::{ConfigError, Listen, ServerConfig},
@@ -24,6 +24,7 @@ use crate::{
     listen::{Bound, Closing, Connections, Tls, TlsError},
     notify::Manager,
     places::Places,
+    router,
 };
 
 /// Why a server did not start.
@@ -110,7 +111,7 @@ impl Server {
         let (close, closing) = watch::channel(Closing::No);
         let (open, mut all_closed) = mpsc::channel::<()>(1);
         let connections = Arc::new(Connections {
-            router: app::router(app.clone()),
+            router: router::router(app.clone()),
             limits: app.config.limits.clone(),
             metrics: app.clone(),
             places: Places::new(app.config.limits.max_connections, app.config.limits.connections_per_address()),
@@ -152,8 +153,12 @@ impl Server {
         // Until execs have ended new connections are still answered, with 503: a balancer hears of it, a client may try
         // elsewhere.
         let until = begun + app.config.drain;
-        while app.metrics.under_way() > 0 && Instant::now() < until {
+        while app.under_way() > 0 && Instant::now() < until {
             sleep(LOOK).await;
+        }
+        // Streams and terminals end with their sandboxes, which end with the server.
+        if let Some(engine) = app.backend.engine() {
+            engine.end_sandboxes();
         }
         close.send_replace(Closing::Drain);
         let closed = timeout_at(until, all_closed.recv()).await;

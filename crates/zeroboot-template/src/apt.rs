@@ -252,9 +252,9 @@ pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Resul
     archive(package, |archive| into.unpack(archive, exclude))
 }
 
-/// As [`unpack`], all of it, into an empty directory or one with packages in it. For this project's own tools.
-pub fn unpack_into(package: &Path, directory: &Path) -> Result<(), AptError> {
-    let mut root = Root::new(directory).map_err(|error| AptError::Directory(directory.to_owned(), error))?;
+/// Unpacks a package's files into a directory.
+pub fn unpack_to(package: &Path, into: &Path) -> Result<(), AptError> {
+    let mut root = Root::new(into).map_err(|error| AptError::Directory(into.to_owned(), error))?;
     unpack(package, &mut root, &[])
 }
 

@@ -240,6 +240,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N")]
     pub(crate) pool: Option<usize>,
 
+    /// Sandboxes that may live at once, apart from those of single execs [default: 64].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_sandboxes: Option<u32>,
+
     #[command(flatten)]
     pub(crate) from: TemplateArgs,
 }

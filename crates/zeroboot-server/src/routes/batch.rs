@@ -14,10 +14,12 @@ use tracing::Instrument as _;
 
 use crate::{
     answer::Finished,
-    app::{App, Asked},
+    app::App,
+    body::{json_response, read_body, serialize},
     budget::{Full, Share},
     error::{ApiError, ErrorBody},
-    routes::exec::{UnderWay, json_response, read_body, serialize},
+    peer::Asked,
+    under_way::UnderWay,
     wire::{self, ExecBody},
 };
 

@@ -14,16 +14,13 @@ use tokio::task::JoinSet;
 use zeroboot_engine::{Engine, ExecRequest, Outcome, TemplateConfig, ZygoteSpec, request_frames};
 use zeroboot_sys::memory::MiB;
 use zeroboot_template::{Runtime, Store, StoreError};
-use zeroboot_vm::{
-    Host, Snapshot, WorkingSet,
-    bench::{self, StandIn},
-};
+use zeroboot_vm::{Host, Snapshot, WorkingSet, bench};
 
 use super::{Check, Verdict, host::About};
 use crate::{
     bench::{Results, density, start, vm},
     cli::{self, TemplateArgs},
-    resolve,
+    printer, resolve,
 };
 
 /// Forks of each kind.
@@ -88,6 +85,7 @@ fn not_run(what: &'static str, why: impl Into<String>, mend: Option<&str>) -> Ch
 /// Tries everything that can be tried here.
 pub(super) async fn report(from: &TemplateArgs) -> Report {
     const LATER: [&str; 5] = ["save and restore", "little template", "little forks", "deadlines", "fork speed"];
+    printer::note("doctor: trying the engines; this takes up to a minute");
     let process = match resolve::process_template(cli::Runtime::Python, from, None, 0) {
         Ok(template) => step("process forks", real(template, Runtime::Python).await),
         Err(error) => not_run("process forks", format!("{error:#}"), None),
@@ -165,7 +163,7 @@ pub(super) async fn report(from: &TemplateArgs) -> Report {
 /// A template of a few bytes.
 fn little(host: &Host) -> anyhow::Result<(String, Snapshot)> {
     let begin = Instant::now();
-    let snapshot = bench::stand_in(host, StandIn::Program, LITTLE.0, LITTLE.1, WorkingSet::default())?;
+    let snapshot = bench::stand_in(host, bench::StandIn::Program, LITTLE.0, LITTLE.1, WorkingSet::default())?;
     let took = begin.elapsed().as_secs_f64() * 1e3;
     let state = snapshot.state();
     let left_out: Vec<String> = state.left_out().iter().map(|index| format!("{index:#x}")).collect();
@@ -193,7 +191,7 @@ async fn little_forks(snapshot: &Snapshot) -> (Found, Found) {
     let forks = in_batches(|number| {
         let engine = engine.clone();
         async move {
-            // A generous deadline: a slow host may run many of them at once.
+            // A generous deadline: the guest looks for its input once a second.
             let one = density::start_with(&engine, vm::PROGRAM, Duration::from_secs(30)).await?;
             density::answer(one, vm::PROGRAM, number).await
         }
@@ -335,7 +333,7 @@ fn speed(host: &Host, python: Option<&std::path::Path>) -> Found {
         None => {
             let (size, filled) = vm::STAND_IN;
             (
-                bench::stand_in(host, StandIn::Program, size, filled, WorkingSet::default())?,
+                bench::stand_in(host, bench::StandIn::Program, size, filled, WorkingSet::default())?,
                 "a guest of a few bytes in the python template's size",
             )
         }

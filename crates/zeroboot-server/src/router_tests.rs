@@ -12,7 +12,10 @@ use tower::ServiceExt as _;
 
 use super::*;
 use crate::{
+    backend::Backend,
+    config::ServerConfig,
     fake::Fake,
+    gate::Gate,
     keys::{KeyRing, KeyStore, NewKey},
 };
 
