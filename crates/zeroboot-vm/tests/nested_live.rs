@@ -196,28 +196,47 @@ impl Client {
     }
 }
 
-/// Lets a fork live, and a front with it; then what the session counted, and KVM.
-fn alive<T>(
-    template: &'static Template,
-    front: impl FnOnce(&mut Client) -> T,
-) -> (T, SessionStats, Vec<(String, u64)>) {
+/// What a session came to.
+struct Over {
+    end: SessionEnd,
+    stats: SessionStats,
+    /// KVM's own counters.
+    kvm: Vec<(String, u64)>,
+    /// Pages that were copied.
+    private: u64,
+}
+
+/// A session on a thread, and its front on this one.
+fn session<T>(template: &'static Template, prefault: Prefault, front: impl FnOnce(UnixStream) -> T) -> (T, Over) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let session = std::thread::spawn(move || {
         let mut fork = template.snapshot.fork(&template.host).unwrap();
-        template.snapshot.prefault(&mut fork, Prefault::All).unwrap();
+        template.snapshot.prefault(&mut fork, prefault).unwrap();
         let kick = Kick::new().unwrap();
         kick::on_activity(theirs.as_fd()).unwrap();
         let mut socket = SocketFront::new(theirs.as_fd());
         let (end, stats) = Session::new(&template.snapshot, &mut fork, &mut socket, &kick).run().unwrap();
-        (end, stats, fork.machine().vcpu().stats().unwrap_or_default())
+        let private = fork.machine().memory().resident().unwrap().private_pages();
+        Over { end, stats, kvm: fork.machine().vcpu().stats().unwrap_or_default(), private }
     });
-    let mut client = Client::begin(ours);
-    let result = front(&mut client);
-    assert_eq!(client.crash, None);
-    drop(client);
-    let (end, stats, kvm) = session.join().unwrap();
-    assert_eq!(end, SessionEnd::FrontGone);
-    (result, stats, kvm)
+    let result = front(ours);
+    (result, session.join().unwrap())
+}
+
+/// Lets a fork live, and a front with it.
+fn alive<T>(template: &'static Template, front: impl FnOnce(&mut Client) -> T) -> (T, Over) {
+    alive_with(template, Prefault::All, front)
+}
+
+fn alive_with<T>(template: &'static Template, prefault: Prefault, front: impl FnOnce(&mut Client) -> T) -> (T, Over) {
+    let (result, over) = session(template, prefault, |socket| {
+        let mut client = Client::begin(socket);
+        let result = front(&mut client);
+        assert_eq!(client.crash, None);
+        result
+    });
+    assert_eq!(over.end, SessionEnd::FrontGone);
+    (result, over)
 }
 
 fn how(heard: &Heard) -> &How {
@@ -354,8 +373,8 @@ fn an_echo_on_a_terminal_costs_at_most_three_doorbells() {
         times.sort_unstable();
         times
     };
-    let (_, none, _) = alive(python, |sandbox| terminal(sandbox, 0));
-    let (times, some, _) = alive(python, |sandbox| terminal(sandbox, 100));
+    let (_, Over { stats: none, .. }) = alive(python, |sandbox| terminal(sandbox, 0));
+    let (times, Over { stats: some, .. }) = alive(python, |sandbox| terminal(sandbox, 100));
     let each = |all: u64, base: u64| all.saturating_sub(base) as f64 / 100.0;
     let rings = each(some.exits.rings, none.exits.rings);
     eprintln!(
@@ -396,7 +415,7 @@ fn an_idle_sandbox_is_hardly_ever_awake() {
     const SECONDS: u64 = 20;
     let mut counts = Vec::new();
     for seconds in [0, SECONDS] {
-        let (_, stats, kvm) = alive(python, |sandbox| {
+        let (_, Over { stats, kvm, .. }) = alive(python, |sandbox| {
             sandbox.cell("x = 1");
             // The agent's watchdog looks ever less often, and then no more.
             std::thread::sleep(Duration::from_secs(5));
@@ -414,4 +433,33 @@ fn an_idle_sandbox_is_hardly_ever_awake() {
     assert!(user <= 10, "{user}");
     // The kernel's own timers: 8 to 9 in 10 s where nothing of ours is. Counts differ from run to run.
     assert!(halts <= 4 * SECONDS, "{halts}");
+}
+
+/// A measure, in pages, since time says little in the lane: what is not in the working set of an exec is copied on the way.
+#[test]
+fn a_first_cell_copies_about_as_many_pages_as_an_exec() {
+    let Some(python) = python() else { return };
+    let (_, exec) = session(python, Prefault::Nothing, |mut socket| {
+        socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        socket.write_all(&request("print(1)").frames()).unwrap();
+        // To its end: the session lets go of the socket.
+        socket.read_to_end(&mut Vec::new()).unwrap();
+    });
+    assert_eq!(exec.end, SessionEnd::Done(zeroboot_proto::Ending::Exited(0)));
+    let (_, born) = alive_with(python, Prefault::Nothing, |_| ());
+    let (_, cell) = alive_with(python, Prefault::Nothing, |sandbox| {
+        assert_eq!(sandbox.cell("print(1)").text(), "1\n");
+    });
+    let (_, ahead) = alive(python, |_| ());
+    let (_, rest) = alive(python, |sandbox| {
+        assert_eq!(sandbox.cell("print(1)").text(), "1\n");
+    });
+    eprintln!(
+        "pages copied: {} by an exec, {} until it lives, {} with its first cell, {} of them not ahead",
+        exec.private,
+        born.private,
+        cell.private,
+        rest.private.saturating_sub(ahead.private),
+    );
+    assert!(cell.private < 2 * exec.private);
 }
