@@ -2,7 +2,6 @@
 
 import builtins
 import importlib.machinery
-import importlib.util
 import linecache
 import os
 import signal
@@ -59,11 +58,13 @@ class Context:
 
     def choose_shell(self):
         shell = self.ipython
-        if shell is None and importlib.util.find_spec("IPython") is not None:
-            from .ipython import IPythonShell
-
-            shell = IPythonShell()
-        shell = shell or Shell()
+        if shell is None:
+            try:
+                from .ipython import IPythonShell
+            except ImportError:
+                shell = Shell()
+            else:
+                shell = IPythonShell()
         shell.engage(self.main, self.channel)
         # In place of the one that waits for nothing.
         self.control.wait = lambda: shell.loop.wait(self.channel.fd)
