@@ -19,7 +19,35 @@ const OK = 0, FAILED = 1, INTERRUPTED = 2;
 const IMPORT = '__zeroboot_import';
 const INTERRUPT = 'ERR_SCRIPT_EXECUTION_INTERRUPTED';
 
-/** Runs a function so that SIGINT stops it, whatever it does. The process's own handler is silent meanwhile. */
+// How often a cell that waits looks whether SIGINT came.
+const LOOK_MS = 50;
+
+/**
+ * SIGINT is this process's from here on, as Node's own watchdog takes it: with libuv's handler it would be without one for a
+ * moment at each change between the two, and a signal ends the process then.
+ */
+class Signal {
+  constructor() {
+    this.watchdog = process.binding('contextify');
+    // One for good, and one whose end tells what came.
+    this.watchdog.startSigintWatchdog();
+    this.watchdog.startSigintWatchdog();
+    // A listener of a cell is called for an interrupt, but libuv does not hear of it.
+    for (const listen of process.listeners('newListener').filter((one) => one.name === 'startListeningIfSignal')) {
+      process.removeListener('newListener', listen);
+      process.on('newListener', (name) => { if (name !== 'SIGINT') listen(name); });
+    }
+  }
+
+  /** Whether one came that stopped no code. */
+  take() {
+    const came = this.watchdog.stopSigintWatchdog();
+    this.watchdog.startSigintWatchdog();
+    return came;
+  }
+}
+
+/** Runs a function so that SIGINT stops it, whatever it does. */
 class Guard {
   constructor() {
     this.script = new vm.Script('__zeroboot_guarded()', { filename: 'zeroboot' });
@@ -162,6 +190,8 @@ class Context {
   constructor(decoder, identify, setEnvironment) {
     if (!process.features.inspector) throw new RunnerError('this Node was built without its inspector, which contexts need');
     Object.assign(this, { decoder, identify, setEnvironment, code: [], waiting: [], count: 0, cell: null, shown: [], abandoned: [] });
+    // Before `Started`: from then on the agent may send one.
+    this.signal = new Signal();
     this.evaluator = new Evaluator();
     defineModuleGlobals(process.cwd());
     process.argv = [process.argv[0]];
@@ -179,7 +209,6 @@ class Context {
   }
 
   serve() {
-    process.on('SIGINT', () => { if (this.cell) this.finish(this.cell, INTERRUPTED); });
     process.on('uncaughtException', (error) => {
       if (process.listenerCount('uncaughtException') === 1) report(error);
     });
@@ -197,6 +226,8 @@ class Context {
         if (kind === wire.CODE) this.code.push(Buffer.from(payload));
         else if (kind === wire.CELL) {
           const source = Buffer.concat(this.code.splice(0)).toString().replace(/^\uFEFF/, '');
+          // Between cells it means nothing.
+          if (!this.cell && this.waiting.length === 0) this.signal.take();
           this.waiting.push(() => this.run(source));
         } else if (kind === wire.IDENTITY) {
           const identity = Buffer.from(payload);
@@ -227,7 +258,7 @@ class Context {
   run(source) {
     this.count++;
     const cell = this.cell = { source, file: `cell-${this.count}`, outcome: null };
-    const stopped = this.evaluator.guard.stops(() => {
+    const stopped = this.signal.take() || this.evaluator.guard.stops(() => {
       const code = rewriteImports(asExpression(source), IMPORT);
       if (code.includes('await')) cell.holder = new Holder();
       this.evaluator.start(code, cell.file, (error, answer) => this.answered(cell, error, answer));
@@ -235,6 +266,14 @@ class Context {
     });
     if (stopped) this.finish(cell, INTERRUPTED);
     else if (cell.outcome) this.finish(cell, cell.outcome.status);
+    else cell.looks = setInterval(() => this.look(cell), LOOK_MS);
+  }
+
+  /** While a cell waits, nothing of it runs that a signal could stop. */
+  look(cell) {
+    if (!this.signal.take()) return;
+    process.emit('SIGINT', 'SIGINT', 2);
+    if (this.cell === cell) this.finish(cell, INTERRUPTED);
   }
 
   /** The evaluation is over: in the call that started it, or later from the event loop. */
@@ -271,6 +310,7 @@ class Context {
 
   finish(cell, status) {
     this.cell = null;
+    clearInterval(cell.looks);
     if (cell.holder) {
       cell.holder.stop();
       // For good, where it still waits.

@@ -49,7 +49,7 @@ AMD, the default (QEMU): COMMAND sees this machine's files (writes are thrown aw
 repository, the cache directory and each --share. Its directory is the present one. Templates that it builds are kept in
 ~/.cache/zeroboot/nested/home, for the next run (ZEROBOOT_HOME).
 
-Intel (Bochs, built once; needs g++ and make): COMMAND sees a small system: busybox, zeroboot, and in /tests the programs
+Intel (Bochs, built once; needs g++, make and xz): COMMAND sees a small system: busybox, zeroboot, and in /tests the programs
 byte_guests, workers and nested_linux. Without COMMAND the lane's short form runs: byte_guests, workers, doctor, a fork
 benchmark.
 
@@ -384,5 +384,16 @@ mod tests {
         assert_eq!(run.env, [("A".into(), "b=c".into())]);
         assert!(parse(["--nonsense"].map(OsString::from).into_iter()).is_err());
         assert!(parse(std::iter::empty()).is_err());
+    }
+    #[test]
+    fn an_option_of_the_other_cpu_is_refused() {
+        let parsed = |words: &str| parse(words.split(' ').map(OsString::from));
+        assert!(matches!(parsed("--cpu intel --full"), Ok(Task::Form { full: true, .. })));
+        assert!(matches!(parsed("--cpu intel -- true"), Ok(Task::Run(Run { cpu: Cpu::Intel(_), .. }))));
+        for wrong in
+            ["--cpu intel --memory 3G", "--full", "--templates -- true", "--cpu intel --full -- true", "--cpu z80"]
+        {
+            assert!(parsed(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -522,7 +522,7 @@ fn a_warm_ipython_is_seen_in_contexts_only() {
     context.wait_for("warm\n");
     let cell = context.run("import matplotlib.pyplot as plt\nplt.plot([1, 2]);");
     assert!(cell.bundles[0].parts["image/png"].starts_with(b"\x89PNG"), "{cell:?}");
-    assert!(context.run("1/0").error().contains("Cell In[6], line 1"));
+    assert!(context.run("1/0").error().contains("Cell In[5], line 1"));
 
     // The same runner as a program: nothing says that it could have been one.
     let mut program = Context::ready(&runner, &[]);

@@ -50,6 +50,8 @@ class Context:
             sys.orig_argv = [sys.executable]
         sys.modules["__main__"] = main
         builtins.input = no_input
+        # Before `Started`: from then on the agent may send one.
+        signal.signal(signal.SIGINT, self.interrupt)
         # Cells have no standard input.
         null = os.open(os.devnull, os.O_RDONLY)
         if null != 0:
@@ -73,7 +75,6 @@ class Context:
     def run(self):
         """Serves until the agent closes; never returns."""
         code = []
-        signal.signal(signal.SIGINT, self.interrupt)
         try:
             for kind, payload in self.control:
                 if kind == CODE:
