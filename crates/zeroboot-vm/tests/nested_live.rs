@@ -431,8 +431,8 @@ fn an_idle_sandbox_is_hardly_ever_awake() {
         "idle for {SECONDS} s: {user} exits to the worker, slept {halts} times, {exits} exits of all kinds; in all {counts:?}"
     );
     assert!(user <= 10, "{user}");
-    // The kernel's own timers: 8 to 9 in 10 s where nothing of ours is. Counts differ from run to run.
-    assert!(halts <= 4 * SECONDS, "{halts}");
+    // None was seen; what comes before differs a little from run to run.
+    assert!(halts <= SECONDS / 2, "{halts}");
 }
 
 /// A measure, in pages, since time says little in the lane: what is not in the working set of an exec is copied on the way.
