@@ -160,12 +160,12 @@ struct Terminal {
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
-/// What a client says in a text.
+/// What a client says in a text: one of them.
 #[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Asked {
-    Resize(Object<SizeBody>),
-    Signal(SignalName),
+#[serde(deny_unknown_fields)]
+struct Asked {
+    resize: Option<Object<SizeBody>>,
+    signal: Option<SignalName>,
 }
 
 async fn serve(call: Call, terminal: Terminal, upgrade: OnUpgrade) {
@@ -265,10 +265,11 @@ async fn write(run: &Run, bytes: Bytes) -> Result<(), RunError> {
 
 /// Does what a text asks for.
 fn obey(run: &Run, text: &str) -> Result<(), ApiError> {
-    let asked: Asked = wire::parse_any(text.as_bytes())?;
-    let done = match asked {
-        Asked::Resize(Object(size)) => run.resize(size.into()),
-        Asked::Signal(name) => run.signal(name.number()?),
+    let asked: Asked = wire::parse(text.as_bytes())?;
+    let done = match (asked.resize, asked.signal) {
+        (Some(Object(size)), None) => run.resize(size.into()),
+        (None, Some(name)) => run.signal(name.number()?),
+        _ => return Err(ApiError::new("invalid_request", "give either resize or signal")),
     };
     done.map_err(|error| ApiError::of_run(error, About::Command))
 }
