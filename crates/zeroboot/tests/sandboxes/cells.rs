@@ -178,7 +178,6 @@ fn a_stream_of_a_cell_tells_everything_in_order_and_can_be_taken_up_again() {
 }
 
 #[test]
-#[ignore = "the Node runner is not a context yet"]
 fn javascript_keeps_its_state_too() {
     let fixture = shared();
     let guest = Guest::with(&fixture, &json!({"language": "node"}));

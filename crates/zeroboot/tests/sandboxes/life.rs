@@ -37,18 +37,18 @@ fn a_sandbox_is_made_shown_listed_extended_and_deleted() {
         all["sandboxes"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap().into()).collect()
     };
     assert_eq!(list(""), [guest.id.clone(), second.id.clone()]);
-    assert_eq!(list("?metadata=job=8"), [second.id.clone()]);
+    assert_eq!(list("?metadata=job=8"), [second.id.as_str()]);
     assert_eq!(list("?metadata=job=8&metadata=job=7").len(), 0);
     let page = fixture.get("/v1/sandboxes?limit=1").json();
     let next = page["next_cursor"].as_str().unwrap();
-    assert_eq!(list(&format!("?limit=1&cursor={next}")), [second.id.clone()]);
+    assert_eq!(list(&format!("?limit=1&cursor={next}")), [second.id.as_str()]);
     assert_eq!(fixture.get("/v1/sandboxes?cursor=x").status, 400);
     assert_eq!(guest.delete("").status, 204);
     let gone = guest.get("");
     assert_eq!((guest.refused(&gone), &gone.json()["reason"]), ((410, "sandbox_gone".into()), &json!("requested")));
     assert_eq!(guest.refused(&guest.delete("")), (410, "sandbox_gone".into()));
     assert_eq!(guest.refused(&guest.post("/run", &json!({"code": "1"}))), (410, "sandbox_gone".into()));
-    assert_eq!(list(""), [second.id.clone()]);
+    assert_eq!(list(""), [second.id.as_str()]);
     for unknown in ["nonsense", "00000000-0000-0000-0000-000000000000"] {
         let answer = fixture.get(&format!("/v1/sandboxes/{unknown}"));
         assert_eq!(second.refused(&answer), (404, "sandbox_not_found".into()));
