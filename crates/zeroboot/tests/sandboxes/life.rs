@@ -1,9 +1,6 @@
 //! How sandboxes begin, what they may have, and how they end.
 
-use std::{
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use zeroboot_engine::SandboxBounds;
@@ -184,42 +181,6 @@ fn sandboxes_are_limited_by_key_and_in_all_and_neither_they_nor_execs_starve_the
         crate::client::exchange(keyed.fixture.address, &bytes).status == 204
     });
     kept.iter().for_each(Guest::is_usable);
-}
-
-/// The processes of this test's sandboxes: descendants of ours that have a child of the same kind are not told apart, so by
-/// what they run.
-fn worker_of(guest: &Guest<'_>) -> i32 {
-    // The agent is PID 1 inside; outside it is known by the namespace that it shares with its children.
-    let inside = guest.shell("readlink /proc/self/ns/pid")["stdout"].as_str().unwrap().trim().to_owned();
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        let link = std::fs::read_link(entry.path().join("ns/pid")).unwrap_or_default();
-        if link.to_string_lossy() == inside {
-            found.push(pid);
-        }
-    }
-    *found.iter().min().expect("no process of the sandbox")
-}
-
-#[test]
-fn a_killed_worker_is_noticed_and_the_others_go_on() {
-    if isolation() == zeroboot_engine::Isolation::Vm {
-        // A VM's worker is in a namespace of its own, not the guest's: http_kill has that.
-        return;
-    }
-    let fixture = shared();
-    let (victim, other) = (Guest::new(&fixture), Guest::new(&fixture));
-    other.run("x = 1");
-    let mut events = victim.stream("POST", "/run", &json!({"code": "import time\nprint('on')\ntime.sleep(60)"}));
-    events.next_of("stdout");
-    let pid = worker_of(&victim);
-    assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
-    let failure = events.next().unwrap();
-    assert_eq!((failure.name.as_str(), &failure.data["code"]), ("failure", &json!("sandbox_gone")), "{failure:?}");
-    assert_eq!(failure.data["reason"], "lost");
-    assert_eq!(victim.get("").json()["reason"], "lost");
-    assert_eq!(other.value("x"), "1");
 }
 
 #[test]
