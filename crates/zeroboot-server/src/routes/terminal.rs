@@ -39,7 +39,7 @@ use super::{
 use crate::{
     call::Call,
     error::{About, ApiError},
-    params::{InPath, InQuery},
+    params::{InPath, InQuery, MOST_OFFSET},
     sandbox_answer::{LostBody, RunEndBody, StartedBody},
     sandbox_wire::{SignalName, SizeBody, shell},
     wire::{self, Object},
@@ -60,7 +60,7 @@ pub(crate) async fn attach(
     mut query: InQuery,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let offset = query.number("offset", u64::MAX)?.unwrap_or(0);
+    let offset = query.number("offset", 0..=MOST_OFFSET)?.unwrap_or(0);
     query.end()?;
     let run = command(&call.sandbox(&path)?, &path)?;
     if !run.status().is_some_and(|status| matches!(status.kind, RunKind::Command { terminal: true, .. })) {
@@ -81,7 +81,7 @@ pub(crate) async fn start(
     request: Request,
 ) -> Result<Response, ApiError> {
     let side = |name: &str, query: &mut InQuery, usual: u16| {
-        let given = query.number(name, u16::MAX.into())?;
+        let given = query.number(name, 1..=u16::MAX.into())?;
         Ok::<_, ApiError>(given.map_or(usual, |given| u16::try_from(given).unwrap_or(u16::MAX)))
     };
     let size = Size { columns: side("columns", &mut query, 80)?, rows: side("rows", &mut query, 24)? };
