@@ -23,8 +23,13 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 4] =
-    [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot", "http"), ("zeroboot", "http_kill")];
+const ALSO: [(&str, &str); 5] = [
+    ("zeroboot-vm", "byte_guests"),
+    ("zeroboot-vm", "workers"),
+    ("zeroboot", "http"),
+    ("zeroboot", "http_kill"),
+    ("zeroboot", "sandboxes"),
+];
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [
@@ -52,7 +57,7 @@ const USAGE: &str = "\
 cargo xtask nested-suite [OPTION...] [FILTER]
 
 Builds zeroboot, assembles its templates, and runs in the nested lane: the templates' builds, a first exec in each,
-and every test program for the lane (crates/*/tests/nested*.rs, byte_guests, workers, http, http_kill), those tests
+and every test program for the lane (crates/*/tests/nested*.rs, byte_guests, workers, http, http_kill, sandboxes), those tests
 that match FILTER.
 
   --debug            the debug build of zeroboot
