@@ -87,6 +87,7 @@ impl Template {
             .start(&config.spec, shared.warm_timeout)
             .await
             .map_err(|error| StartError::Template { template: config.name.clone(), reason: error.to_string() })?;
+        tracing::info!(template = config.name, memory = zygote.about, "the template is warm");
         let (requests, queue) = mpsc::channel(256);
         let template = Arc::new(Template {
             state: Mutex::new(State {

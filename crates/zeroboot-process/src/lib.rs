@@ -11,6 +11,7 @@
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
 mod discover;
+mod image;
 mod layout;
 mod serve;
 mod zygote;

@@ -53,8 +53,9 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 }
 
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
-/// runner: jailed, with its standard streams and its control socket in place.
-pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
+/// runner: jailed, with its standard streams and its control socket in place. `ready` is called before, when all that
+/// forks need is in memory.
+pub fn serve(control: &OwnedFd, ready: impl FnOnce() -> Result<(), ServeError>) -> Result<bool, ServeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
     if threads != 1 {
         return Err(ServeError::Threads(threads));
@@ -71,6 +72,7 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| step("get random bytes")(e.into()))?;
     let mut count = u32::from_le_bytes(random) % UIDS;
+    ready()?;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
             return Ok(false);
