@@ -82,15 +82,12 @@ impl Spawner {
         }
         rustix::io::ioctl_fionbio(&control, true).map_err(|e| ZygoteError::Spawn(e.into()))?;
         let mut zygote =
-            Zygote { control: watch(control).map_err(ZygoteError::Spawn)?, child: KillOnDrop(child), stderr, about: String::new() };
+            Zygote { control: watch(control).map_err(ZygoteError::Spawn)?, child: KillOnDrop(child), stderr };
         let report = std::os::unix::net::UnixStream::from(report);
         report.set_nonblocking(true).map_err(ZygoteError::Spawn)?;
         let mut report = UnixStream::from_std(report).map_err(ZygoteError::Spawn)?;
         match tokio::time::timeout(warm_timeout, read_report(&mut report)).await {
-            Ok(Ok(about)) => {
-                zygote.about = about;
-                Ok(zygote)
-            }
+            Ok(Ok(())) => Ok(zygote),
             Ok(Err(Some(reason))) => Err(ZygoteError::Failed(reason)),
             Ok(Err(None)) => Err(ZygoteError::Failed(zygote.last_words())),
             Err(_) => Err(ZygoteError::Failed(format!("not warm after {} s", warm_timeout.as_secs()))),
@@ -98,14 +95,14 @@ impl Spawner {
     }
 }
 
-/// Waits for the `Ready` frame and what the zygote says of itself; otherwise its reason, if it gave one.
-async fn read_report(report: &mut UnixStream) -> Result<String, Option<String>> {
+/// Waits for the `Ready` frame; otherwise the zygote's reason, if it gave one.
+async fn read_report(report: &mut UnixStream) -> Result<(), Option<String>> {
     let mut decoder = Decoder::new();
     let mut chunk = [0; 1024];
     loop {
         match decoder.next_frame() {
             Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
-                Ok(Message::Ready) => return Ok(String::from_utf8_lossy(payload).into_owned()),
+                Ok(Message::Ready) => return Ok(()),
                 Ok(Message::Failure(text)) => return Err(Some(text.to_owned())),
                 _ => return Err(Some("it sent something else than Ready".into())),
             },
@@ -133,8 +130,6 @@ pub(crate) struct Zygote {
     pub(crate) control: AsyncFd<OwnedFd>,
     child: KillOnDrop,
     stderr: Arc<Mutex<Vec<u8>>>,
-    /// What it says of its warm memory.
-    pub(crate) about: String,
 }
 
 #[derive(Debug)]

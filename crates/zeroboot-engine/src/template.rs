@@ -87,7 +87,6 @@ impl Template {
             .start(&config.spec, shared.warm_timeout)
             .await
             .map_err(|error| StartError::Template { template: config.name.clone(), reason: error.to_string() })?;
-        tracing::info!(template = config.name, memory = zygote.about, "the template is warm");
         let (requests, queue) = mpsc::channel(256);
         let template = Arc::new(Template {
             state: Mutex::new(State {
@@ -310,6 +309,7 @@ async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<Fork
                             let _gone = p.answer.send(Err(text));
                         }
                     }
+                    Ok(Some((Control::Image { text }, _))) => tracing::info!(image = text, "the template's memory is shared"),
                     Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
                     Ok(None) => return Err("the zygote ended".into()),
                     Err(error) => return Err(format!("the zygote's control channel failed: {error}")),

@@ -65,14 +65,18 @@ pub(crate) fn freeze() -> io::Result<String> {
 fn plan() -> io::Result<(Vec<Move>, String)> {
     let mappings: Vec<Mapping> = parse(&std::fs::read_to_string("/proc/self/smaps")?);
     let allocator = mappings.iter().find_map(Mapping::allocator);
+    // Of these the read-only parts move, too: neighbours in the image, they are one mapping instead of four, in large pages.
+    let programs: BTreeSet<&str> =
+        mappings.iter().filter(|m| m.file && m.access.execute && !m.shared).map(|m| m.name.as_str()).collect();
     let pages = Pages(File::open("/proc/self/pagemap")?);
     let ours = [image::thread_pages()];
     let mut moves = Vec::new();
     // By reason: what stays for it, and how much.
     let mut staying: BTreeMap<String, (BTreeSet<&str>, usize)> = BTreeMap::new();
     for mapping in &mappings {
-        match mapping.fate(allocator.as_deref()) {
+        match mapping.fate(allocator.as_deref(), &programs) {
             Fate::Plain => {}
+            Fate::Text => moves.push(Move { at: mapping.at.clone(), access: Access { write: false, execute: true } }),
             Fate::Stays(reason) => {
                 let (names, kib) = staying.entry(reason).or_default();
                 names.insert(if mapping.name.is_empty() { "unnamed memory" } else { &mapping.name });
@@ -114,6 +118,8 @@ struct Mapping {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Fate {
     Moves,
+    /// Code, constants, and what the loader alone wrote to, of a program: moves whole.
+    Text,
     /// It has nothing that a fork would copy.
     Plain,
     Stays(String),
@@ -121,7 +127,7 @@ enum Fate {
 
 impl Mapping {
     /// The rules, the first that holds.
-    fn fate(&self, allocator: Option<&str>) -> Fate {
+    fn fate(&self, allocator: Option<&str>, programs: &BTreeSet<&str>) -> Fate {
         let stays = |reason: &str| if self.anonymous == 0 { Fate::Plain } else { Fate::Stays(reason.to_owned()) };
         if self.shared {
             return stays("is shared");
@@ -139,6 +145,9 @@ impl Mapping {
         if self.name.starts_with('[') && self.name != "[heap]" {
             // [stack], [vdso], [vvar]; names that an allocator gave its memory.
             return stays("is special");
+        }
+        if self.file && self.readable && !self.access.write && programs.contains(self.name.as_str()) {
+            return Fate::Text;
         }
         // A guard page, or a file that nobody wrote to: nothing is copied at a fork.
         if !self.readable || self.anonymous == 0 && self.swapped == 0 {
@@ -286,7 +295,8 @@ VmFlags: rd wr mr mw me gd ac
     #[test]
     fn what_is_the_runtimes_own_moves_and_what_a_flag_protects_stays() {
         let mappings = parse(SMAPS);
-        let fates: Vec<Fate> = mappings.iter().map(|m| m.fate(None)).collect();
+        let programs = BTreeSet::from(["/usr/lib/libc.so.6"]);
+        let fates: Vec<Fate> = mappings.iter().map(|m| m.fate(None, &programs)).collect();
         let stays = |text: &str| Fate::Stays(text.to_owned());
         assert_eq!(mappings[3].name, "/usr/lib/a library.so (deleted)");
         assert_eq!(
@@ -296,12 +306,12 @@ VmFlags: rd wr mr mw me gd ac
                 Fate::Moves,
                 stays("is wiped at a fork (MADV_WIPEONFORK): a random generator relies on it"),
                 Fate::Moves,
-                Fate::Plain,
+                Fate::Text,
                 stays("is shared"),
                 stays("is a stack"),
             ]
         );
-        let fates: Vec<Fate> = mappings.iter().map(|m| m.fate(Some("jemalloc of x"))).collect();
+        let fates: Vec<Fate> = mappings.iter().map(|m| m.fate(Some("jemalloc of x"), &programs)).collect();
         assert_eq!(fates[0], Fate::Moves);
         assert_eq!(fates[1], stays("may be of jemalloc of x, which expects zeros of what it gave back"));
         assert_eq!(fates[3], Fate::Moves);

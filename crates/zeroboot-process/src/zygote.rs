@@ -125,7 +125,9 @@ fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
 fn serve_here() -> Result<(), ServeError> {
     let control = process::inherited_fd(CONTROL_FD)
         .ok_or_else(|| ServeError::Io("no control channel".into(), io::Error::from_raw_os_error(9)))?;
-    if !serve(&control, || ready(""))? {
+    ready()?;
+    // There is nothing warm to share: each runner becomes Node by exec.
+    if !serve(&control, None)? {
         process::exit_now(0);
     }
     std::mem::forget(control);
@@ -133,22 +135,13 @@ fn serve_here() -> Result<(), ServeError> {
     process::reset_signals().map_err(|e| ServeError::Io(format!("reset signals: {e}"), e))
 }
 
-/// Tells the front that the template is warm, and what is to be said of it.
-fn ready(about: &str) -> Result<(), ServeError> {
+/// Tells the front that the template is warm.
+fn ready() -> Result<(), ServeError> {
     let mut frame = Vec::new();
-    let about = about.as_bytes();
-    zeroboot_proto::encode(&mut frame, Kind::Ready, about.get(..MOST_SAID).unwrap_or(about));
+    zeroboot_proto::encode(&mut frame, Kind::Ready, b"");
     rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)
         .map_err(|e| ServeError::Io(format!("report: {e}"), e.into()))?;
     Ok(())
-}
-
-/// Most bytes that a zygote says of itself.
-const MOST_SAID: usize = 2048;
-
-/// Moves the warm runtime's memory into an image. Where that fails forks are as right without, and slower.
-fn frozen() -> String {
-    image::freeze().unwrap_or_else(|error| format!("no image: {error}"))
 }
 
 /// What the runtime is told; nothing of the host's environment goes in.
@@ -202,7 +195,7 @@ fn keep_id_capabilities() -> io::Result<()> {
 /// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.
 pub fn serve_python(control: i32) {
     let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
-    match serve(&control, || ready(&frozen())) {
+    match ready().and_then(|()| serve(&control, Some(image::freeze))) {
         Ok(true) => std::mem::forget(control),
         Ok(false) => process::exit_now(0),
         Err(error) => {

@@ -42,13 +42,18 @@ pub struct Move {
 /// What is moved must not be memory that its owner expects zeros of after `MADV_DONTNEED`: the file's bytes come back.
 pub fn move_into_file(moves: &[Move]) -> io::Result<Vec<Range<usize>>> {
     let (offsets, size) = places(moves);
-    // Before the first copy: from here to the end nothing is allocated and no handler runs, so nothing is written to a
-    // range between its copy and its mapping.
     let mut moved = Vec::with_capacity(moves.len());
     let file = memfd(size)?;
+    // Large pages are made of what the file holds, and not of what is mapped already.
+    let copied: Vec<bool> = moves.iter().zip(&offsets).map(|(one, offset)| copy(&file, &one.at, *offset)).collect();
+    if let Ok(view) = View::new(&file, size) {
+        view.use_large_pages(moves, &offsets);
+    }
+    // From here to the end nothing is allocated and no handler runs, so nothing is written to a range between its second
+    // copy and its mapping.
     let _quiet = Quiet::new()?;
-    for (one, offset) in moves.iter().zip(offsets) {
-        if copy(&file, &one.at, offset) && map(&file, one, offset) {
+    for ((one, offset), copied) in moves.iter().zip(offsets).zip(copied) {
+        if copied && (!one.access.write || copy(&file, &one.at, offset)) && map(&file, one, offset) {
             moved.push(one.at.clone());
         }
     }
@@ -73,6 +78,53 @@ fn places(moves: &[Move]) -> (Vec<u64>, usize) {
         end = at.end;
     }
     (offsets, (place + (end - base)).next_multiple_of(LARGE))
+}
+
+/// A shared mapping of the whole file, at a multiple of a large page.
+struct View {
+    reserved: *mut libc::c_void,
+    at: usize,
+    size: usize,
+}
+
+impl View {
+    fn new(file: &OwnedFd, size: usize) -> io::Result<View> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: address space that nobody else knows, and then a part of it.
+        unsafe {
+            let reserved = libc::mmap(std::ptr::null_mut(), size + LARGE, libc::PROT_NONE, flags, -1, 0);
+            if reserved == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let at = (reserved as usize).next_multiple_of(LARGE);
+            let view = View { reserved, at, size };
+            let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+            if libc::mmap(at as *mut libc::c_void, size, access, flags, file.as_raw_fd(), 0) == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(view)
+        }
+    }
+
+    /// Where the kernel can (Linux 6.1 and later, enough memory in one piece): a child then has 512 pages by one fault.
+    fn use_large_pages(&self, moves: &[Move], offsets: &[u64]) {
+        let mut from = 0;
+        for (one, offset) in moves.iter().zip(offsets) {
+            let (start, end) = (*offset as usize & !(LARGE - 1), *offset as usize + one.at.len());
+            for large in (start.max(from)..end).step_by(LARGE).take_while(|large| large + LARGE <= self.size) {
+                // SAFETY: within the mapping; the bytes stay what they are. A refusal leaves small pages.
+                unsafe { libc::madvise((self.at + large) as *mut libc::c_void, LARGE, libc::MADV_COLLAPSE) };
+                from = large + LARGE;
+            }
+        }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and nobody has a pointer into it.
+        unsafe { libc::munmap(self.reserved, self.size + LARGE) };
+    }
 }
 
 /// Whether all of it was readable: a mapping can reach beyond the end of its file.
@@ -171,7 +223,8 @@ mod tests {
 
     #[test]
     fn neighbours_stay_neighbours_and_every_offset_is_congruent() {
-        let moves = [at(0x7000, 0x9000), at(0x9000, 0xa000), at(0x40_0000, 0x40_1000), at(0x7f00_0020_3000, 0x7f00_0020_5000)];
+        let moves =
+            [at(0x7000, 0x9000), at(0x9000, 0xa000), at(0x40_0000, 0x40_1000), at(0x7f00_0020_3000, 0x7f00_0020_5000)];
         let (offsets, size) = places(&moves);
         assert_eq!(offsets, [0x7000, 0x9000, 0x40_0000, 0x60_3000]);
         assert_eq!(size, 0x80_0000);
