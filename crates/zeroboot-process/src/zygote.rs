@@ -1,13 +1,21 @@
 //! The zygote of a process template: builds the root, then becomes the warm runtime or serves forks itself.
 
-use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd},
+    path::PathBuf,
+};
 
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::fs::{Mode, OFlags};
 use zeroboot_proto::Kind;
-use zeroboot_sys::{control::CONTROL_FD, jail, mount, process};
+use zeroboot_sys::{
+    control::{CONTROL_FD, PROC_FD},
+    mount, process,
+};
 
 use crate::{
-    image,
+    ids, image,
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
@@ -44,7 +52,12 @@ pub struct ZygoteConfig {
 pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
     let step = |what: &'static str| move |e: io::Error| ServeError::Io(format!("{what}: {e}"), e);
     let prepared = (|| {
-        own_user_namespace().map_err(step("make a user namespace"))?;
+        let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let proc = proc.map_err(|error| step("open /proc")(error.into()))?;
+        process::place_fds(&[(proc.as_raw_fd(), PROC_FD)]).map_err(step("place /proc"))?;
+        // Its number is gone with the others.
+        std::mem::forget(proc);
+        process::close_from(PROC_FD as u32 + 1).map_err(step("close descriptors"))?;
         let files = vec![
             (PathBuf::from(AGENT), assets.agent.to_vec()),
             (PathBuf::from(PYFORK), assets.pyfork.to_vec()),
@@ -56,8 +69,10 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
                 words(environment(config).into_iter().map(|(key, value)| format!("{key}={value}"))),
             ),
         ];
-        mount::enter_root(&layout::plan(&config.paths, files)).map_err(step("build the sandbox root"))?;
-        keep_id_capabilities().map_err(step("drop capabilities"))
+        let plan = layout::plan(&config.paths, files);
+        let mut reads = config.paths.clone();
+        reads.push(config.interpreter.clone());
+        ids::enter(&reads, || mount::enter_root(&plan)).map_err(step("build the sandbox root"))
     })();
     if let Err(error) = prepared {
         return error;
@@ -164,32 +179,6 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
     .collect();
     env.extend(config.env.iter().cloned());
     env
-}
-
-/// As an ordinary user: a user namespace in which we may mount. As root it is not needed.
-fn own_user_namespace() -> io::Result<()> {
-    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SYS_ADMIN) {
-        return Ok(());
-    }
-    jail::own_user_namespace()
-}
-
-/// The zygote needs to give its children user ids and nothing else.
-fn keep_id_capabilities() -> io::Result<()> {
-    let keep = CapabilitySet::SETUID | CapabilitySet::SETGID;
-    process::limit_bounding_set(keep.bits())?;
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() },
-    )?;
-    if rustix::process::geteuid().is_root() {
-        // Supplementary groups of whoever started us would reach every sandbox.
-        let in_first_namespace = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|s| s.trim() == "allow");
-        if in_first_namespace {
-            process::clear_groups()?;
-        }
-    }
-    Ok(())
 }
 
 /// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.

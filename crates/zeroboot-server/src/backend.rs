@@ -27,6 +27,15 @@ impl Backend {
         }
     }
 
+    /// Sandboxes that live are the real engine's: their fake is a worker, in the engine's own tests.
+    pub(crate) fn engine(&self) -> Option<&Engine> {
+        match self {
+            Backend::Engine(engine) => Some(engine),
+            #[cfg(test)]
+            Backend::Fake(_) => None,
+        }
+    }
+
     pub(crate) fn templates(&self) -> Vec<TemplateStatus> {
         match self {
             Backend::Engine(engine) => engine.templates(),
@@ -35,11 +44,20 @@ impl Backend {
         }
     }
 
+    /// Why sandboxes have no cgroup; `None` if they have.
+    pub(crate) fn cgroup_obstacle(&self) -> Option<&str> {
+        match self {
+            Backend::Engine(engine) => engine.cgroup_obstacle(),
+            #[cfg(test)]
+            Backend::Fake(fake) => fake.cgroup_obstacle.get().map(String::as_str),
+        }
+    }
+
     pub(crate) fn stats(&self) -> EngineStats {
         match self {
             Backend::Engine(engine) => engine.stats(),
             #[cfg(test)]
-            Backend::Fake(_) => EngineStats::default(),
+            Backend::Fake(_) => EngineStats { max_live: 16, max_memory: 8 << 30, ..EngineStats::default() },
         }
     }
 }

@@ -4,7 +4,9 @@
 mod answer;
 mod app;
 mod backend;
+mod body;
 mod budget;
+mod call;
 mod canary;
 mod client_addr;
 mod config;
@@ -20,10 +22,21 @@ mod logging;
 mod metrics;
 mod notify;
 mod openapi;
+mod openapi_sandboxes;
 mod otlp;
 mod overhead;
+mod params;
+mod peer;
+mod places;
+mod router;
 mod routes;
+mod sandbox_answer;
+mod sandbox_wire;
 mod serve;
+mod sse;
+mod streams;
+mod under_way;
+
 mod wire;
 
 pub use answer::answer;

@@ -1,9 +1,15 @@
 //! The routes.
 
 pub(crate) mod batch;
+pub(crate) mod contexts;
 pub(crate) mod docs;
 pub(crate) mod exec;
+pub(crate) mod files;
+mod follow;
+pub(crate) mod runs;
+pub(crate) mod sandboxes;
 pub(crate) mod status;
 mod stream;
+pub(crate) mod terminal;
 
 pub(crate) use stream::StartBody;

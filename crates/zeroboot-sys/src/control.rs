@@ -26,6 +26,8 @@ use rustix::net::{
 pub const REPORT_FD: i32 = 3;
 /// Where a zygote finds its control channel.
 pub const CONTROL_FD: i32 = 4;
+/// Where a zygote's runtime finds a `/proc` in which it may write its children's maps. The one that it sees is read-only.
+pub const PROC_FD: i32 = 5;
 
 /// Longest text of a message, bytes.
 const MAX_TEXT: usize = 2048;

@@ -2,6 +2,7 @@
 //! between front and zygote; KVM handles, memory images and the vCPU kick.
 
 pub mod arena;
+pub mod confined;
 pub mod control;
 pub mod image;
 pub mod jail;
@@ -9,5 +10,6 @@ pub mod kick;
 pub mod kvm;
 pub mod memory;
 pub mod mount;
+pub mod net;
 pub mod process;
 mod tree;

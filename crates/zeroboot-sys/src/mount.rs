@@ -2,8 +2,9 @@
 //! top of it for each sandbox.
 
 use std::{
+    ffi::{CStr, OsStr},
     fs, io,
-    os::unix::fs::symlink,
+    os::unix::{ffi::OsStrExt, fs::symlink},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +18,7 @@ use rustix::{
 
 /// Where the root is put together, in a mount namespace of our own. It exists on every Linux, and no runtime
 /// lives below it.
-const STAGE: &str = "/sys";
+pub(crate) const STAGE: &CStr = c"/sys";
 
 /// The file that lies over what must not be used.
 const EMPTY: &str = "/.zeroboot/empty";
@@ -69,7 +70,7 @@ pub struct RootPlan {
 const DEVICES: [&str; 4] = ["null", "full", "random", "urandom"];
 
 /// Moves this process into a mount namespace whose root is what `plan` says and nothing else. It must have
-/// CAP_SYS_ADMIN over its user namespace. `/proc` stays the caller's own until a sandbox mounts its own.
+/// CAP_SYS_ADMIN over its user namespace. `/proc` stays the caller's own, read-only, until a sandbox mounts its own.
 pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     let at = |what: &str, path: &Path| {
         let what = format!("{what} {}", path.display());
@@ -78,7 +79,7 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     crate::process::unshare(UnshareFlags::NEWNS)?;
     // Nothing that we mount may show up on the host.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    let stage = Path::new(STAGE);
+    let stage = Path::new(OsStr::from_bytes(STAGE.to_bytes()));
     mount("tmpfs", stage, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755,size=64m"))?;
     let inside = |path: &Path| stage.join(path.strip_prefix("/").unwrap_or(path));
 
@@ -152,6 +153,8 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     let proc = inside(Path::new("/proc"));
     fs::create_dir_all(&proc)?;
     mount_bind_recursive("/proc", &proc)?;
+    // What is imported into the zygote runs before any filter, and may be root there: /proc/sys is the host's.
+    set_attributes(&proc, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)?;
 
     rustix::process::chdir(stage)?;
     rustix::process::pivot_root(".", ".")?;

@@ -13,6 +13,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal},
+    thread::{CapabilitySet, CapabilitySets},
 };
 
 /// Namespaces of a sandbox: none is shared with the host.
@@ -214,7 +215,8 @@ pub fn borrow_fd(number: i32) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Leaves the given namespaces. The caller is single threaded: a process before its runtime starts.
+/// Leaves the given namespaces; with `FS`, this thread has a working directory of its own. For a user namespace the
+/// caller is single threaded: a process before its runtime starts.
 pub fn unshare(namespaces: rustix::thread::UnshareFlags) -> io::Result<()> {
     // SAFETY: no CLONE_FILES among the flags in use, so no descriptor changes its meaning.
     unsafe { rustix::thread::unshare_unsafe(namespaces) }?;
@@ -234,6 +236,16 @@ pub fn limit_bounding_set(keep: u64) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives up all capabilities but these, which also stay when a program is executed, whoever this process is.
+pub fn keep_capabilities(keep: CapabilitySet) -> io::Result<()> {
+    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
+        limit_bounding_set(keep.bits())?;
+    }
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: keep, permitted: keep, inheritable: keep })?;
+    rustix::thread::clear_ambient_capability_set()?;
+    keep.iter().try_for_each(|one| Ok(rustix::thread::configure_capability_in_ambient_set(one, true)?))
 }
 
 /// Gives up all supplementary groups.

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
-use zeroboot_engine::{Engine, EngineConfig, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 use zeroboot_server::{FileConfig, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config};
 
 use crate::{
@@ -34,6 +34,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         trusted_proxies: args.trusted_proxy.clone(),
     };
     let mut config = ServerConfig::resolve(&file, Overrides::from_env(|name| std::env::var_os(name)), flags)?;
+    let shared = zeroboot_process::shared_because();
+    zeroboot_engine::leave_ids_to_zygotes().context("drop capabilities")?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     tokio.block_on(async {
         let filter = std::env::var("ZEROBOOT_LOG").ok().or_else(|| file.log.filter.clone());
@@ -44,7 +46,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             otlp.as_deref(),
             std::io::stderr,
         )?;
-        let (engine_config, why) = engine_config(args, &file)?;
+        let (mut engine_config, why) = engine_config(args, &file)?;
+        engine_config.sandboxes.max_lease = config.limits.max_lease;
         tracing::info!(why, "engine");
         fit_memory(&mut config.limits, &file, engine_config.max_memory)?;
         fit_connections(&mut config.limits, &engine_config);
@@ -57,6 +60,14 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         };
         if let Some(reason) = engine.cgroup_obstacle() {
             tracing::info!(reason, "sandboxes have no cgroups; rlimits and the agent's own watch hold their limits");
+        }
+        let process = engine.templates().iter().any(|template| template.isolation == Isolation::Process);
+        if let Some(reason) = shared.filter(|_| process) {
+            tracing::warn!(
+                reason,
+                "all sandboxes have this server's user: what the kernel counts for a user (watches, timers, pipes) they share \
+                 with each other and with the server; docs/deployment.md says what gives them users of their own"
+            );
         }
         let server = Server::bind(config, engine.clone()).await?;
         for address in server.addresses() {
@@ -111,6 +122,12 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
         section.max_live.unwrap_or(MAX_LIVE),
         section.max_memory_mb.map_or_else(|| resolve::total_memory() / 4 * 3, |mb| mb.saturating_mul(MIB)),
     )?;
+    if section.max_sandboxes == Some(0) {
+        return Err(hinted("[engine] max_sandboxes is zero: no sandbox could live", "give at least 1"));
+    }
+    let bounds = &mut config.sandboxes;
+    bounds.most = args.max_sandboxes.map(|count| count as usize).or(section.max_sandboxes).unwrap_or(bounds.most);
+    bounds.memory = section.sandbox_memory_mb.map_or(bounds.memory, |mb| mb.saturating_mul(MIB));
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;
     Ok((config, why))
@@ -144,7 +161,8 @@ fn fit_memory(limits: &mut RequestLimits, file: &FileConfig, most: u64) -> anyho
 fn fit_connections(limits: &mut RequestLimits, engine: &EngineConfig) {
     use rustix::process::{Resource, getrlimit};
     let Some(descriptors) = getrlimit(Resource::Nofile).current else { return };
-    let sandboxes = engine.templates.iter().fold(engine.max_live, |sum, template| sum.saturating_add(template.pool));
+    let most = engine.max_live.saturating_add(engine.sandboxes.most);
+    let sandboxes = engine.templates.iter().fold(most, |sum, template| sum.saturating_add(template.pool));
     let fit = connections_within(descriptors, sandboxes, limits.max_connections);
     if fit < limits.max_connections {
         tracing::warn!(

@@ -13,12 +13,14 @@ use axum::{
 };
 use serde::Serialize;
 use utoipa::ToSchema;
+use zeroboot_engine::Isolation;
 
 use crate::{
-    app::{App, Asked},
+    app::App,
+    body::{json_response, serialize},
     error::ApiError,
     metrics::Format,
-    routes::exec::{json_response, serialize},
+    peer::Asked,
 };
 
 /// Whether code can be run.
@@ -32,6 +34,10 @@ pub(crate) struct HealthBody<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schema(required = false)]
     reasons: Vec<String>,
+    /// What is weaker here than it could be, for callers with a key.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    warnings: Vec<String>,
     /// By name.
     templates: BTreeMap<&'a str, TemplateBody<'a>>,
     /// Sandboxes that serve a request now.
@@ -82,6 +88,8 @@ pub(crate) struct TemplateBody<'a> {
     forks: u64,
     /// Restarts of its zygote since the start.
     restarts: u64,
+    /// Sandboxes of it that live, apart from those that serve one exec.
+    sandboxes: usize,
     /// Age of the canary's result.
     canary_age_seconds: f64,
 }
@@ -89,6 +97,10 @@ pub(crate) struct TemplateBody<'a> {
 /// What everyone may know of a template that is down. The engine's words name processes and paths of the host.
 const NOT_UP: &str = "it is not up; the server's log says why";
 const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
+
+/// What serving tenants without cgroups means.
+pub(crate) const NO_CGROUP: &str = "sandboxes have no cgroup: the kernel's memory behind descriptors and mappings is in no limit, so one \
+     key's code can take memory from all; see docs/threat-model.md";
 
 pub(crate) async fn health(
     State(app): State<Arc<App>>,
@@ -100,6 +112,7 @@ pub(crate) async fn health(
     // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds.
     let canaries = app.canaries.results(&app.backend, app.config.canary_interval * 2).await;
     let statuses = app.backend.templates();
+    let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
     let mut templates = BTreeMap::new();
     let mut reasons = Vec::new();
     for (status, canary) in statuses.iter().zip(&canaries) {
@@ -126,6 +139,7 @@ pub(crate) async fn health(
             pool_target: status.pool_target,
             forks: status.forks,
             restarts: status.restarts,
+            sandboxes: sandboxes.iter().filter(|sandbox| sandbox.template() == status.name).count(),
             canary_age_seconds: (canary.at.elapsed().as_secs_f64() * 10.0).round() / 10.0,
         };
         templates.insert(status.name.as_str(), body);
@@ -137,10 +151,14 @@ pub(crate) async fn health(
         _ if ready < templates.len() => HealthStatus::Degraded,
         _ => HealthStatus::Ok,
     };
+    let shares_kernel = statuses.iter().any(|status| status.isolation == Isolation::Process);
+    let obstacle = app.backend.cgroup_obstacle().filter(|_| told && shares_kernel && app.gate.has_keys());
+    let warnings: Vec<String> = obstacle.map(|why| format!("{NO_CGROUP} ({why})")).into_iter().collect();
     let mut response = json_response(
         serialize(&HealthBody {
             status,
             reasons,
+            warnings,
             templates,
             live: app.backend.stats().live,
             uptime_seconds: app.started.elapsed().as_secs(),
@@ -160,6 +178,7 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> 
     let format = if accept.contains("application/openmetrics-text") { Format::OpenMetrics } else { Format::Text };
     let canaries = app.canaries.last().await;
     let templates: Vec<_> = app.backend.templates().into_iter().zip(canaries).collect();
-    let text = app.metrics.encode(&templates, app.backend.stats(), format);
+    let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
+    let text = app.metrics.encode(&templates, &sandboxes, app.backend.stats(), format);
     ([(header::CONTENT_TYPE, format.content_type())], text).into_response()
 }
