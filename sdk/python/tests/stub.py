@@ -195,8 +195,8 @@ def drip(stub: Stub, client: socket.socket) -> None:
         time.sleep(0.05)
 
 
-def event(name: str, /, id: Any = None, **fields: Any) -> bytes:
-    mark = "" if id is None else f"id: {id}\n"
+def event(name: str, /, at: Any = None, **fields: Any) -> bytes:
+    mark = "" if at is None else f"id: {at}\n"
     return f"{mark}event: {name}\ndata: {json.dumps(fields)}\n\n".encode()
 
 

@@ -247,13 +247,13 @@ def test_an_error_of_a_cell_is_a_result(live: Any) -> None:
 def cell_stream() -> bytes:
     return b"".join(
         [
-            event("started", id=0),
-            event("stdout", id=4, text="o\u20ac"),
-            event("stderr", id=5, base64=base64.b64encode(b"\xff").decode()),
-            event("result", id=5, **CELL["results"][0]),  # type: ignore[index]
+            event("started", at=0),
+            event("stdout", at=4, text="o\u20ac"),
+            event("stderr", at=5, base64=base64.b64encode(b"\xff").decode()),
+            event("result", at=5, **CELL["results"][0]),  # type: ignore[index]
             event("brand-new", x=1),
-            event("error", id=5, name="E", value="v", traceback="t"),
-            event("end", id=5, outcome="error", context="default", execution_count=1),
+            event("error", at=5, name="E", value="v", traceback="t"),
+            event("end", at=5, outcome="error", context="default", execution_count=1),
         ]
     )
 
@@ -285,7 +285,7 @@ def test_callbacks_hear_a_cell_and_the_result_has_it_all(live: Any) -> None:
 
 def test_a_stream_that_breaks_off_is_a_connection_error(live: Any) -> None:
     for end in (True, False):
-        _, sandbox = live(sse(event("started", id=0), end=end))
+        _, sandbox = live(sse(event("started", at=0), end=end))
         with pytest.raises(zeroboot.ConnectionError):
             list(sandbox.stream("x"))
 
@@ -301,7 +301,7 @@ def test_a_sandbox_that_ends_meanwhile_is_gone_and_says_why(live: Any) -> None:
         410,
     )
     assert sandbox.kill() is False
-    _, sandbox = live(sse(event("started", id=0), event("error", **gone)))
+    _, sandbox = live(sse(event("started", at=0), event("error", **gone)))
     with pytest.raises(SandboxGone) as caught:
         list(sandbox.stream("x"))
     assert caught.value.reason == "lease_ended" and caught.value.request_id == "r7"
@@ -369,7 +369,7 @@ def test_a_command_sends_everything_and_fails_as_a_result(live: Any) -> None:
 
 
 def test_leaving_the_stream_of_a_command_ends_the_command(live: Any) -> None:
-    server, sandbox = live(sse(event("started", id=0), event("stdout", id=1, text="a"), hold=True))
+    server, sandbox = live(sse(event("started", at=0), event("stdout", at=1, text="a"), hold=True))
     with sandbox.commands.stream("yes") as events:
         assert [next(events).type, next(events).type] == ["started", "stdout"]
     assert server.seen[0].json["end_with_client"] is True and server.gone.wait(5)
@@ -378,13 +378,13 @@ def test_leaving_the_stream_of_a_command_ends_the_command(live: Any) -> None:
 def test_a_broken_output_goes_on_where_it_broke(live: Any) -> None:
     server, sandbox = live(
         answer(201, RUNNING),
-        sse(event("stdout", id=3, text="one"), b"id: 6\nevent: stdo", end=False),
+        sse(event("stdout", at=3, text="one"), b"id: 6\nevent: stdo", end=False),
         drop,
         answer(503, {"error": "busy"}, retry_after="0"),
         sse(
-            event("lost", id=9, bytes=3),
-            event("stderr", id=12, text="two"),
-            event("end", id=12, **END),
+            event("lost", at=9, bytes=3),
+            event("stderr", at=12, text="two"),
+            event("end", at=12, **END),
         ),
     )
     command = sandbox.commands.start("work", tag="web", terminal=(80, 24), keep_stdin_open=True)
@@ -402,7 +402,7 @@ def test_a_broken_output_goes_on_where_it_broke(live: Any) -> None:
 
 
 def test_output_can_begin_anywhere(live: Any) -> None:
-    server, sandbox = live(answer(200, RUNNING), sse(event("end", id=7, **END)))
+    server, sandbox = live(answer(200, RUNNING), sse(event("end", at=7, **END)))
     command = sandbox.commands.connect("c1")
     assert [e.type for e in command.output(5)] == ["end"]
     assert server.seen[1].path.endswith("/commands/c1/output?offset=5")
