@@ -6,6 +6,7 @@ Standard library only, Python 3.9 to 3.14. Descriptor 3 carries zeroboot-proto f
 A module in `--warm` that ends in `?` is skipped when it cannot be imported. See README.md for the whole contract.
 """
 
+import __future__
 import atexit
 import builtins
 import gc
@@ -33,8 +34,8 @@ except ImportError:  # an interpreter built without libffi: no fork server, no f
     ctypes = None
 
 # Frame kinds of crates/zeroboot-proto/src/frame.rs.
-CODE, ARG, ENV, IDENTITY, RUN = 0x01, 0x02, 0x03, 0x09, 0x0A
-READY, STARTED, FAILURE, NOTE = 0x81, 0x82, 0x87, 0x88
+CODE, ARG, ENV, IDENTITY, RUN, CWD, SERVE, CELL = 0x01, 0x02, 0x03, 0x09, 0x0A, 0x0B, 0x0C, 0x0D
+READY, STARTED, FAILURE, NOTE, RESULT, ERROR, DONE = 0x81, 0x82, 0x87, 0x88, 0x8A, 0x8B, 0x8C
 NOTE_OUT_OF_MEMORY = b"\x01"
 NOTE_ENDED = b"\x02"
 # Set by the agent of a VM.
@@ -71,11 +72,11 @@ def send(fd, kind, payload=b""):
         data = data[os.write(fd, data) :]
 
 
-def fail(text):
+def fail(text, fd=CONTROL_FD):
     """Tells the agent why no user code will run, and ends."""
     line = " ".join(str(text).split())
     try:
-        send(CONTROL_FD, FAILURE, line.encode("utf-8", "replace")[:MAX_PAYLOAD])
+        send(fd, FAILURE, line.encode("utf-8", "replace")[:MAX_PAYLOAD])
     except OSError:
         # Nobody listens; the agent keeps what is on stderr.
         pass
@@ -201,7 +202,7 @@ class Seeds:
 class Generators:
     """Every random generator object that was alive at the snapshot. Found before it, because a walk costs milliseconds."""
 
-    def __init__(self):
+    def __init__(self, known=None):
         self.python, self.numpy_bits, self.numpy_states = [], [], []
         core = random.Random.__mro__[1]  # _random.Random, which the garbage collector does not track
         numpy_random = sys.modules.get("numpy.random")
@@ -217,7 +218,8 @@ class Generators:
                 hit = interesting[kind] = isinstance(kind, type) and issubclass(kind, wanted)
             return hit
 
-        seen = {}
+        # What an earlier walk found is frozen by now: the collector does not list it.
+        seen = {id(obj): obj for obj in known.all()} if known else {}
         tracked = gc.get_objects()
         for obj in tracked:
             if consider(obj):
@@ -244,6 +246,9 @@ class Generators:
         mtrand = sys.modules.get("numpy.random.mtrand")
         if mtrand is not None and not any(obj is mtrand._rand for obj in self.numpy_states):
             raise RunnerError("the walk for random generators missed numpy's global one")
+
+    def all(self):
+        return self.python + self.numpy_bits + self.numpy_states
 
     def reseed(self, seeds):
         for obj in self.python:
@@ -617,30 +622,428 @@ def flush_std():
     return failed
 
 
+# ---- a context
+
+
+HERE = (lambda: None).__code__.co_filename
+OK, FAILED, INTERRUPTED = 0, 1, 2
+VALUE, CONTINUES, LAST = 1, 2, 4
+
+# What an object says of itself, by method. Text is str, the others bytes; JSON is anything that json can write.
+REPRESENTATIONS = (
+    ("text/html", "_repr_html_"),
+    ("text/markdown", "_repr_markdown_"),
+    ("text/latex", "_repr_latex_"),
+    ("image/svg+xml", "_repr_svg_"),
+    ("image/png", "_repr_png_"),
+    ("image/jpeg", "_repr_jpeg_"),
+    ("application/json", "_repr_json_"),
+    ("application/pdf", "_repr_pdf_"),
+    ("application/javascript", "_repr_javascript_"),
+)
+# Notebooks carry these as base64; a result carries the bytes.
+BINARY = ("image/png", "image/jpeg", "application/pdf")
+
+
+class Channel:
+    """What a context says on its private copy of the control descriptor."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.pid = os.getpid()
+        self.main = threading.get_ident()
+        # Threads of the program display, too. Whole bundles: a half one would swallow what comes after it.
+        self.lock = threading.Lock()
+        self.open = False  # a cell runs
+        self.holding = False  # the main thread is inside a bundle: an interrupt waits for its end
+        self.pending = False
+
+    def result(self, bundle, value):
+        """`bundle`: MIME type to bytes. False if no cell of this process could have it."""
+        parts = [(kind.encode(), memoryview(data)) for kind, data in bundle.items()]
+        if not parts or os.getpid() != self.pid:
+            return not parts
+        main = threading.get_ident() == self.main
+        with self.lock:
+            if not self.open:
+                return False
+            self.holding = main
+            try:
+                for i, (kind, data) in enumerate(parts):
+                    self.part(kind, data, VALUE if value else 0, i == len(parts) - 1)
+            finally:
+                if main:
+                    self.holding = False
+        if main and self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+        return True
+
+    def part(self, kind, data, flags, last):
+        room = MAX_PAYLOAD - 2 - len(kind)
+        for at in range(0, max(len(data), 1), room):
+            ends = at + room >= len(data)
+            bits = flags | (CONTINUES if at else 0) | (LAST if ends and last else 0)
+            send(self.fd, RESULT, bytes((bits, len(kind))) + kind + data[at : at + room])
+
+    def done(self, status, count, error):
+        with self.lock:
+            self.open = False
+            if error is not None:
+                send(self.fd, ERROR, error)
+            send(self.fd, DONE, struct.pack("<BI", status, count & 0xFFFFFFFF))
+
+
+def cut(text, room):
+    """Leaves the middle out."""
+    if len(text) <= room:
+        return text
+    return "%s\n... %d characters left out ...\n%s" % (text[: room // 2], len(text) - room, text[len(text) - room // 2 :])
+
+
+def error_payload(name, value, shown):
+    room = MAX_PAYLOAD
+    while True:
+        fields = {"name": cut(name, 200), "value": cut(value, room // 4), "traceback": cut(shown, room)}
+        # A lone surrogate is nothing that JSON can carry.
+        fields = {key: text.encode("utf-8", "replace").decode() for key, text in fields.items()}
+        payload = json.dumps(fields, ensure_ascii=False).encode()
+        if len(payload) <= MAX_PAYLOAD:
+            return payload
+        room = room * 3 // 4
+
+
+def error_text(error):
+    try:
+        return str(error)
+    except Exception:
+        return "<no text: its __str__ failed>"
+
+
+def hide_our_frames(shown, seen):
+    if shown is None or id(shown) in seen:
+        return
+    seen.add(id(shown))
+    if shown.stack is not None:
+        shown.stack[:] = [frame for frame in shown.stack if frame.filename != HERE]
+    for other in (shown.__cause__, shown.__context__, *(getattr(shown, "exceptions", None) or ())):
+        hide_our_frames(other, seen)
+
+
+def as_bytes(kind, data):
+    """One representation as a result carries it, or None."""
+    if data is None:
+        return None
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    if isinstance(data, str):
+        if kind in BINARY:
+            import binascii
+
+            return binascii.a2b_base64(data)
+        return data.encode("utf-8", "replace")
+    return json.dumps(data, default=repr).encode("utf-8", "replace")
+
+
+def add_representations(bundle, data):
+    for kind, content in data.items():
+        content = as_bytes(kind, content)
+        if content is not None and 0 < len(kind) < 256 and kind.isascii():
+            bundle[kind] = content
+
+
+def without_metadata(said):
+    return said[0] if isinstance(said, tuple) and len(said) == 2 else said
+
+
+def representations(obj):
+    """The MIME bundle of an object: what it says of itself, and its repr."""
+    bundle, kind = {}, type(obj)
+
+    def ask(name, *arguments, **named):
+        # Of the type: an object that has every attribute has no representation.
+        method = getattr(kind, name, None)
+        if method is None:
+            return None
+        try:
+            return without_metadata(method(obj, *arguments, **named))
+        except NotImplementedError:
+            return None
+        except Exception as error:
+            # The others may still work.
+            print_exception(error)
+            return None
+
+    whole = ask("_repr_mimebundle_", include=None, exclude=None)
+    if isinstance(whole, dict):
+        add_representations(bundle, whole)
+    for mime, name in REPRESENTATIONS:
+        if mime not in bundle:
+            add_representations(bundle, {mime: ask(name)})
+    figure = getattr(sys.modules.get("matplotlib.figure"), "Figure", None)
+    if figure is not None and isinstance(obj, figure) and "image/png" not in bundle:
+        bundle["image/png"] = figure_png(obj)
+    if "text/plain" not in bundle:
+        bundle["text/plain"] = repr(obj).encode("utf-8", "replace")
+    # The plain one first, as people read it.
+    return {"text/plain": bundle.pop("text/plain"), **bundle}
+
+
+def figure_png(figure):
+    image = io.BytesIO()
+    figure.savefig(image, format="png", bbox_inches="tight")
+    return image.getvalue()
+
+
+class Loop:
+    """The event loop that top-level awaits of all cells share."""
+
+    def __init__(self):
+        self.loop = None
+
+    def run(self, coroutine):
+        import asyncio
+
+        if self.loop is None or self.loop.is_closed():
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
+        task = self.loop.create_task(coroutine)
+        try:
+            return self.loop.run_until_complete(task)
+        except BaseException:
+            # An interrupt leaves the task where it was; it must not go on at the next await.
+            if not task.done():
+                task.cancel()
+                self.loop.run_until_complete(asyncio.wait([task]))
+            raise
+
+
+class Shell:
+    """A shell of our own, for an interpreter without IPython."""
+
+    def __init__(self, main, channel, loop):
+        self.names, self.channel, self.loop = main.__dict__, channel, loop
+        self.flags = 0
+        builtins.display = self.display
+
+    def run(self, source, count):
+        """Runs a cell. Returns the error that ended it, and its traceback as text."""
+        try:
+            return self.attempt(source, "<cell %d>" % count), None
+        except BaseException as error:
+            tb = error.__traceback__
+            # Ours and the event loop's.
+            while tb is not None and not tb.tb_frame.f_code.co_filename.startswith("<cell "):
+                tb = tb.tb_next
+            caught = error.with_traceback(tb or error.__traceback__)
+        shown = traceback.TracebackException(type(caught), caught, caught.__traceback__)
+        hide_our_frames(shown, set())
+        sys.last_type, sys.last_value, sys.last_traceback = type(caught), caught, caught.__traceback__
+        if sys.version_info >= (3, 12):
+            sys.last_exc = caught
+        return caught, "".join(shown.format())
+
+    def attempt(self, source, filename):
+        import ast
+
+        register_source(filename, source)
+        awaits = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        tree = compile(source, filename, "exec", self.flags | awaits | ast.PyCF_ONLY_AST, dont_inherit=True)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr) and not silenced(source, tree.body[-1]):
+            last = ast.Expression(tree.body.pop().value)
+        codes = [compile(tree, filename, "exec", self.flags | awaits, dont_inherit=True)] if tree.body else []
+        if codes:
+            # A `from __future__ import` holds for the cells that follow.
+            self.flags |= codes[0].co_flags & FUTURES
+        if last is not None:
+            codes.append(compile(last, filename, "eval", self.flags | awaits, dont_inherit=True))
+        value = None
+        for code in codes:
+            value = eval(code, self.names)
+            # CO_COROUTINE
+            if code.co_flags & 0x80:
+                value = self.loop.run(value)
+        if last is not None and value is not None:
+            bundle = representations(value)
+            builtins._ = value
+            self.show(bundle, True)
+        return None
+
+    def show(self, bundle, value):
+        if not self.channel.result(bundle, value) and sys.stdout is not None:
+            # Between cells, or in a process that the program forked.
+            sys.stdout.write(bundle.get("text/plain", b"").decode() + "\n")
+
+    def display(self, *objects, raw=False, **_):
+        """Shows objects in every representation that they have. `raw`: they are dicts of MIME type to data."""
+        for obj in objects:
+            bundle = {}
+            if raw:
+                add_representations(bundle, obj)
+            else:
+                bundle = representations(obj)
+            self.show(bundle, False)
+
+    def after(self):
+        """Figures that the cell left open."""
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if pyplot is None:
+            return
+        try:
+            for number in pyplot.get_fignums():
+                self.display(pyplot.figure(number))
+        finally:
+            pyplot.close("all")
+
+
+FUTURES = 0
+for _name in __future__.all_feature_names:
+    FUTURES |= getattr(__future__, _name).compiler_flag
+
+
+def silenced(source, expression):
+    """Whether a semicolon follows the last expression."""
+    lines = source.splitlines()
+    line = lines[expression.end_lineno - 1] if expression.end_lineno <= len(lines) else b""
+    return line[expression.end_col_offset :].lstrip().startswith(b";")
+
+
+def no_input(prompt=""):
+    raise EOFError("a cell has no standard input: pass the value in the code, or run a command that has one")
+
+
+class Context:
+    """Runs cells, one after the other, in one `__main__`."""
+
+    def __init__(self, control, fd, generators):
+        self.control, self.generators = control, generators
+        self.channel = Channel(fd)
+        self.count = 0
+        self.running = False
+        main = types.ModuleType("__main__")
+        main.__builtins__ = builtins
+        main.__loader__ = importlib.machinery.BuiltinImporter
+        sys.path.insert(0, "")
+        sys.argv = [""]
+        if hasattr(sys, "orig_argv"):
+            sys.orig_argv = [sys.executable]
+        sys.modules["__main__"] = main
+        builtins.input = no_input
+        self.shell = Shell(main, self.channel, Loop())
+
+    def run(self):
+        """Serves until the agent closes; never returns."""
+        code = []
+        signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            for kind, payload in self.control:
+                if kind == CODE:
+                    code.append(payload)
+                elif kind == CELL:
+                    source, code = b"".join(code), []
+                    self.cell(source)
+                elif kind == IDENTITY:
+                    # What the cells made is to be found, too.
+                    self.generators = Generators(self.generators)
+                    apply_identity(payload, self.generators)
+                elif kind == ENV:
+                    set_environment(payload)
+                else:
+                    raise RunnerError("unexpected frame kind %#04x in a context" % kind)
+        except RunnerError as error:
+            fail(error, self.channel.fd)
+        except BaseException as error:
+            fail("%s: %s" % (type(error).__name__, error), self.channel.fd)
+        flush_std()
+        flush_files()
+        os._exit(0)
+
+    def interrupt(self, signum, frame):
+        if not self.running:
+            return
+        if self.channel.holding:
+            self.channel.pending = True
+            return
+        if frame is not None and frame.f_code is Context.guarded.__code__:
+            # The cell has not begun or is over: once is enough.
+            self.running = False
+        raise KeyboardInterrupt
+
+    def guarded(self, source):
+        """Every interrupt that comes before this is over ends in here or in its caller, and nowhere else."""
+        error = shown = None
+        try:
+            self.running = True
+            error, shown = self.shell.run(source, self.count)
+            self.shell.after()
+            self.running = False
+        except BaseException as caught:
+            self.running = False
+            error, shown = caught, "%s\n" % type(caught).__name__
+        return error, shown
+
+    def cell(self, source):
+        self.count += 1
+        self.channel.open = True
+        self.channel.pending = False
+        # A cell may have put its own in its place.
+        signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            error, shown = self.guarded(source)
+        except KeyboardInterrupt as caught:
+            error, shown = caught, "KeyboardInterrupt\n"
+        if os.getpid() != self.channel.pid:
+            # A fork that the program made came to the end of the cell.
+            flush_std()
+            os._exit(0 if error is None else 1)
+        signal.signal(signal.SIGINT, self.interrupt)
+        flush_std()
+        if FFLUSH is not None:
+            FFLUSH(None)
+        if any(stream is None or getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr)):
+            open_stdio()
+        status, payload = OK, None
+        if error is not None:
+            status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+            payload = error_payload(type(error).__name__, error_text(error), shown)
+        self.channel.done(status, self.count, payload)
+
+
 # ---- life
 
 
 def serve(ready, generators):
-    """Waits for the one request and runs it; never returns."""
+    """Waits for what to be, a program or a context, and becomes it; never returns."""
     try:
         # Before Ready: in a pool of waiting forks this costs nobody anything.
         open_stdio()
         send(CONTROL_FD, READY, ready)
         # Out of the program's way, and not inherited by what it executes.
-        program, control_fd = read_request(generators)
+        work = read_request(generators)
     except RunnerError as error:
         fail(error)
     except BaseException as error:
         fail("%s: %s" % (type(error).__name__, error))
-    program.run(control_fd)
+    work()
+
+
+def set_environment(payload):
+    key, nul, value = payload.partition(b"\0")
+    if not nul or not key:
+        raise RunnerError("malformed env frame")
+    os.environb[key] = value
+    if key == b"TZ":
+        time.tzset()
 
 
 def read_request(generators):
     import fcntl
 
-    control = io.BufferedReader(io.FileIO(CONTROL_FD, "r", closefd=False), MAX_PAYLOAD)
-    argv, code, environment, identified = [], [], [], False
-    for kind, payload in frames(control):
+    private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
+    control = frames(io.BufferedReader(io.FileIO(private, "r", closefd=False), MAX_PAYLOAD))
+    argv, code, environment, identified, directory, serves = [], [], [], False, None, False
+    for kind, payload in control:
         if kind == IDENTITY:
             apply_identity(payload, generators)
             identified = True
@@ -649,11 +1052,11 @@ def read_request(generators):
         elif kind == ARG:
             argv.append(os.fsdecode(payload))
         elif kind == ENV:
-            key, nul, value = payload.partition(b"\0")
-            if not nul or not key:
-                raise RunnerError("malformed env frame")
-            environment.append((key, value))
-        elif kind == RUN:
+            environment.append(payload)
+        elif kind == CWD:
+            directory = payload
+        elif kind in (RUN, SERVE):
+            serves = kind == SERVE
             break
         else:
             raise RunnerError("unexpected frame kind %#04x" % kind)
@@ -662,17 +1065,28 @@ def read_request(generators):
         os._exit(0)
     if not identified:
         raise RunnerError("a run without an identity")
-    for key, value in environment:
-        os.environb[key] = value
-        if key == b"TZ":
-            time.tzset()
-    # Code and argv are the program's; everything else of this function goes.
-    program = Program(b"".join(code), argv or ["-c"])
-    program.hook_multiprocessing()
-    private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
+    for payload in environment:
+        set_environment(payload)
+    if directory is not None:
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
+    if serves:
+        # Cells have no standard input.
+        null = os.open(os.devnull, os.O_RDONLY)
+        if null != 0:
+            os.dup2(null, 0)
+            os.close(null)
+        work = Context(control, private, generators).run
+    else:
+        # Code and argv are the program's; everything else of this function goes.
+        program = Program(b"".join(code), argv or ["-c"])
+        program.hook_multiprocessing()
+        work = lambda: program.run(private)
     os.close(CONTROL_FD)
     send(private, STARTED)
-    return program, private
+    return work
 
 
 def fork_server(path, fd):

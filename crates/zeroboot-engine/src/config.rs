@@ -4,6 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::SandboxBounds;
+
 /// What stands between the code and the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -82,6 +84,8 @@ pub struct EngineConfig {
     pub max_live: usize,
     /// Memory that live sandboxes may be promised, bytes, all templates together.
     pub max_memory: u64,
+    /// Sandboxes that live, apart from those that serve one exec.
+    pub sandboxes: SandboxBounds,
     /// How long a request may wait for admission before it is refused as busy.
     pub admission_wait: Duration,
     /// How long a template may take to warm up, and a sandbox to become ready.

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -10,10 +10,12 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::Instrument;
+use uuid::Uuid;
 
 use crate::{
-    EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation,
+    EndReason, EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation, Sandbox, SandboxSpec,
     cgroup::Cgroups,
+    live::{Origin, Registry},
     reaper::Reaper,
     spawn::Spawner,
     template::{Shared, Template},
@@ -54,6 +56,9 @@ pub enum ExecError {
         /// When to try again.
         retry_after: Duration,
     },
+    /// Its owner has as many sandboxes that live as one may have.
+    #[error("{0} sandboxes live already, which is as many as one caller may have")]
+    TooManySandboxes(usize),
     /// The template gave no sandbox: its zygote is down and being restarted, or the fork failed. No code ran.
     #[error("template {template} is not ready: {reason}")]
     NotReady {
@@ -112,6 +117,10 @@ pub struct EngineStats {
     pub max_live: usize,
     /// Most memory that may be promised, bytes.
     pub max_memory: u64,
+    /// Sandboxes that live on, apart from the above.
+    pub sandboxes: usize,
+    /// Memory promised to those, bytes.
+    pub sandbox_memory: u64,
 }
 
 /// A running engine. Clones are handles to the same one; when the last is dropped, everything it started ends.
@@ -122,7 +131,9 @@ pub struct Engine {
 
 #[derive(Debug)]
 struct Inner {
-    templates: Vec<Arc<Template>>,
+    /// In the order of the configuration. They are few, and can become more while the engine runs.
+    templates: RwLock<Vec<Arc<Template>>>,
+    live: Arc<Registry>,
     /// One permit a live sandbox.
     places: Arc<Semaphore>,
     max_live: usize,
@@ -132,6 +143,7 @@ struct Inner {
     admission_wait: Duration,
     refused: AtomicU64,
     closing: AtomicBool,
+    closing_sandboxes: AtomicBool,
     cgroup_obstacle: Option<String>,
     reaper: Arc<Reaper>,
 }
@@ -139,6 +151,12 @@ struct Inner {
 const MIB: u64 = 1024 * 1024;
 /// How long the end of an engine waits for what it killed to be gone.
 const CLEARING: Duration = Duration::from_secs(2);
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.live.end_all(EndReason::ShuttingDown);
+    }
+}
 
 impl Engine {
     /// Starts the zygotes, waits until every template is warm, and begins to fill the pools.
@@ -166,7 +184,8 @@ impl Engine {
         }
         Ok(Engine {
             inner: Arc::new(Inner {
-                templates,
+                templates: RwLock::new(templates),
+                live: Registry::new(config.sandboxes),
                 places: Arc::new(Semaphore::new(config.max_live)),
                 max_live: config.max_live,
                 memory: Arc::new(Semaphore::new((config.max_memory / MIB) as usize)),
@@ -174,6 +193,7 @@ impl Engine {
                 admission_wait: config.admission_wait,
                 refused: AtomicU64::new(0),
                 closing: AtomicBool::new(false),
+                closing_sandboxes: AtomicBool::new(false),
                 cgroup_obstacle,
                 reaper,
             }),
@@ -184,8 +204,7 @@ impl Engine {
     pub async fn exec(&self, request: ExecRequest) -> Result<Execution, ExecError> {
         let requested = Instant::now();
         request.check()?;
-        let template = self.inner.templates.iter().find(|t| t.config.name == request.template);
-        let template = template.ok_or_else(|| ExecError::UnknownTemplate(request.template.clone()))?;
+        let template = self.template(&request.template)?;
         let permits = self.admit(&request).instrument(tracing::debug_span!("exec.admission")).await?;
         let asked = Instant::now();
         let (mut worker, pooled) = template.checkout().instrument(tracing::debug_span!("exec.checkout")).await?;
@@ -193,6 +212,13 @@ impl Engine {
         worker.limit(&request.limits).map_err(|e| ExecError::Sandbox(format!("set its cgroup limits: {e}")))?;
         let isolation = template.config.spec.isolation();
         Execution::new(worker, request, isolation, pooled, requested, asked.elapsed())
+    }
+
+    /// By name, at this moment.
+    fn template(&self, name: &str) -> Result<Arc<Template>, ExecError> {
+        let templates = self.inner.templates.read().unwrap_or_else(PoisonError::into_inner);
+        let found = templates.iter().find(|template| template.config.name == name);
+        found.cloned().ok_or_else(|| ExecError::UnknownTemplate(name.to_owned()))
     }
 
     /// The right to one live sandbox and to its memory.
@@ -222,7 +248,8 @@ impl Engine {
 
     /// The templates, in the order of the configuration.
     pub fn templates(&self) -> Vec<TemplateStatus> {
-        self.inner.templates.iter().map(|template| template.status()).collect()
+        let templates = self.inner.templates.read().unwrap_or_else(PoisonError::into_inner);
+        templates.iter().map(|template| template.status()).collect()
     }
 
     /// Counters.
@@ -234,7 +261,48 @@ impl Engine {
             refused: inner.refused.load(Ordering::Relaxed),
             max_live: inner.max_live,
             max_memory: inner.max_memory,
+            sandboxes: inner.live.live(),
+            sandbox_memory: inner.live.promised(),
         }
+    }
+
+    /// Takes a sandbox that lives until its lease ends. It has places and memory of its own, apart from those of execs.
+    pub async fn create(&self, spec: SandboxSpec) -> Result<Sandbox, ExecError> {
+        let inner = &self.inner;
+        if inner.closing_sandboxes.load(Ordering::Relaxed) {
+            return Err(ExecError::ShuttingDown);
+        }
+        spec.check(&inner.live.bounds)?;
+        let template = self.template(&spec.template)?;
+        let (place, permits) = inner.live.admit(&spec)?;
+        let asked = Instant::now();
+        let (mut worker, pooled) = template.checkout().instrument(tracing::debug_span!("sandbox.checkout")).await?;
+        worker.charge(permits);
+        let failed = |what: &str, error: std::io::Error| ExecError::Sandbox(format!("{what}: {error}"));
+        worker.limit(&spec.limits.of_exec()).map_err(|error| failed("set its cgroup limits", error))?;
+        let origin = Origin {
+            language: template.config.language.clone(),
+            isolation: template.config.spec.isolation(),
+            pooled,
+            fork_time: asked.elapsed(),
+        };
+        inner.live.launch(worker, spec, origin, place).map_err(|error| failed("make its identity", error))
+    }
+
+    /// The sandboxes that live, the oldest first.
+    pub fn sandboxes(&self) -> Vec<Sandbox> {
+        self.inner.live.sandboxes()
+    }
+
+    /// A sandbox that lives, or has ended not long ago.
+    pub fn find(&self, id: Uuid) -> Option<Sandbox> {
+        self.inner.live.find(id)
+    }
+
+    /// Ends every sandbox that lives, and lets none begin.
+    pub fn end_sandboxes(&self) {
+        self.inner.closing_sandboxes.store(true, Ordering::Relaxed);
+        self.inner.live.end_all(EndReason::ShuttingDown);
     }
 
     /// Why sandboxes have no cgroup; `None` if they have.
@@ -250,11 +318,13 @@ impl Engine {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         self.inner.places.close();
-        for template in &self.inner.templates {
+        self.end_sandboxes();
+        for template in self.inner.templates.read().unwrap_or_else(PoisonError::into_inner).iter() {
             template.empty_pool();
         }
         let deadline = Instant::now() + CLEARING;
-        while !self.inner.reaper.is_done() && Instant::now() < deadline {
+        let ended = || self.inner.live.live() == 0 && self.inner.reaper.is_done();
+        while !ended() && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

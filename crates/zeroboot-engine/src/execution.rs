@@ -395,12 +395,17 @@ async fn next_stdin(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> 
     }
 }
 
-/// The whole request as the frames that a sandbox takes, with a fresh identity.
-pub fn request_frames(request: &ExecRequest, id: Uuid) -> io::Result<Vec<u8>> {
+/// A fresh identity.
+pub(crate) fn identity(id: Uuid) -> io::Result<Identity> {
     let mut entropy = [0; 64];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
-    let identity = Identity { entropy, realtime_ns: now.as_nanos() as u64, sandbox_id: *id.as_bytes() };
+    Ok(Identity { entropy, realtime_ns: now.as_nanos() as u64, sandbox_id: *id.as_bytes() })
+}
+
+/// The whole request as the frames that a sandbox takes, with a fresh identity.
+pub fn request_frames(request: &ExecRequest, id: Uuid) -> io::Result<Vec<u8>> {
+    let identity = identity(id)?;
     let limits = &request.limits;
     let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
     let limits = zeroboot_proto::Limits {

@@ -5,6 +5,7 @@ mod cgroup;
 mod config;
 mod engine;
 mod execution;
+mod live;
 mod outcome;
 mod reaper;
 mod request;
@@ -15,7 +16,15 @@ mod worker;
 pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 pub use engine::{Engine, EngineStats, ExecError, StartError, TemplateStatus};
 pub use execution::{Execution, StdinWriter, request_frames};
+pub use live::{
+    Activity, Attached, CellError, EndReason, Entries, FileReader, FileWriter, Hold, Item, MAX_TAG, MimeBundle, Run,
+    RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds, SandboxLimits,
+    SandboxSpec, Watch,
+};
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
     ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
+};
+pub use zeroboot_proto::live::{
+    CellStatus, Change, ChangeKind, ContextInfo, ContextOp, DEFAULT_CONTEXT, Entry, EntryKind, FileOp, Refusal, Size,
 };

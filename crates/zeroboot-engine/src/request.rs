@@ -121,34 +121,13 @@ impl ExecRequest {
         if self.code.iter().all(u8::is_ascii_whitespace) {
             return Err(E::EmptyCode);
         }
-        if self.code.len() > MAX_CODE {
-            return Err(E::CodeTooLong(self.code.len()));
-        }
-        if let Some(at) = self.code.iter().position(|&b| b == 0) {
-            return Err(E::CodeHasNul(at));
-        }
-        if let Err(error) = std::str::from_utf8(&self.code) {
-            return Err(E::CodeNotUtf8(error.valid_up_to()));
-        }
+        check_text(&self.code)?;
         if self.limits.timeout.is_zero() {
             return Err(E::ZeroTimeout);
         }
-        if self.env.len() > MAX_ENV || self.args.len() > MAX_ENV {
-            return Err(E::TooManyVariables);
-        }
-        for (key, value) in &self.env {
-            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
-                return Err(E::BadEnv(key.clone()));
-            }
-            if key.len() + value.len() >= MAX_ENV_BYTES {
-                return Err(E::EnvTooLong(key.clone()));
-            }
-        }
-        for arg in self.args.iter().chain([&self.name]) {
-            if arg.contains('\0') || arg.len() >= MAX_ENV_BYTES {
-                return Err(E::BadArgument);
-            }
-        }
+        check_env(&self.env)?;
+        check_args(&self.args)?;
+        check_args(std::slice::from_ref(&self.name))?;
         if self.files.len() > MAX_FILES || self.output_files.len() > MAX_FILES {
             return Err(E::TooManyFiles);
         }
@@ -168,6 +147,44 @@ impl ExecRequest {
         }
         Ok(())
     }
+}
+
+/// Code that a runtime can read, or nothing.
+pub(crate) fn check_text(code: &[u8]) -> Result<(), InvalidRequest> {
+    use InvalidRequest as E;
+    if code.len() > MAX_CODE {
+        return Err(E::CodeTooLong(code.len()));
+    }
+    if let Some(at) = code.iter().position(|&b| b == 0) {
+        return Err(E::CodeHasNul(at));
+    }
+    std::str::from_utf8(code).map(drop).map_err(|error| E::CodeNotUtf8(error.valid_up_to()))
+}
+
+/// Environment variables that a process can have.
+pub(crate) fn check_env(env: &[(String, String)]) -> Result<(), InvalidRequest> {
+    use InvalidRequest as E;
+    if env.len() > MAX_ENV {
+        return Err(E::TooManyVariables);
+    }
+    for (key, value) in env {
+        if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+            return Err(E::BadEnv(key.clone()));
+        }
+        if key.len() + value.len() >= MAX_ENV_BYTES {
+            return Err(E::EnvTooLong(key.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// Arguments that a process can have.
+pub(crate) fn check_args(args: &[String]) -> Result<(), InvalidRequest> {
+    if args.len() > MAX_ENV {
+        return Err(InvalidRequest::TooManyVariables);
+    }
+    let bad = |arg: &String| arg.contains('\0') || arg.len() >= MAX_ENV_BYTES;
+    if args.iter().any(bad) { Err(InvalidRequest::BadArgument) } else { Ok(()) }
 }
 
 /// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts, none longer than any
@@ -236,6 +253,24 @@ pub enum InvalidRequest {
     /// A file that another file's path has as its folder.
     #[error("path {0:?} is a file, and another file is in it")]
     FileAndFolder(String),
+    /// A command without a program.
+    #[error("the command is empty; name a program")]
+    NoProgram,
+    /// A working directory that is no path.
+    #[error("the working directory is empty, longer than 4096 bytes, or has a NUL byte")]
+    BadDirectory,
+    /// Above [`crate::MAX_TAG`].
+    #[error("the tag is longer than {} bytes", crate::MAX_TAG)]
+    TagTooLong,
+    /// A terminal without room for a character.
+    #[error("a terminal needs at least one column and one row")]
+    BadTerminal,
+    /// A context's name that none can have.
+    #[error("a context's name has 1 to 64 letters, digits, '-', '_' or '.'")]
+    BadContextName,
+    /// A lease above the maximum.
+    #[error("the lease may be at most {} s", .0.as_secs())]
+    LeaseTooLong(Duration),
 }
 
 #[cfg(test)]

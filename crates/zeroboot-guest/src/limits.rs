@@ -33,6 +33,19 @@ impl Ceilings {
 
     /// Sets the limits on the runner, whose children inherit them. `used` is its CPU time until now.
     pub(crate) fn apply(&self, runner: &Runner, limits: &Limits, used: Duration) -> Result<(), String> {
+        for (resource, limit, what) in self.of(limits, used, self.data) {
+            prlimit(Some(runner.pid), resource, limit)
+                .map_err(|error| format!("cannot set the limit for {what}: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// What a program has that is started from now on, for itself to set.
+    pub(crate) fn of_a_program(&self, limits: &Limits) -> Vec<(Resource, Rlimit)> {
+        self.of(limits, Duration::ZERO, 0).into_iter().map(|(resource, limit, _)| (resource, limit)).collect()
+    }
+
+    fn of(&self, limits: &Limits, used: Duration, data: u64) -> Vec<(Resource, Rlimit, &'static str)> {
         // The kernel's own check is in whole seconds and per process: it is the second line behind the watchdog.
         let cpu = Duration::from_nanos(limits.cpu_ns).saturating_add(used).as_secs().saturating_add(2);
         // In the order of RESOURCES.
@@ -44,18 +57,22 @@ impl Ceilings {
             (finite32(limits.open_files), "open files"),
             // The agent counts too when it is the same user.
             (finite32(limits.processes).map(|n| n + u64::from(self.same_user)), "processes"),
-            (finite(limits.memory).map(|n| n.saturating_add(self.data)), "memory"),
+            (finite(limits.memory).map(|n| n.saturating_add(data)), "memory"),
             (finite(limits.cpu_ns).map(|_| cpu), "CPU time"),
         ];
+        let mut all = Vec::with_capacity(rows.len());
         for ((resource, ceiling), (value, what)) in RESOURCES.into_iter().zip(self.maximum).zip(rows) {
             let Some(value) = value else { continue };
+            // A process sandbox has it from its worker, and its filter lets nobody change it.
+            if matches!(resource, Resource::Core) && ceiling == Some(value) {
+                continue;
+            }
             let value = ceiling.map_or(value, |max| value.min(max));
             // Hard one second above soft for CPU time: SIGXCPU comes first and tells what happened.
             let maximum = if matches!(resource, Resource::Cpu) { value.saturating_add(1) } else { value };
-            prlimit(Some(runner.pid), resource, Rlimit { current: Some(value), maximum: Some(maximum) })
-                .map_err(|error| format!("cannot set the limit for {what}: {error}"))?;
+            all.push((resource, Rlimit { current: Some(value), maximum: Some(maximum) }, what));
         }
-        Ok(())
+        all
     }
 }
 

@@ -2,37 +2,31 @@
 //! mailbox.
 
 use std::{
-    ffi::OsString,
     fs, io,
-    os::{fd::BorrowedFd, unix::ffi::OsStringExt},
+    os::fd::BorrowedFd,
     path::{Path, PathBuf},
 };
 
 use zeroboot_proto::{
-    Decoder, HEADER_LEN, Header, Identity, Kind,
+    Decoder, HEADER_LEN, Header, Kind,
     mailbox::{AREA, Ring},
 };
 
 use crate::{
     files::Files,
+    place::{ENVIRON, HOME, Place, USER, words},
     processes::Processes,
     runner::{Runner, Spawn},
-    supervise::{Host, Stop, Supervisor},
+    supervise::{Stop, Supervisor},
     transport::{Received, Transport},
     vm::{self, Vm},
 };
 
 /// The runner's command line, each word ended by a NUL. Written by the template's recipe.
 const ARGV: &str = "/etc/zeroboot/argv";
-/// The runner's environment, each `NAME=VALUE` ended by a NUL.
-const ENVIRON: &str = "/etc/zeroboot/environ";
 /// Asks the runner to say its program's status and to stop itself, instead of ending: see
 /// [`zeroboot_proto::ENDED`].
 const LINGER: &str = "ZEROBOOT_LINGER";
-/// Where user code runs, and as whom.
-const HOME: &str = "/home/sandbox";
-const USER: (u32, u32) = (1000, 1000);
-
 /// Runs the machine. Returns only to end it: the end of PID 1 is a panic of the kernel, which the host sees
 /// at once.
 pub(crate) fn main() -> u8 {
@@ -52,20 +46,15 @@ fn run() -> Result<Stop, Option<String>> {
         move |error: io::Error| Some(format!("cannot {what}: {error}"))
     };
     let vm = Vm::start().map_err(step("start the machine"))?;
-    let words = |path: &str| -> Result<Vec<OsString>, Option<String>> {
-        let bytes = fs::read(path).map_err(step(&format!("read {path}")))?;
-        let words = bytes.split(|&b| b == 0).filter(|word| !word.is_empty());
-        Ok(words.map(|word| OsString::from_vec(word.to_vec())).collect())
-    };
-    let mut env: Vec<_> = words(ENVIRON)?.into_iter().filter_map(split).collect();
+    let mut env = Place::Vm.environ().map_err(step(&format!("read {ENVIRON}")))?;
     // The runner takes it out of the environment; a runner that does not know it ends as any process.
     env.push((LINGER.into(), "1".into()));
     let spawn = Spawn {
-        command: words(ARGV)?,
+        command: words(ARGV).map_err(step(&format!("read {ARGV}")))?,
         cwd: Some(PathBuf::from(HOME)),
         user: Some(USER),
         env: Some(env),
-        prepare: vm::without_ports,
+        prepare: &|command| Place::Vm.prepare(command),
     };
     let processes = Processes::new().map_err(step("adopt orphans"))?;
     let runner = Runner::spawn(&spawn).map_err(step("start the runner"))?;
@@ -73,27 +62,10 @@ fn run() -> Result<Stop, Option<String>> {
     fs::write("/proc/self/oom_score_adj", "-1000").map_err(step("be spared when memory runs out"))?;
     let files = Files::new(Path::new(HOME), Some(USER)).map_err(step("open the working directory"))?;
     let mailbox = Mailbox { vm, ready: false, input: Vec::new(), cut: 0 };
-    match Supervisor::new(mailbox, Machine, runner, processes, files).serve() {
+    match Supervisor::new(mailbox, Place::Vm, runner, processes, files).serve() {
         Err(stop) => Ok(stop),
         // The last ring never returns.
         Ok(()) => Err(None),
-    }
-}
-
-fn split(variable: OsString) -> Option<(OsString, OsString)> {
-    let mut name = variable.into_vec();
-    let at = name.iter().position(|&b| b == b'=')?;
-    let value = name.split_off(at + 1);
-    name.truncate(at);
-    Some((OsString::from_vec(name), OsString::from_vec(value)))
-}
-
-/// The kernel of this fork.
-struct Machine;
-
-impl Host for Machine {
-    fn apply_identity(&mut self, identity: &Identity) -> Result<(), String> {
-        vm::apply_identity(identity).map_err(|error| format!("cannot give the machine its identity: {error}"))
     }
 }
 
@@ -121,7 +93,8 @@ impl Mailbox {
                 // A header goes as a whole: that is how its frame is followed.
                 break;
             }
-            last |= end <= n && matches!(header.kind, Kind::Exit | Kind::Failure);
+            // A sandbox that lives ends in no other way than by `Failure`.
+            last |= end <= n && header.channel == 0 && matches!(header.kind, Kind::Exit | Kind::Failure);
             at = end;
         }
         let n = if at > n { n } else { at };
@@ -133,6 +106,10 @@ impl Mailbox {
 impl Transport for Mailbox {
     fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    fn has_input(&self) -> bool {
+        !self.input.is_empty()
     }
 
     fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received> {
@@ -168,16 +145,5 @@ impl Transport for Mailbox {
         let why = if last { Ring::Done } else { Ring::Output };
         self.vm.exchange(why, frames.get(..n).unwrap_or_default(), &mut self.input);
         Ok(n)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_variable_is_split_at_its_first_equals_sign() {
-        assert_eq!(split("A=b=c".into()), Some(("A".into(), "b=c".into())));
-        assert_eq!(split("A".into()), None);
     }
 }

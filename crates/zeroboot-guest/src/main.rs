@@ -11,7 +11,9 @@
 
 mod files;
 mod limits;
+mod live;
 mod machine;
+mod place;
 mod processes;
 mod runner;
 mod supervise;
@@ -25,9 +27,10 @@ use std::process::ExitCode;
 use rustix::process::{DumpableBehavior, Pid};
 
 use crate::files::Files;
+use crate::place::Place;
 use crate::processes::Processes;
 use crate::runner::{Runner, Spawn};
-use crate::supervise::{NoHost, Stop, Supervisor};
+use crate::supervise::{Stop, Supervisor};
 use crate::transport::SocketTransport;
 
 /// The front's socket.
@@ -66,18 +69,19 @@ fn start() -> Result<Result<(), Stop>, String> {
     let processes = Processes::new().map_err(|error| format!("cannot adopt orphans: {error}"))?;
     let mut args = std::env::args_os().skip(1);
     let mode = args.next().unwrap_or_default();
-    let runner = match mode.to_str() {
-        Some("sandbox") => adopt(args.next())?,
+    let (place, runner) = match mode.to_str() {
+        Some("sandbox") => (Place::Process, adopt(args.next())?),
         Some("spawn") => {
             let command: Vec<OsString> = args.skip_while(|a| a == "--").collect();
-            let spawn = Spawn { command, cwd: None, user: None, env: None, prepare: |_| () };
-            Runner::spawn(&spawn).map_err(|error| format!("cannot start the runner: {error}"))?
+            let spawn = Spawn { command: command.clone(), cwd: None, user: None, env: None, prepare: &|_| () };
+            let runner = Runner::spawn(&spawn).map_err(|error| format!("cannot start the runner: {error}"))?;
+            (Place::Test(command), runner)
         }
         _ => return Err("usage: zeroboot-guest sandbox PID | spawn [--] COMMAND...".into()),
     };
     let cwd = std::env::current_dir().map_err(|error| format!("working directory: {error}"))?;
     let files = Files::new(&cwd, None).map_err(|error| format!("working directory {cwd:?}: {error}"))?;
-    Ok(Supervisor::new(SocketTransport::new(front), NoHost, runner, processes, files).serve())
+    Ok(Supervisor::new(SocketTransport::new(front), place, runner, processes, files).serve())
 }
 
 fn adopt(pid: Option<OsString>) -> Result<Runner, String> {

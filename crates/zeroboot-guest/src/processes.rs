@@ -107,6 +107,18 @@ impl Processes {
         self.usage_of(&list)
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.list().len()
+    }
+
+    /// The one with the most memory of its own.
+    pub(crate) fn largest(&self) -> Option<Pid> {
+        let sized = |(pid, stat): (u32, Stat)| (self.anonymous(pid, &stat), pid);
+        let (_, pid) = self.list().into_iter().map(sized).max()?;
+        i32::try_from(pid).ok().and_then(Pid::from_raw)
+    }
+
     /// Whether any process has run since the last look, or may have. A glimpse: far cheaper than a look.
     pub(crate) fn stir(&self, more_than: Duration) -> bool {
         self.seen_cpu().is_none_or(|now| now.saturating_sub(self.seen.1) > more_than)

@@ -34,7 +34,7 @@ pub(crate) struct Runner {
 }
 
 /// How to start a runner.
-pub(crate) struct Spawn {
+pub(crate) struct Spawn<'a> {
     /// Program and arguments.
     pub(crate) command: Vec<OsString>,
     /// Working directory; the agent's if `None`.
@@ -44,7 +44,7 @@ pub(crate) struct Spawn {
     /// Environment to replace the agent's; inherited if `None`.
     pub(crate) env: Option<Vec<(OsString, OsString)>>,
     /// What else its start needs.
-    pub(crate) prepare: fn(&mut Command),
+    pub(crate) prepare: &'a dyn Fn(&mut Command),
 }
 
 impl Runner {
@@ -66,7 +66,7 @@ impl Runner {
     }
 
     /// Starts one.
-    pub(crate) fn spawn(spawn: &Spawn) -> io::Result<Runner> {
+    pub(crate) fn spawn(spawn: &Spawn<'_>) -> io::Result<Runner> {
         let (program, args) = spawn.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let (control, control_theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;

@@ -24,6 +24,8 @@ use zeroboot_proto::{
 
 use crate::files::Files;
 use crate::limits::Ceilings;
+use crate::live::{Birth, Born, Live};
+use crate::place::Place;
 use crate::processes::{Processes, oom_kills};
 use crate::runner::{Runner, readable};
 use crate::sys;
@@ -52,21 +54,6 @@ const STDERR_KEPT: usize = 4096;
 /// What V8 writes when its heap is full, before it aborts.
 const NODE_OUT_OF_MEMORY: &[u8] = b"JavaScript heap out of memory";
 
-/// What the place that the agent runs in has to do at an identity, before the runner hears of it.
-pub(crate) trait Host {
-    /// Entropy, clock, host name. An error means that no user code runs.
-    fn apply_identity(&mut self, identity: &Identity) -> Result<(), String>;
-}
-
-/// A process sandbox: kernel generator and clock are the host's own, the host name is set by who made the namespace.
-pub(crate) struct NoHost;
-
-impl Host for NoHost {
-    fn apply_identity(&mut self, _: &Identity) -> Result<(), String> {
-        Ok(())
-    }
-}
-
 /// Why the supervision ended without an `Exit` frame.
 #[derive(Debug)]
 pub(crate) enum Stop {
@@ -89,8 +76,12 @@ impl From<io::Error> for Stop {
 #[derive(Default)]
 struct Request {
     limits: Option<Limits>,
-    identified: bool,
+    identity: Option<Identity>,
     wanted: Vec<Vec<u8>>,
+    /// As it came.
+    env: Vec<Vec<u8>>,
+    /// It is to live, and not to run one program.
+    live: bool,
 }
 
 /// What a run needs to know of the warm runner, found out while nobody waits.
@@ -125,9 +116,9 @@ struct Run {
 }
 
 /// The agent's whole state.
-pub(crate) struct Supervisor<T, H> {
+pub(crate) struct Supervisor<T> {
     transport: T,
-    host: H,
+    place: Place,
     runner: Runner,
     processes: Processes,
     files: Files,
@@ -166,12 +157,12 @@ struct Interest {
     stdin_room: bool,
 }
 
-impl<T: Transport, H: Host> Supervisor<T, H> {
+impl<T: Transport> Supervisor<T> {
     /// Over a live runner.
-    pub(crate) fn new(transport: T, host: H, runner: Runner, processes: Processes, files: Files) -> Supervisor<T, H> {
+    pub(crate) fn new(transport: T, place: Place, runner: Runner, processes: Processes, files: Files) -> Supervisor<T> {
         Supervisor {
             transport,
-            host,
+            place,
             runner,
             processes,
             files,
@@ -192,7 +183,22 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
     /// Serves one request. Whatever happens, no process of the sandbox is left when this returns, and the front,
     /// if it is still there, has got its last frame.
     pub(crate) fn serve(mut self) -> Result<(), Stop> {
-        let result = self.life();
+        let result = match self.life() {
+            Ok(Some(born)) => {
+                let live = Live::new(Birth {
+                    transport: self.transport,
+                    place: self.place,
+                    processes: self.processes,
+                    runner: self.runner,
+                    from_runner: self.from_runner,
+                    from_front: self.from_front,
+                    born,
+                });
+                return live.serve();
+            }
+            Ok(None) => Ok(()),
+            Err(stop) => Err(stop),
+        };
         self.kill_all();
         if let Err(Stop::Failed(reason)) = &result {
             let text: String = reason.chars().take(MAX_PAYLOAD / 4).collect();
@@ -202,10 +208,20 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
         result
     }
 
-    fn life(&mut self) -> Result<(), Stop> {
+    /// One program's life; or what a sandbox is born with that is to live on.
+    fn life(&mut self) -> Result<Option<Born>, Stop> {
         self.warm_up()?;
         let request = self.load()?;
-        self.run(request)
+        if !request.live {
+            return self.run(request).map(|()| None);
+        }
+        let missing = || Stop::Failed("Live came without an Identity or Limits".into());
+        let identity = request.identity.ok_or_else(missing)?;
+        let limits = request.limits.ok_or_else(missing)?;
+        let prepared = self.prepared.take().ok_or_else(missing)?;
+        let used = self.processes.cpu_of(self.runner.pid);
+        prepared.ceilings.apply(&self.runner, &limits, used).map_err(Stop::Failed)?;
+        Ok(Some(Born { identity, limits, ceilings: prepared.ceilings, env: request.env }))
     }
 
     // ---- warming up
@@ -259,13 +275,15 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                 match Command::decode(kind, payload).map_err(malformed)? {
                     Command::Limits(limits) => request.limits = Some(limits),
                     Command::Identity(identity) => {
-                        self.host.apply_identity(&identity).map_err(Stop::Failed)?;
-                        request.identified = true;
+                        self.place.apply_identity(&identity).map_err(Stop::Failed)?;
+                        request.identity = Some(identity);
                         encode(&mut self.control_out, kind, payload);
                     }
-                    Command::Env(..) | Command::Arg(_) | Command::Code(_) => {
+                    Command::Env(..) => {
                         encode(&mut self.control_out, kind, payload);
+                        request.env.push(payload.to_vec());
                     }
+                    Command::Arg(_) | Command::Code(_) => encode(&mut self.control_out, kind, payload),
                     Command::Put(chunk) => self.files.put(&chunk).map_err(Stop::Failed)?,
                     Command::Get(path) => request.wanted.push(path.to_vec()),
                     Command::Stdin(bytes) => {
@@ -279,7 +297,10 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
                         self.files.close();
                         return Ok(request);
                     }
-                    Command::Live => return Err(Stop::Failed("this agent runs one program".into())),
+                    Command::Live => {
+                        request.live = true;
+                        break;
+                    }
                 }
                 if self.control_out.len() > MAX_PAYLOAD {
                     self.flush_control()?;
@@ -287,6 +308,9 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
             }
             // What came together is passed on together: fewer switches between agent and runner.
             self.flush_control()?;
+            if request.live {
+                return Ok(request);
+            }
             if self.transport.poll_fd().is_none() {
                 self.receive()?;
                 continue;
@@ -325,7 +349,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
     // ---- the run
 
     fn run(&mut self, request: Request) -> Result<(), Stop> {
-        if !request.identified {
+        if request.identity.is_none() {
             return Err(Stop::Failed("Run came without an Identity".into()));
         }
         let limits = request.limits.ok_or_else(|| Stop::Failed("Run came without Limits".into()))?;
@@ -818,7 +842,7 @@ impl<T: Transport, H: Host> Supervisor<T, H> {
 }
 
 /// Blocks until the front has taken everything.
-fn flush(out: &mut Vec<u8>, transport: &mut impl Transport) -> io::Result<()> {
+pub(crate) fn flush(out: &mut Vec<u8>, transport: &mut impl Transport) -> io::Result<()> {
     while !out.is_empty() {
         let taken = transport.send(out)?;
         out.drain(..taken);

@@ -32,6 +32,82 @@ pub(crate) fn give_descriptor(command: &mut Command, fd: OwnedFd, target: i32) {
     unsafe { command.pre_exec(hook) };
 }
 
+/// What a program that is started in a live sandbox sets for itself, between fork and exec.
+pub(crate) struct Setup {
+    /// Limits that it and its children have.
+    pub(crate) limits: Vec<(rustix::process::Resource, rustix::process::Rlimit)>,
+    /// Its standard input is a terminal that its session takes.
+    pub(crate) terminal: bool,
+}
+
+/// Makes the command's program the leader of a session of its own, with the limits of a sandbox, that dies with the agent.
+pub(crate) fn lead_session(command: &mut Command, setup: Setup) {
+    let hook = move || {
+        rustix::process::setsid()?;
+        if setup.terminal {
+            // SAFETY: the request takes a number. Standard input is in place by now.
+            if unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        for (resource, limit) in &setup.limits {
+            rustix::process::setrlimit(*resource, *limit)?;
+        }
+        // SAFETY: prctl with numbers only.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: the hook allocates nothing, takes no lock and makes only system calls; what it reads was made before the fork.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// For its life, the calling thread's access to files is that of another user, without a capability for it.
+pub(crate) struct AsUser(bool);
+
+impl AsUser {
+    /// As this user and group; as the process itself if there is none.
+    pub(crate) fn new(user: Option<(u32, u32)>) -> AsUser {
+        if let Some((uid, gid)) = user {
+            // SAFETY: they take numbers. Group first: it needs what the user gives up.
+            unsafe {
+                libc::setfsgid(gid);
+                libc::setfsuid(uid);
+            }
+        }
+        AsUser(user.is_some())
+    }
+
+    /// Whether it is in force: the calls themselves say nothing of it.
+    pub(crate) fn holds(&self, user: Option<(u32, u32)>) -> bool {
+        // SAFETY: an id that is none changes nothing, and the present one is returned.
+        user.is_none_or(|(uid, gid)| unsafe {
+            libc::setfsuid(u32::MAX) as u32 == uid && libc::setfsgid(u32::MAX) as u32 == gid
+        })
+    }
+}
+
+impl Drop for AsUser {
+    fn drop(&mut self) {
+        if self.0 {
+            // SAFETY: as above, back to the agent's own, which is root.
+            unsafe {
+                libc::setfsuid(0);
+                libc::setfsgid(0);
+            }
+        }
+    }
+}
+
+/// Bytes that wait in a pipe.
+pub(crate) fn waiting(fd: impl std::os::fd::AsFd) -> usize {
+    let mut n: libc::c_int = 0;
+    // SAFETY: the request writes one int, which outlives the call.
+    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut n) };
+    if done < 0 { 0 } else { usize::try_from(n).unwrap_or(0) }
+}
+
 /// CPU time of the reaped children of this process, and of the children that those had reaped.
 pub(crate) fn reaped_cpu() -> Duration {
     // SAFETY: an all-zero `rusage` is a valid value of that plain C struct.

@@ -25,9 +25,19 @@ pub(crate) trait Transport {
     /// program's standard input is open.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 
+    /// What becomes readable when there is input, for a transport that cannot be polled itself.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Feeds what has come to `decoder`. A transport with a descriptor must not block; one without may (a VM
     /// stands still meanwhile: this is where a template is frozen).
     fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received>;
+
+    /// Whether [`Transport::receive`] has something without waiting: it came along with what was sent.
+    fn has_input(&self) -> bool {
+        false
+    }
 
     /// Takes a prefix of `frames` (whole frames when the call began with whole frames) and says how long it was.
     /// 0: no room now, poll for it. One without a descriptor must take something.

@@ -15,6 +15,10 @@ pub const PYFORK: &str = "/.zeroboot/pyfork.so";
 pub const RUNNER_PYTHON: &str = "/.zeroboot/runner.py";
 /// The Node runner.
 pub const RUNNER_NODE: &str = "/.zeroboot/runner.cjs";
+/// The command line of one more interpreter, for the agent.
+pub(crate) const CONTEXT: &str = "/etc/zeroboot/context";
+/// The environment of what runs in a sandbox, for the agent.
+pub(crate) const ENVIRON: &str = "/etc/zeroboot/environ";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
 

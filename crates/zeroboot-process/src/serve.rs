@@ -11,7 +11,7 @@ use rustix::{
     fs::{Mode, OFlags},
     net::{AddressFamily, SocketFlags, SocketType},
     pipe::PipeFlags,
-    process::Pid,
+    process::{Pid, Resource, Rlimit},
 };
 use zeroboot_sys::{
     control::{self, Control},
@@ -30,9 +30,8 @@ const UIDS: u32 = 65_536;
 /// Most bytes of `/tmp`, of the home directory, and of `/dev/shm`, each. (Memory limits count them too.)
 const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
 
-const RUNNER_POLICY: &str = include_str!("../../../policy/process-runner.json");
-const AGENT_POLICY: &str = include_str!("../../../policy/process-agent.json");
-/// On top of the runner's where there is no cgroup.
+const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json");
+/// On top of it where there is no cgroup.
 const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
 
 /// Why serving ended or never began.
@@ -61,8 +60,7 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
         return Err(ServeError::Threads(threads));
     }
     let zygote = Zygote {
-        runner_filter: Filter::parse(RUNNER_POLICY)?,
-        agent_filter: Filter::parse(AGENT_POLICY)?,
+        filter: Filter::parse(SANDBOX_POLICY)?,
         uncounted_filter: Filter::parse(UNCOUNTED_POLICY)?,
         proc: rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| step("open /proc")(e.into()))?,
@@ -117,8 +115,9 @@ fn maps_sandbox_uids() -> bool {
 }
 
 struct Zygote {
-    runner_filter: Filter,
-    agent_filter: Filter,
+    /// One for the agent, the runner and all that they start: the agent starts commands, whose filter can only be as wide
+    /// as its own.
+    filter: Filter,
     uncounted_filter: Filter,
     /// Our own `/proc`, for the children's id maps.
     proc: OwnedFd,
@@ -162,7 +161,7 @@ impl Zygote {
     /// In the worker, pid 1 of its namespace. Returns in the runner only.
     fn worker(&self, mapped: &OwnedFd, socket: OwnedFd, cgroup: Option<OwnedFd>) -> Result<(), (OwnedFd, ServeError)> {
         let counted = cgroup.is_some();
-        let made = self.enter(mapped, cgroup).and_then(|()| {
+        let made = self.enter(mapped, cgroup, counted).and_then(|()| {
             let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((pair, pipe()?, pipe()?, pipe()?))
         });
@@ -187,13 +186,7 @@ impl Zygote {
                     process::close_from(4).map_err(step("close descriptors"))?;
                     // A process group of its own: kill(0, …) of a program must not reach the agent.
                     rustix::process::setsid().map_err(|e| step("make a session")(e.into()))?;
-                    jail::landlock(&WRITABLE.map(Path::new))?;
-                    jail::allow_looking().map_err(step("open /proc/self"))?;
-                    if !counted {
-                        self.uncounted_filter.apply()?;
-                    }
-                    self.runner_filter.apply()?;
-                    Ok(())
+                    jail::allow_looking().map_err(step("open /proc/self"))
                 });
                 match jailed {
                     Ok(()) => {
@@ -215,7 +208,7 @@ impl Zygote {
     }
 
     /// Everything that needs the capabilities of the new user namespace, then none are left.
-    fn enter(&self, mapped: &OwnedFd, cgroup: Option<OwnedFd>) -> io::Result<()> {
+    fn enter(&self, mapped: &OwnedFd, cgroup: Option<OwnedFd>, counted: bool) -> io::Result<()> {
         if rustix::io::retry_on_intr(|| rustix::io::read(mapped, &mut [0u8; 1]))? != 1 {
             return Err(io::Error::other("the zygote ended"));
         }
@@ -240,10 +233,16 @@ impl Zygote {
         own("/tmp", "1777")?;
         own(HOME, "755")?;
         own("/dev/shm", "1777")?;
+        mount::private_terminals()?;
         rustix::process::chdir(HOME)?;
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
-        Ok(())
+        // No core file (limits.rs says why not 0), before the filter forbids to change that.
+        rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?;
+        if !counted {
+            self.uncounted_filter.apply().map_err(io::Error::other)?;
+        }
+        self.filter.apply().map_err(io::Error::other)
     }
 
     /// Turns the worker into the agent: a small program of its own, without a copy of the warmed runtime.
@@ -261,7 +260,6 @@ impl Zygote {
             process::place_fds(&wanted.map(|(fd, to)| (fd.as_raw_fd(), to))).map_err(step("place descriptors"))?;
             process::close_from(8).map_err(step("close descriptors"))?;
             process::reset_signals().map_err(step("reset signals"))?;
-            self.agent_filter.apply()?;
             let args = [c"agent".into(), c"sandbox".into(), number(runner)];
             Ok(process::exec(&CString::from(AGENT_PATH), &args, &[]))
         };
@@ -276,7 +274,7 @@ const AGENT_PATH: &std::ffi::CStr = c"/.zeroboot/agent";
 const _: () = assert!(AGENT_PATH.to_bytes().len() == AGENT.len());
 
 /// What a sandbox may write.
-const WRITABLE: [&str; 4] = [HOME, "/tmp", "/dev/shm", "/dev/null"];
+const WRITABLE: [&str; 5] = [HOME, "/tmp", "/dev/shm", "/dev/null", "/dev/pts"];
 
 fn number(pid: Pid) -> CString {
     // A number has no NUL byte.

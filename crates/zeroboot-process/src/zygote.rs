@@ -7,7 +7,7 @@ use zeroboot_proto::Kind;
 use zeroboot_sys::{control::CONTROL_FD, jail, mount, process};
 
 use crate::{
-    layout::{self, AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
+    layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
 
@@ -49,6 +49,11 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
             (PathBuf::from(PYFORK), assets.pyfork.to_vec()),
             (PathBuf::from(RUNNER_PYTHON), assets.runner_python.to_vec()),
             (PathBuf::from(RUNNER_NODE), assets.runner_node.to_vec()),
+            (PathBuf::from(CONTEXT), words(context_command(config))),
+            (
+                PathBuf::from(ENVIRON),
+                words(environment(config).into_iter().map(|(key, value)| format!("{key}={value}"))),
+            ),
         ];
         mount::enter_root(&layout::plan(&config.paths, files)).map_err(step("build the sandbox root"))?;
         keep_id_capabilities().map_err(step("drop capabilities"))
@@ -60,6 +65,21 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
         Ok(error) => step("start the runtime")(error),
         Err(error) => error,
     }
+}
+
+/// How the agent starts one more interpreter.
+fn context_command(config: &ZygoteConfig) -> Vec<String> {
+    let interpreter = config.interpreter.to_string_lossy();
+    let words: &[&str] = match config.runtime.as_str() {
+        "python" => &[&interpreter, "-E", "-s", "-X", "utf8", RUNNER_PYTHON, "--context"],
+        _ => &[&interpreter, "--no-deprecation", "--experimental-vm-modules", RUNNER_NODE, "--context"],
+    };
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// As the agent reads them: each word ended by a NUL.
+fn words(words: impl IntoIterator<Item = String>) -> Vec<u8> {
+    words.into_iter().flat_map(|word| word.into_bytes().into_iter().chain([0])).collect()
 }
 
 /// Python: becomes the warm interpreter. Node: serves forks, and each runner becomes Node.

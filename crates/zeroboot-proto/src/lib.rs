@@ -31,7 +31,7 @@ mod message;
 mod payload;
 
 pub use frame::{
-    Decoder, FrameError, HEADER_LEN, Header, Kind, MAX_FRAME, MAX_PAYLOAD, encode, encode_header, encode_on,
+    Decoder, Frame, FrameError, HEADER_LEN, Header, Kind, MAX_FRAME, MAX_PAYLOAD, encode, encode_header, encode_on,
 };
 pub use message::{Command, ENDED, Message, Note};
 pub use payload::{Ending, ExitReport, FileChunk, Identity, Limits, PayloadError};

@@ -132,6 +132,7 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     }
     let dev = inside(Path::new("/dev"));
     fs::create_dir_all(dev.join("shm"))?;
+    fs::create_dir_all(dev.join("pts"))?;
     for name in DEVICES {
         fs::write(dev.join(name), b"")?;
         let source = Path::new("/dev").join(name);
@@ -144,6 +145,7 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
         ("stdin", "/proc/self/fd/0"),
         ("stdout", "/proc/self/fd/1"),
         ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
     ] {
         symlink(to, dev.join(link))?;
     }
@@ -169,6 +171,12 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
 pub fn private_tmpfs(path: &Path, uid: u32, mode: &str, size: u64) -> io::Result<()> {
     let options = std::ffi::CString::new(format!("mode={mode},uid={uid},gid={uid},size={size},nr_inodes=16384"))?;
     Ok(mount("tmpfs", path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(options.as_c_str()))?)
+}
+
+/// Mounts terminals of this sandbox's own on `/dev/pts`, at most 64: each holds memory of the kernel.
+pub fn private_terminals() -> io::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    Ok(mount("devpts", "/dev/pts", "devpts", flags, Some(c"newinstance,ptmxmode=666,mode=600,max=64"))?)
 }
 
 /// Mounts the calling process's own pid namespace on `/proc`: its processes and nothing of the host.

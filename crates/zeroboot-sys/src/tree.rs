@@ -168,8 +168,7 @@ mod tests {
     use super::*;
 
     const POLICIES: [&str; 4] = [
-        include_str!("../../../policy/process-runner.json"),
-        include_str!("../../../policy/process-agent.json"),
+        include_str!("../../../policy/process-sandbox.json"),
         include_str!("../../../policy/process-uncounted.json"),
         include_str!("../../../policy/vm-worker.json"),
     ];

@@ -444,6 +444,7 @@ fn overlay(recipe: &Recipe, agent: &[u8], runner: &[u8]) -> io::Result<Vec<u8>> 
     tree.file("init", 0o755, agent);
     tree.file(recipe.runtime.runner(), 0o644, runner);
     tree.file("etc/zeroboot/argv", 0o644, argv);
+    tree.file("etc/zeroboot/context", 0o644, with_ends(&mut recipe.context_argv().into_iter()));
     tree.file("etc/zeroboot/environ", 0o644, environ);
     let mut bytes = Vec::new();
     tree.write_from(OVERLAY_INODES, &mut bytes)?;

@@ -137,6 +137,24 @@ impl Recipe {
 
     /// The runner's command in the guest.
     pub fn runner_argv(&self) -> Vec<String> {
+        let mut argv = self.runner_command();
+        // Its memory is going to be copied.
+        argv.push("--frozen".to_owned());
+        if !self.warm.is_empty() {
+            argv.push("--warm".to_owned());
+            argv.push(self.warm.join(","));
+        }
+        argv
+    }
+
+    /// The command line of one more interpreter in a sandbox that lives.
+    pub fn context_argv(&self) -> Vec<String> {
+        let mut argv = self.runner_command();
+        argv.push("--context".to_owned());
+        argv
+    }
+
+    fn runner_command(&self) -> Vec<String> {
         let mut argv = vec![format!("/{}", self.runtime.interpreter())];
         let options: &[&str] = match self.runtime {
             // No PYTHON* variables, no user site directory; UTF-8 whatever the locale.
@@ -146,12 +164,6 @@ impl Recipe {
         };
         argv.extend(options.iter().map(|option| (*option).to_owned()));
         argv.push(format!("/{}", self.runtime.runner()));
-        // Its memory is going to be copied.
-        argv.push("--frozen".to_owned());
-        if !self.warm.is_empty() {
-            argv.push("--warm".to_owned());
-            argv.push(self.warm.join(","));
-        }
         argv
     }
 

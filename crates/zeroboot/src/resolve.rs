@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::Context;
-use zeroboot_engine::{EngineConfig, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{EngineConfig, SandboxBounds, TemplateConfig, ZygoteSpec};
 use zeroboot_process::HostRuntime;
 use zeroboot_vm::KvmProbe;
 
@@ -141,6 +141,7 @@ pub(crate) fn engine_config(
         templates,
         max_live,
         max_memory,
+        sandboxes: SandboxBounds { memory: max_memory / 2, ..SandboxBounds::default() },
         admission_wait: Duration::from_secs(5),
         warm_timeout: Duration::from_secs(60),
         cgroups: true,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use harness::Who;
-use zeroboot_engine::{Engine, EngineConfig, ExecRequest, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{Engine, EngineConfig, ExecRequest, SandboxBounds, TemplateConfig, ZygoteSpec};
 
 /// Prints one line `name value` for each source of identity.
 const SOURCES: &str = r#"
@@ -51,6 +51,7 @@ async fn drawn(spec: ZygoteSpec, language: &str, code: &str) -> (Engine, BTreeMa
         templates: vec![template],
         max_live: 4,
         max_memory: 8 << 30,
+        sandboxes: SandboxBounds::default(),
         admission_wait: Duration::from_secs(120),
         warm_timeout: Duration::from_secs(120),
         cgroups: true,

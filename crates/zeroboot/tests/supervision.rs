@@ -13,8 +13,8 @@ use std::{
 use harness::{Cli, Who};
 use rustix::process::{Pid, Signal};
 use zeroboot_engine::{
-    Collected, Engine, EngineConfig, Event, ExecError, ExecRequest, Execution, Outcome, Stdin, TemplateConfig,
-    ZygoteSpec,
+    Collected, Engine, EngineConfig, Event, ExecError, ExecRequest, Execution, Outcome, SandboxBounds, Stdin,
+    TemplateConfig, ZygoteSpec,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,6 +35,7 @@ fn config(pool: usize) -> EngineConfig {
         templates: vec![TemplateConfig { name: "python".into(), language: "python".into(), spec, pool }],
         max_live: 8,
         max_memory: 8 << 30,
+        sandboxes: SandboxBounds::default(),
         admission_wait: PATIENCE,
         warm_timeout: PATIENCE,
         cgroups: true,

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{Engine, EngineConfig, Isolation, SandboxBounds, TemplateConfig, ZygoteSpec};
 use zeroboot_server::{Listen, ServeError, Server, ServerConfig};
 
 use crate::client::{self, Answer};
@@ -25,6 +25,7 @@ pub(crate) struct Setup {
     pub(crate) node: bool,
     pub(crate) pool: usize,
     pub(crate) max_live: usize,
+    pub(crate) sandboxes: SandboxBounds,
     pub(crate) admission_wait: Duration,
 }
 
@@ -38,6 +39,7 @@ impl Default for Setup {
             node: false,
             pool: POOL,
             max_live: MAX_LIVE,
+            sandboxes: SandboxBounds::default(),
             admission_wait: ADMISSION_WAIT,
         }
     }
@@ -149,6 +151,7 @@ impl Setup {
             templates,
             max_live: self.max_live,
             max_memory: 64 << 30,
+            sandboxes: self.sandboxes,
             admission_wait: self.admission_wait,
             warm_timeout: patience(Duration::from_secs(60)),
             cgroups: false,

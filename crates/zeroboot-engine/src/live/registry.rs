@@ -1,0 +1,239 @@
+//! The sandboxes that live, and for a while those that have ended: their owners may ask why.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, SystemTime},
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use uuid::Uuid;
+use zeroboot_proto::{Kind, encode};
+
+use super::{
+    EndReason, Sandbox, SandboxBounds, SandboxSpec,
+    drive::drive,
+    handle::{Facts, Handle},
+    state::State,
+};
+use crate::{ExecError, Isolation, execution::identity, worker::Worker};
+
+/// Ended sandboxes that are remembered.
+const REMEMBERED: usize = 1000;
+const MIB: u64 = 1024 * 1024;
+
+/// Where a sandbox came from.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) language: String,
+    pub(crate) isolation: Isolation,
+    pub(crate) pooled: bool,
+    pub(crate) fork_time: Duration,
+}
+
+#[derive(Debug)]
+pub(crate) struct Registry {
+    pub(crate) bounds: SandboxBounds,
+    places: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
+    all: Mutex<All>,
+}
+
+#[derive(Debug, Default)]
+struct All {
+    known: HashMap<Uuid, Sandbox>,
+    ended: VecDeque<Uuid>,
+    owners: HashMap<String, usize>,
+}
+
+/// The right to one more sandbox of an owner. Dropping it gives it back.
+#[derive(Debug)]
+pub(crate) struct OwnerPlace {
+    registry: Weak<Registry>,
+    owner: String,
+}
+
+impl Drop for OwnerPlace {
+    fn drop(&mut self) {
+        let Some(registry) = self.registry.upgrade() else { return };
+        let mut all = registry.all();
+        if let Some(count) = all.owners.get_mut(&self.owner) {
+            *count -= 1;
+            if *count == 0 {
+                all.owners.remove(&self.owner);
+            }
+        }
+    }
+}
+
+impl Registry {
+    pub(crate) fn new(bounds: SandboxBounds) -> Arc<Registry> {
+        Arc::new(Registry {
+            bounds,
+            places: Arc::new(Semaphore::new(bounds.most.min(Semaphore::MAX_PERMITS))),
+            memory: Arc::new(Semaphore::new(((bounds.memory / MIB) as usize).min(Semaphore::MAX_PERMITS))),
+            all: Mutex::default(),
+        })
+    }
+
+    fn all(&self) -> MutexGuard<'_, All> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to one more sandbox. Nobody waits for one: those that live can do so for hours.
+    pub(crate) fn admit(
+        self: &Arc<Self>,
+        spec: &SandboxSpec,
+    ) -> Result<(OwnerPlace, Vec<OwnedSemaphorePermit>), ExecError> {
+        let busy = |_| ExecError::Busy { live: self.live(), retry_after: Duration::from_secs(1) };
+        let place = {
+            let mut all = self.all();
+            let count = all.owners.entry(spec.owner.clone()).or_default();
+            if let Some(most) = spec.most_of_owner.filter(|most| *count >= *most) {
+                return Err(ExecError::TooManySandboxes(most));
+            }
+            *count += 1;
+            OwnerPlace { registry: Arc::downgrade(self), owner: spec.owner.clone() }
+        };
+        let mib = u32::try_from(spec.limits.memory.div_ceil(MIB)).unwrap_or(u32::MAX);
+        let one = self.places.clone().try_acquire_owned().map_err(busy)?;
+        let memory = self.memory.clone().try_acquire_many_owned(mib).map_err(busy)?;
+        Ok((place, vec![one, memory]))
+    }
+
+    /// Lets a worker live.
+    pub(crate) fn launch(
+        self: &Arc<Self>,
+        worker: Worker,
+        spec: SandboxSpec,
+        origin: Origin,
+        place: OwnerPlace,
+    ) -> io::Result<Sandbox> {
+        let id = Uuid::now_v7();
+        let frames = live_frames(&spec, id)?;
+        let mut state = State::new(spec.lease, spec.idle_timeout, spec.hold);
+        state.outgoing = BytesMut::from(Bytes::from(frames));
+        let facts = Facts {
+            id,
+            template: spec.template,
+            language: origin.language,
+            isolation: origin.isolation,
+            owner: spec.owner,
+            metadata: spec.metadata,
+            limits: spec.limits,
+            idle_timeout: spec.idle_timeout,
+            created_at: SystemTime::now(),
+            pooled: origin.pooled,
+            fork_time: origin.fork_time,
+            max_lease: self.bounds.max_lease,
+        };
+        let sandbox = Sandbox { handle: Arc::new(Handle::new(facts, state)) };
+        self.all().known.insert(id, sandbox.clone());
+        let task = Task {
+            handle: sandbox.handle.clone(),
+            worker: Some(worker),
+            reason: EndReason::Lost,
+            registry: Arc::downgrade(self),
+            _place: place,
+        };
+        tokio::spawn(task.run());
+        Ok(sandbox)
+    }
+
+    /// Those that live, the oldest first.
+    pub(crate) fn sandboxes(&self) -> Vec<Sandbox> {
+        let mut all: Vec<Sandbox> =
+            self.all().known.values().filter(|sandbox| sandbox.end_reason().is_none()).cloned().collect();
+        all.sort_by_key(Sandbox::id);
+        all
+    }
+
+    /// One that lives, or has ended not long ago.
+    pub(crate) fn find(&self, id: Uuid) -> Option<Sandbox> {
+        self.all().known.get(&id).cloned()
+    }
+
+    /// How many live, or are on their way.
+    pub(crate) fn live(&self) -> usize {
+        self.bounds.most.saturating_sub(self.places.available_permits())
+    }
+
+    /// Memory promised to them, bytes.
+    pub(crate) fn promised(&self) -> u64 {
+        let most = (self.bounds.memory / MIB).min(Semaphore::MAX_PERMITS as u64);
+        most.saturating_sub(self.memory.available_permits() as u64) * MIB
+    }
+
+    /// Ends all of them.
+    pub(crate) fn end_all(&self, reason: EndReason) {
+        for sandbox in self.all().known.values() {
+            sandbox.handle.state().end_wanted.get_or_insert(reason);
+            sandbox.handle.poke();
+        }
+    }
+
+    fn retire(&self, id: Uuid) {
+        let mut all = self.all();
+        all.ended.push_back(id);
+        while all.ended.len() > REMEMBERED {
+            if let Some(old) = all.ended.pop_front() {
+                all.known.remove(&old);
+            }
+        }
+    }
+}
+
+/// What moves a sandbox's bytes. However it ends, also by a panic, everyone who waits hears of it.
+struct Task {
+    handle: Arc<Handle>,
+    worker: Option<Worker>,
+    reason: EndReason,
+    registry: Weak<Registry>,
+    _place: OwnerPlace,
+}
+
+impl Task {
+    async fn run(mut self) {
+        if let Some(worker) = &self.worker {
+            self.reason = drive(&self.handle, worker).await;
+        }
+        tracing::debug!(sandbox_id = %self.handle.facts.id, reason = self.reason.as_str(), "sandbox ended");
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // Killed before anyone hears that it has ended.
+        self.worker = None;
+        self.handle.state().finish(self.reason);
+        if let Some(registry) = self.registry.upgrade() {
+            registry.retire(self.handle.facts.id);
+        }
+        self.handle.drained.notify_waiters();
+        self.handle.ended.notify_waiters();
+    }
+}
+
+/// What a sandbox is told before it lives.
+fn live_frames(spec: &SandboxSpec, id: Uuid) -> io::Result<Vec<u8>> {
+    let limits = zeroboot_proto::Limits {
+        wall_ns: u64::MAX,
+        cpu_ns: u64::MAX,
+        memory: spec.limits.memory,
+        output: u64::MAX,
+        file_size: spec.limits.file_size,
+        output_files: u64::MAX,
+        processes: spec.limits.processes,
+        open_files: spec.limits.open_files,
+    };
+    let mut out = Vec::with_capacity(512);
+    encode(&mut out, Kind::Limits, &limits.encode());
+    encode(&mut out, Kind::Identity, &identity(id)?.encode());
+    for (key, value) in &spec.env {
+        encode(&mut out, Kind::Env, format!("{key}\0{value}").as_bytes());
+    }
+    encode(&mut out, Kind::Live, &[]);
+    Ok(out)
+}
