@@ -28,3 +28,4 @@ pub use request::{
 pub use zeroboot_proto::live::{
     CellStatus, Change, ChangeKind, ContextInfo, ContextOp, DEFAULT_CONTEXT, Entry, EntryKind, FileOp, Refusal, Size,
 };
+pub use zeroboot_sys::memory::give_back as give_memory_back;

@@ -108,12 +108,18 @@ impl Transport for Mailbox {
         None
     }
 
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.vm.wake_fd())
+    }
+
     fn has_input(&self) -> bool {
         !self.input.is_empty()
     }
 
     fn receive(&mut self, decoder: &mut Decoder) -> io::Result<Received> {
         if self.input.is_empty() {
+            // Before the ring: the host raises the line for what it has after it, and that is not to be forgotten.
+            self.vm.forget_wake()?;
             // The host answers at once when the program runs, and waits for the request before.
             self.vm.exchange(Ring::Want, &[], &mut self.input);
         }

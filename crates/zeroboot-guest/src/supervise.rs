@@ -507,18 +507,12 @@ impl<T: Transport> Supervisor<T> {
         run.peak_memory = run.peak_memory.max(usage.memory);
         let (cpu, memory) = std::mem::replace(&mut run.last_seen, (usage.cpu, usage.memory));
         let idle = usage.cpu.saturating_sub(cpu) < IDLE_CPU && usage.memory <= memory;
-        // In a VM the tick also fetches input.
-        run.tick = if idle && self.transport.poll_fd().is_some() { (run.tick * 2).min(IDLE_TICK) } else { TICK };
+        run.tick = if idle { (run.tick * 2).min(IDLE_TICK) } else { TICK };
         if run.limits.cpu_ns != u64::MAX && nanos(usage.cpu.saturating_sub(run.cpu_before)) >= run.limits.cpu_ns {
             run.stopped = Some(Ending::CpuLimit);
         } else if usage.memory > run.limits.memory && self.processes.proportional_memory() > run.limits.memory {
             // Forked processes share pages, so the cheap figure is only a reason to take the exact one.
             run.stopped = Some(Ending::OutOfMemory(137));
-        }
-        if self.transport.poll_fd().is_none() && !self.stdin_ended && self.stdin.len() < STDIN_FULL {
-            self.receive()?;
-            self.take_stdin()?;
-            self.feed_stdin();
         }
         Ok(())
     }
@@ -785,6 +779,12 @@ impl<T: Transport> Supervisor<T> {
             flags.set(PollFlags::OUT, !self.out.is_empty());
             who.push(Who::Front);
             fds.push(PollFd::new(fd, flags));
+        }
+        // Behind the end of standard input nothing is fetched that would reset it.
+        let wake = self.transport.wake_fd().filter(|_| interest.front_input && !self.stdin_ended);
+        if let Some(fd) = &wake {
+            who.push(Who::Front);
+            fds.push(PollFd::new(fd, PollFlags::IN));
         }
         if !self.control_ended {
             let mut flags = PollFlags::IN;

@@ -20,12 +20,11 @@ pub(crate) enum Received {
 /// A way to the front. Two kinds: a socket, which is polled; and a mailbox, which has no descriptor and moves
 /// bytes only when the agent rings ([`Transport::send`] and [`Transport::receive`] do).
 pub(crate) trait Transport {
-    /// What to poll for input and for room, if there is such a thing. With `None`, `receive` is called
-    /// whenever the agent can do with input and has nothing else to do, and at each watchdog tick while the
-    /// program's standard input is open.
+    /// What to poll for input and for room, if there is such a thing. With `None`, `receive` is called until the run
+    /// begins whenever the agent has nothing else to do, and then when `wake_fd` is readable.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// What becomes readable when there is input, for a transport that cannot be polled itself.
+    /// What is readable when there may be input, for a transport that is not polled itself. `receive` resets it.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }

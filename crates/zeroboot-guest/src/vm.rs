@@ -7,10 +7,13 @@
 use std::{
     ffi::CStr,
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, Read},
     os::{
-        fd::AsRawFd,
-        unix::{fs::FileExt, process::CommandExt},
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::{
+            fs::{FileExt, OpenOptionsExt},
+            process::CommandExt,
+        },
     },
     process::Command,
     sync::atomic::{Ordering, compiler_fence},
@@ -107,6 +110,23 @@ const MOUNTS: &[Mount] = &[
     },
 ];
 
+/// A value below `/proc/sys`.
+struct Setting {
+    path: &'static str,
+    value: &'static str,
+    /// Without it there is no sandbox.
+    needed: bool,
+}
+
+const SETTINGS: &[Setting] = &[
+    // Pinned pages must not be moved by compaction: the host knows them by address.
+    Setting { path: "/proc/sys/vm/compact_unevictable_allowed", value: "0", needed: true },
+    // Compaction ahead of need wakes a kernel thread twice a second. Nothing here needs huge pages.
+    Setting { path: "/proc/sys/vm/compaction_proactiveness", value: "0", needed: false },
+    // Folding each CPU's counters into the whole wakes the guest once a second. Seconds: what reads them exactly folds first.
+    Setting { path: "/proc/sys/vm/stat_interval", value: "600", needed: false },
+];
+
 /// Bound over `/proc/sys/kernel/random/boot_id`, which the kernel makes once and a fork would share.
 const BOOT_ID: &str = "/run/boot_id";
 
@@ -114,6 +134,8 @@ const BOOT_ID: &str = "/run/boot_id";
 #[derive(Debug)]
 pub(crate) struct Vm {
     mailbox: Mailbox,
+    /// `/dev/hpet`: readable once the host has raised the wake line.
+    wake: File,
 }
 
 impl Vm {
@@ -152,11 +174,32 @@ impl Vm {
             }
         }
         loopback_up()?;
-        // Pinned pages must not be moved by compaction: the host knows them by address.
-        fs::write("/proc/sys/vm/compact_unevictable_allowed", "0")?;
+        for setting in SETTINGS {
+            match fs::write(setting.path, setting.value) {
+                Err(error) if setting.needed => {
+                    return Err(io::Error::new(error.kind(), format!("cannot set {}: {error}", setting.path)));
+                }
+                _ => {}
+            }
+        }
         fs::write(BOOT_ID, uuid([0; 16]))?;
         bind(c"/run/boot_id", c"/proc/sys/kernel/random/boot_id")?;
-        Ok(Vm { mailbox: Mailbox::new()? })
+        Ok(Vm { mailbox: Mailbox::new()?, wake: wake_line()? })
+    }
+
+    /// What is readable once the host has raised the wake line.
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Forgets that the host has raised the wake line. Call it before [`Vm::exchange`]: what comes after that is raised
+    /// again.
+    pub(crate) fn forget_wake(&mut self) -> io::Result<()> {
+        // The count of interrupts, an `unsigned long`: how many there were says nothing.
+        match self.wake.read(&mut [0; 8]) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Rings `Ready`. The snapshot is taken inside this call, which then returns once in each fork. `about` is
@@ -185,6 +228,30 @@ impl Vm {
         ring(why.encode(bytes.len() as u32));
         self.mailbox.take(input)
     }
+}
+
+/// Opens the wake line: an HPET in periodic mode on an edge, of which the kernel's driver then only counts interrupts and
+/// wakes who polls. While the template boots the host imitates the device; later it sends the interrupt itself.
+fn wake_line() -> io::Result<File> {
+    const DEVICE: &str = "/dev/hpet";
+    // In the order that the driver asks for; numbers of <linux/hpet.h>.
+    const REQUESTS: [(&str, libc::Ioctl, libc::c_ulong); 3] = [
+        // Any rate: the device has no clock.
+        ("HPET_IRQFREQ", 0x4008_6806, 64),
+        // Else the driver would read the device's counter in each interrupt.
+        ("HPET_EPI", 0x6804, 0),
+        ("HPET_IE_ON", 0x6801, 0),
+    ];
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| io::Error::new(error.kind(), format!("cannot {what} the wake line {DEVICE}: {error}"))
+    };
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(DEVICE).map_err(failed("open"))?;
+    for (name, request, value) in REQUESTS {
+        // SAFETY: requests that take a number, on a descriptor that we hold.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), request, value) }).map_err(failed(&format!("set {name} of")))?;
+    }
+    Ok(file)
 }
 
 /// The agent's half of the mailbox: pages that are never moved, swapped or copied.

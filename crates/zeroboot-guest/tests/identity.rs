@@ -19,7 +19,7 @@ fn clones(count: usize, more: &[&str]) -> BTreeMap<String, Vec<String>> {
     let output = Command::new("unshare")
         .args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", &python, "-X", "utf8"])
         .arg(root.join("crates/zeroboot-guest/tests/clones/clones.py"))
-        .arg(root.join("runtimes/python/runner.py"))
+        .arg(zeroboot_runtimes::PYTHON_PATH)
         .arg(count.to_string())
         .args(more)
         .env("TMPDIR", made.path())

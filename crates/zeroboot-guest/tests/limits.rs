@@ -324,10 +324,9 @@ fn closing_every_descriptor_is_just_an_end_of_output() {
 
 /// As in a real sandbox: PID 1 of a pid namespace, where `kill(-1)` is the tool.
 fn as_pid_1(code: &str, change: impl FnOnce(&mut Limits)) -> Answer {
-    let runner = harness::repository().join("runtimes/python/runner.py");
     let unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let python = harness::python();
-    let runner = [python.as_str(), "-E", "-s", "-X", "utf8", runner.to_str().unwrap()];
+    let runner = [python.as_str(), "-E", "-s", "-X", "utf8", zeroboot_runtimes::PYTHON_PATH];
     Sandbox::start(&unshare, &runner).run(Request::new(code).limits(change))
 }
 

@@ -105,7 +105,7 @@ fn uncaught_errors_end_with_1_and_a_stack_without_our_frames() {
     ] {
         let answer = node(code);
         assert_eq!(answer.ending(), Ending::Exited(1), "{code}");
-        assert!(answer.err().contains("Error: boom\n") && !answer.err().contains("runner.cjs"), "{}", answer.err());
+        assert!(answer.err().contains("Error: boom\n") && !answer.err().contains("node.cjs"), "{}", answer.err());
     }
     for code in [
         "let x = ;",
@@ -116,7 +116,7 @@ fn uncaught_errors_end_with_1_and_a_stack_without_our_frames() {
     ] {
         let answer = node(code);
         assert_eq!(answer.ending(), Ending::Exited(1), "{code}");
-        assert!(answer.err().contains("Error") && !answer.err().contains("runner.cjs"), "{code}: {}", answer.err());
+        assert!(answer.err().contains("Error") && !answer.err().contains("node.cjs"), "{code}: {}", answer.err());
     }
 }
 
@@ -189,8 +189,7 @@ console.log(seen.toString().trim()); process.exitCode = 6";
 
 #[test]
 fn a_full_heap_is_out_of_memory() {
-    let runner = harness::repository().join("runtimes/node/runner.cjs");
-    let node = ["node", "--max-old-space-size=64", runner.to_str().unwrap()];
+    let node = ["node", "--max-old-space-size=64", zeroboot_runtimes::NODE_PATH];
     let answer =
         Sandbox::start(&[], &node).run(Request::new("const a = []; for (;;) a.push(new Array(1000).fill({}))"));
     assert!(matches!(answer.ending(), Ending::OutOfMemory(_)), "{answer:?}");

@@ -292,7 +292,7 @@ fn uncaught_exceptions_of_every_kind_are_reported_as_cpython_does() {
         assert_eq!(answer.ending(), Ending::Exited(status.unwrap()), "{code}: {}", answer.err());
         assert_eq!(answer.out(), out, "{code}");
         assert_eq!(strip(answer.err()), strip(&err), "{code}");
-        assert!(!answer.err().contains("runner.py"), "{}", answer.err());
+        assert!(!answer.err().contains("zeroboot_runner"), "{}", answer.err());
     }
 }
 
@@ -385,16 +385,7 @@ fn a_forked_child_of_the_program_ends_where_the_program_does() {
 fn a_module_that_cannot_be_warmed_is_a_failure_that_names_it() {
     let mut sandbox = Sandbox::start(
         &[],
-        &[
-            &harness::python(),
-            "-E",
-            "-s",
-            "-X",
-            "utf8",
-            harness::repository().join("runtimes/python/runner.py").to_str().unwrap(),
-            "--warm",
-            "json,no_such_thing",
-        ],
+        &[&harness::python(), "-E", "-s", "-X", "utf8", zeroboot_runtimes::PYTHON_PATH, "--warm", "json,no_such_thing"],
     );
     sandbox.wait_for(Kind::Failure);
     let answer = sandbox.finish();

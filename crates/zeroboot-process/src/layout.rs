@@ -12,9 +12,9 @@ pub const AGENT: &str = "/.zeroboot/agent";
 /// The library through which a warm Python is forked.
 pub const PYFORK: &str = "/.zeroboot/pyfork.so";
 /// The Python runner.
-pub const RUNNER_PYTHON: &str = "/.zeroboot/runner.py";
+pub const RUNNER_PYTHON: &str = "/.zeroboot/python.pyz";
 /// The Node runner.
-pub const RUNNER_NODE: &str = "/.zeroboot/runner.cjs";
+pub const RUNNER_NODE: &str = "/.zeroboot/node.cjs";
 /// The command line of one more interpreter, for the agent.
 pub(crate) const CONTEXT: &str = "/etc/zeroboot/context";
 /// The environment of what runs in a sandbox, for the agent.
@@ -36,6 +36,10 @@ const SHARED: &[(&str, &str)] = &[
     ("/etc/ssl/openssl.cnf", "OpenSSL reads it at start"),
     ("/etc/localtime", "the host's time zone"),
     ("/etc/mime.types", "Python's mimetypes"),
+    ("/etc/services", "names of ports: getservbyname"),
+    ("/etc/protocols", "names of protocols: getprotobyname"),
+    ("/etc/os-release", "which distribution this is"),
+    ("/etc/fonts", "fontconfig: plots and PDF libraries"),
 ];
 
 /// The root of a sandbox: [`SHARED`], the runtime's own directories, a few files of ours, mount points.
@@ -62,7 +66,7 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> R
         "root:x:0:0:root:/:/usr/sbin/nologin\nsandbox:x:1000:1000:sandbox:/home/sandbox:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
     ));
     files.push(text("/etc/group", "root:x:0:\nsandbox:x:1000:\nnogroup:x:65534:\n"));
-    files.push(text("/etc/hosts", "127.0.0.1 localhost\n"));
+    files.push(text("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"));
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
     RootPlan { binds, covered, files, directories }

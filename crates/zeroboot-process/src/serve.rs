@@ -16,7 +16,7 @@ use rustix::{
 use zeroboot_sys::{
     control::{self, Control},
     jail::{self, Filter, JailError},
-    mount,
+    mount, net,
     process::{self, Forked},
 };
 
@@ -185,8 +185,7 @@ impl Zygote {
                 let jailed = placed.map_err(step("place descriptors")).and_then(|()| {
                     process::close_from(4).map_err(step("close descriptors"))?;
                     // A process group of its own: kill(0, …) of a program must not reach the agent.
-                    rustix::process::setsid().map_err(|e| step("make a session")(e.into()))?;
-                    jail::allow_looking().map_err(step("open /proc/self"))
+                    rustix::process::setsid().map(drop).map_err(|e| step("make a session")(e.into()))
                 });
                 match jailed {
                     Ok(()) => {
@@ -234,9 +233,12 @@ impl Zygote {
         own(HOME, "755")?;
         own("/dev/shm", "1777")?;
         mount::private_terminals()?;
+        net::loopback_up()?;
         rustix::process::chdir(HOME)?;
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
+        // For the runner, which is a copy of this process.
+        jail::allow_looking()?;
         // No core file (limits.rs says why not 0), before the filter forbids to change that.
         rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?;
         if !counted {

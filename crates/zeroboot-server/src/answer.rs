@@ -294,6 +294,11 @@ impl Pieces {
         if bytes.is_empty() { None } else { Some(piece(bytes)) }
     }
 
+    /// Bytes that are held back.
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// What was held back and never became whole.
     pub(crate) fn finish(&mut self) -> Option<Piece> {
         let rest = std::mem::take(&mut self.held);

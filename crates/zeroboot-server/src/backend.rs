@@ -27,6 +27,15 @@ impl Backend {
         }
     }
 
+    /// Sandboxes that live are the real engine's: their fake is a worker, in the engine's own tests.
+    pub(crate) fn engine(&self) -> Option<&Engine> {
+        match self {
+            Backend::Engine(engine) => Some(engine),
+            #[cfg(test)]
+            Backend::Fake(_) => None,
+        }
+    }
+
     pub(crate) fn templates(&self) -> Vec<TemplateStatus> {
         match self {
             Backend::Engine(engine) => engine.templates(),
@@ -39,7 +48,7 @@ impl Backend {
         match self {
             Backend::Engine(engine) => engine.stats(),
             #[cfg(test)]
-            Backend::Fake(_) => EngineStats::default(),
+            Backend::Fake(_) => EngineStats { max_live: 16, max_memory: 8 << 30, ..EngineStats::default() },
         }
     }
 }

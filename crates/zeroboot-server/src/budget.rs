@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::{app::Peer, config::RequestLimits, error::ApiError, gate::Caller, keys::Key};
+use crate::{config::RequestLimits, error::ApiError, gate::Caller, keys::Key, peer::Peer};
 
 /// The slowest that a client may take a long answer, bytes a second.
 const SLOWEST: u64 = 64 * 1024;
@@ -192,7 +192,7 @@ impl Share {
     }
 
     /// The bytes of a whole answer, in the place of all that was held for its request.
-    pub(crate) fn answer(self: &Arc<Self>, peer: &Peer, bytes: Vec<u8>) -> Result<Bytes, Full> {
+    pub(crate) fn answer(self: &Arc<Self>, peer: &Peer, bytes: impl Into<Bytes>) -> Result<Bytes, Full> {
         // The reserve goes last: a small answer has room in it.
         let held = self.hold(peer, bytes, |_used, size| size)?;
         self.settle();
@@ -200,13 +200,19 @@ impl Share {
     }
 
     /// A part of an answer, besides what is held.
-    pub(crate) fn part(self: &Arc<Self>, peer: &Peer, bytes: Vec<u8>) -> Result<Bytes, Full> {
+    pub(crate) fn part(self: &Arc<Self>, peer: &Peer, bytes: impl Into<Bytes>) -> Result<Bytes, Full> {
         self.hold(peer, bytes, u64::saturating_add)
     }
 
     /// Bytes for a client, counted until the connection has written or dropped them. A client that takes them too slowly
     /// loses its connection.
-    fn hold(self: &Arc<Self>, peer: &Peer, bytes: Vec<u8>, used: impl Fn(u64, u64) -> u64) -> Result<Bytes, Full> {
+    fn hold(
+        self: &Arc<Self>,
+        peer: &Peer,
+        bytes: impl Into<Bytes>,
+        used: impl Fn(u64, u64) -> u64,
+    ) -> Result<Bytes, Full> {
+        let bytes = bytes.into();
         let size = bytes.len() as u64;
         let until = Instant::now() + self.budget.stall + Duration::from_secs(size / SLOWEST);
         let mut held = self.budget.held();
@@ -215,6 +221,17 @@ impl Share {
         held.next_clock += 1;
         held.clocks.insert(clock, Clock { until, cut: peer.cut.clone() });
         Ok(Bytes::from_owner(Untaken { bytes, clock, share: self.clone() }))
+    }
+}
+
+/// What a sandbox holds for those who read its output.
+impl zeroboot_engine::Hold for Share {
+    fn grow(&self, bytes: u64) -> bool {
+        Share::grow(self, bytes).is_ok()
+    }
+
+    fn shrink(&self, bytes: u64) {
+        Share::shrink(self, bytes);
     }
 }
 
@@ -228,7 +245,7 @@ impl Drop for Share {
 
 /// Dropping it gives back what was counted, and ends its clock.
 struct Untaken {
-    bytes: Vec<u8>,
+    bytes: Bytes,
     clock: u64,
     share: Arc<Share>,
 }

@@ -117,7 +117,8 @@ pub struct RequestLimits {
     pub max_output: u64,
     /// Execs a second of a key that has no rate of its own.
     pub key_rate: f64,
-    /// Execs at once of a key that has no number of its own; `None`: only the engine's admission limits it.
+    /// Execs at once of a key that has no number of its own; `None`: where there are several keys, half of the engine's
+    /// sandboxes and memory, else only the engine's admission limits it.
     pub key_concurrency: Option<u32>,
     /// Execs a second of all callers when no keys are configured; `None`: only the engine's admission limits them.
     pub anonymous_rate: Option<f64>,
@@ -125,6 +126,8 @@ pub struct RequestLimits {
     pub demo_per_minute: f64,
     /// Connections at once; further ones wait in the kernel's queue.
     pub max_connections: usize,
+    /// Connections at once from one client address (an IPv6 /64), but for trusted proxies; `None`: half of all.
+    pub max_connections_per_address: Option<usize>,
     /// How long a client may take to send its request's head (or its next one on an idle connection).
     pub header_timeout: Duration,
     /// How long a client may take to send a whole body.
@@ -134,6 +137,14 @@ pub struct RequestLimits {
     /// Bytes held for callers at once: request bodies until their exec has ended, output while it is collected, answers
     /// until they are taken. What finds no room is refused. One key may have half.
     pub max_held: u64,
+    /// Lease of a sandbox that names none.
+    pub default_lease: Duration,
+    /// The longest lease that may be asked for.
+    pub max_lease: Duration,
+    /// Sandboxes that live at once of one key.
+    pub max_sandboxes_per_key: usize,
+    /// Requests about sandboxes that one key may have open at once: streams, terminals, answers that are waited for.
+    pub max_streams_per_key: usize,
 }
 
 impl Default for RequestLimits {
@@ -160,11 +171,23 @@ impl Default for RequestLimits {
             anonymous_rate: None,
             demo_per_minute: 10.0,
             max_connections: 4096,
+            max_connections_per_address: None,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
             max_held: 512 * MIB,
+            default_lease: Duration::from_secs(300),
+            max_lease: zeroboot_engine::SandboxBounds::default().max_lease,
+            max_sandboxes_per_key: 16,
+            max_streams_per_key: 128,
         }
+    }
+}
+
+impl RequestLimits {
+    /// Connections that one client address may have.
+    pub(crate) fn connections_per_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
     }
 }
 
@@ -342,12 +365,19 @@ impl ServerConfig {
             || limits.max_batch == 0
             || limits.batch_parallel == 0
             || limits.max_connections == 0
+            || limits.max_connections_per_address == Some(0)
             || limits.key_concurrency == Some(0)
         {
             return Err(Range(
-                "max_body_bytes, max_batch, batch_parallel, max_connections and key_concurrency",
+                "max_body_bytes, max_batch, batch_parallel, max_connections, max_connections_per_address and key_concurrency",
                 "above zero",
             ));
+        }
+        if limits.default_lease.is_zero() || limits.default_lease > limits.max_lease {
+            return Err(Range("default_lease_seconds", "above zero and at most max_lease_seconds"));
+        }
+        if limits.max_sandboxes_per_key == 0 || limits.max_streams_per_key == 0 {
+            return Err(Range("max_sandboxes_per_key and max_streams_per_key", "above zero"));
         }
         // An exec's input and output, which is in its answer twice.
         let one = limits.default_output.saturating_mul(2).saturating_add(limits.max_body as u64);

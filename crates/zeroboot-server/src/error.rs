@@ -9,7 +9,7 @@ use axum::{
 };
 use serde::Serialize;
 use uuid::Uuid;
-use zeroboot_engine::{ExecError, InvalidRequest};
+use zeroboot_engine::{EndReason, ExecError, InvalidRequest, Refusal, RunError};
 
 /// Every code that an answer can carry, with its status and meaning: for the reference and the tests.
 pub const ERROR_CODES: &[(&str, u16, &str)] = &[
@@ -27,6 +27,9 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ),
     ("unknown_language", 400, "no template serves this language"),
     ("unknown_template", 400, "no template has this name"),
+    ("bad_path", 400, "the path or name is empty, too long or has a NUL byte"),
+    ("cannot_start", 400, "the program could not be started; the text says why"),
+    ("not_a_websocket", 400, "this path is for WebSockets"),
     ("batch_too_large", 400, "more executions than one batch may have"),
     ("unauthorized", 401, "the key is missing, unknown, revoked or expired"),
     ("forbidden_origin", 403, "a web page may not use a server without keys"),
@@ -36,9 +39,35 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("body_timeout", 408, "the body took too long to arrive"),
     ("body_too_large", 413, "the body is above the limit"),
     ("unsupported_media_type", 415, "the body is not marked as application/json"),
+    ("sandbox_not_found", 404, "no sandbox of this key has this id"),
+    ("context_not_found", 404, "the sandbox has no context of this name"),
+    ("run_not_found", 404, "the sandbox has no command of this id, or has forgotten it"),
+    ("file_not_found", 404, "the sandbox has no file of this name"),
+    ("not_allowed", 403, "the code of the sandbox may not do that either"),
+    ("context_exists", 409, "the sandbox has a context of this name"),
+    ("file_exists", 409, "the sandbox has a file of this name"),
+    ("wrong_kind", 409, "it is a directory, or not one, or not a regular file"),
+    ("not_empty", 409, "the directory is not empty"),
+    ("run_ended", 409, "the command has ended"),
+    ("no_stdin", 409, "the command has no standard input, or it is closed"),
+    ("no_terminal", 409, "the command has no terminal"),
+    (
+        "sandbox_gone",
+        410,
+        "the sandbox has ended; `reason` is lease_ended, idle, requested, lost, out_of_memory or shutting_down",
+    ),
+    ("range_not_satisfiable", 416, "the file has no bytes in this range"),
     ("rate_limited", 429, "too many executions a second; see Retry-After"),
-    ("concurrency_limited", 429, "too many executions of this key at once; see Retry-After"),
+    (
+        "concurrency_limited",
+        429,
+        "too many executions of this key at once, or too much memory of theirs; see Retry-After",
+    ),
+    ("too_many_sandboxes", 429, "as many sandboxes of this key live as may live at once"),
+    ("too_many_runs", 429, "the sandbox has as many runs and file operations under way as it may have"),
+    ("too_many_streams", 429, "this key has as many open requests about sandboxes as it may have; see Retry-After"),
     ("internal", 500, "a fault of the server"),
+    ("operation_failed", 500, "the sandbox could not do it; the text says why"),
     ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
     ("batch_output_limit", 500, "the batch had brought back its maximum of output before this item ended"),
     (
@@ -49,6 +78,7 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("busy", 503, "every sandbox is in use, or the server holds its maximum of input and output; see Retry-After"),
     ("not_ready", 503, "the template gives no sandbox now; see Retry-After"),
     ("shutting_down", 503, "the server is shutting down; see Retry-After"),
+    ("no_room", 507, "the sandbox has no room: disk, processes, memory, descriptors or contexts"),
 ];
 
 /// An answer that is not 200.
@@ -58,6 +88,8 @@ pub(crate) struct ApiError {
     pub(crate) code: &'static str,
     pub(crate) message: String,
     pub(crate) retry_after: Option<Duration>,
+    /// Why a sandbox has ended.
+    pub(crate) reason: Option<&'static str>,
 }
 
 /// The body of such an answer.
@@ -72,6 +104,10 @@ pub(crate) struct ErrorBody<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(required = true, nullable = false)]
     pub(crate) request_id: Option<Uuid>,
+    /// With `sandbox_gone`: why the sandbox ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::sandbox_answer::EndReasonName>, nullable = false)]
+    pub(crate) reason: Option<&'static str>,
 }
 
 impl ApiError {
@@ -81,7 +117,7 @@ impl ApiError {
         debug_assert!(known.is_some(), "{code} is missing in ERROR_CODES");
         let status = known.and_then(|(_, status, _)| StatusCode::from_u16(*status).ok());
         let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        ApiError { status, code, message: message.into(), retry_after: None }
+        ApiError { status, code, message: message.into(), retry_after: None, reason: None }
     }
 
     pub(crate) fn retry_after(mut self, wait: Duration) -> ApiError {
@@ -94,7 +130,7 @@ impl ApiError {
     }
 
     pub(crate) fn body(&self, request_id: Option<Uuid>) -> ErrorBody<'_> {
-        ErrorBody { error: &self.message, code: self.code, request_id }
+        ErrorBody { error: &self.message, code: self.code, request_id, reason: self.reason }
     }
 
     /// The whole answer. Handlers return the error itself; the outermost layer, which knows the id, calls this.
@@ -135,6 +171,7 @@ impl From<ExecError> for ApiError {
             ExecError::Busy { retry_after, .. } => {
                 ApiError::new("busy", "All sandboxes are in use").retry_after(retry_after)
             }
+            ExecError::TooManySandboxes(_) => ApiError::new("too_many_sandboxes", error.to_string()),
             ExecError::NotReady { ref template, .. } => {
                 ApiError::new("not_ready", format!("Template {template} is not ready"))
                     .retry_after(Duration::from_secs(1))
@@ -151,14 +188,73 @@ impl From<ExecError> for ApiError {
     }
 }
 
+/// What a refusal of a sandbox is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum About {
+    Command,
+    Context,
+    File,
+}
+
+impl ApiError {
+    /// The sandbox has ended.
+    pub(crate) fn gone(reason: EndReason) -> ApiError {
+        let text = match reason {
+            EndReason::LeaseEnded => "The sandbox's lease is over",
+            EndReason::Idle => "The sandbox was idle for its idle timeout",
+            EndReason::Requested => "The sandbox was deleted",
+            EndReason::Lost => "The sandbox broke",
+            EndReason::OutOfMemory => "The sandbox was ended for want of memory",
+            EndReason::ShuttingDown => "The server is shutting down, and ended the sandbox",
+        };
+        ApiError { reason: Some(reason.as_str()), ..ApiError::new("sandbox_gone", text) }
+    }
+
+    /// Something in a sandbox was not done.
+    pub(crate) fn of_run(error: RunError, about: About) -> ApiError {
+        let code = match &error {
+            RunError::Gone(reason) => return ApiError::gone(*reason),
+            RunError::Invalid(invalid) => invalid_code(invalid),
+            RunError::Refused(refusal, _) => return ApiError::refused(*refusal, &error.to_string(), about),
+            RunError::TooMany(_) => "too_many_runs",
+            RunError::Ended => "run_ended",
+            RunError::NoStdin => "no_stdin",
+            RunError::NoTerminal => "no_terminal",
+            RunError::BadSignal(_) => "invalid_request",
+            _ => return ApiError::internal(),
+        };
+        ApiError::new(code, error.to_string())
+    }
+
+    /// The sandbox's own words: what it was asked is the caller's.
+    pub(crate) fn refused(refusal: Refusal, text: &str, about: About) -> ApiError {
+        let code = match (refusal, about) {
+            (Refusal::NotFound, About::Context) => "context_not_found",
+            (Refusal::NotFound, About::File) => "file_not_found",
+            (Refusal::NotFound | Refusal::CannotStart, About::Command) => "cannot_start",
+            (Refusal::CannotStart, _) => "operation_failed",
+            (Refusal::Exists, About::Context) => "context_exists",
+            (Refusal::Exists, _) => "file_exists",
+            (Refusal::NotAllowed, _) => "not_allowed",
+            (Refusal::WrongKind, _) => "wrong_kind",
+            (Refusal::NotEmpty, _) => "not_empty",
+            (Refusal::NoRoom, _) => "no_room",
+            (Refusal::BadName, _) => "bad_path",
+            (Refusal::Failed, _) => "operation_failed",
+        };
+        ApiError::new(code, text)
+    }
+}
+
 fn invalid_code(error: &InvalidRequest) -> &'static str {
     use InvalidRequest as E;
     match error {
         E::EmptyCode => "empty_code",
         E::CodeTooLong(_) | E::CodeHasNul(_) | E::CodeNotUtf8(_) => "invalid_code",
-        E::ZeroTimeout => "invalid_timeout",
+        E::ZeroTimeout | E::LeaseTooLong(_) => "invalid_timeout",
         E::TooMuchMemory { .. } => "invalid_limits",
         E::BadEnv(_) | E::EnvTooLong(_) | E::BadArgument | E::TooManyVariables => "invalid_env",
+        E::BadDirectory => "bad_path",
         E::FilesTooLarge(_) | E::BadPath(_) | E::TooManyFiles | E::FileAndFolder(_) => "invalid_files",
         _ => "invalid_request",
     }

@@ -72,10 +72,15 @@ pub struct LimitsSection {
     pub anonymous_rate: Option<f64>,
     pub demo_per_minute: Option<f64>,
     pub max_connections: Option<usize>,
+    pub max_connections_per_address: Option<usize>,
     pub header_timeout_seconds: Option<f64>,
     pub body_timeout_seconds: Option<f64>,
     pub stall_timeout_seconds: Option<f64>,
     pub max_held_mb: Option<u64>,
+    pub default_lease_seconds: Option<f64>,
+    pub max_lease_seconds: Option<f64>,
+    pub max_sandboxes_per_key: Option<usize>,
+    pub max_streams_per_key: Option<usize>,
 }
 
 /// `[log]`.
@@ -100,6 +105,10 @@ pub struct EngineSection {
     pub max_live: Option<usize>,
     /// Memory that live sandboxes may be promised, MiB.
     pub max_memory_mb: Option<u64>,
+    /// Most sandboxes that live at once, apart from those that serve one exec.
+    pub max_sandboxes: Option<usize>,
+    /// Memory that those may be promised, MiB; half of `max_memory_mb` if absent.
+    pub sandbox_memory_mb: Option<u64>,
     /// How long a request may wait for admission.
     pub admission_wait_seconds: Option<f64>,
     /// How long a template may take to warm up.
@@ -178,6 +187,10 @@ impl FileConfig {
         seconds("header_timeout_seconds", from.header_timeout_seconds, &mut to.header_timeout)?;
         seconds("body_timeout_seconds", from.body_timeout_seconds, &mut to.body_timeout)?;
         seconds("stall_timeout_seconds", from.stall_timeout_seconds, &mut to.stall_timeout)?;
+        seconds("default_lease_seconds", from.default_lease_seconds, &mut to.default_lease)?;
+        seconds("max_lease_seconds", from.max_lease_seconds, &mut to.max_lease)?;
+        put(from.max_sandboxes_per_key, &mut to.max_sandboxes_per_key);
+        put(from.max_streams_per_key, &mut to.max_streams_per_key);
         put(from.max_body_bytes, &mut to.max_body);
         put(from.max_batch, &mut to.max_batch);
         put(from.batch_parallel, &mut to.batch_parallel);
@@ -191,6 +204,7 @@ impl FileConfig {
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);
+        put(from.max_connections_per_address.map(Some), &mut to.max_connections_per_address);
         put(from.max_held_mb.map(mebibytes), &mut to.max_held);
         put(from.key_concurrency.map(Some), &mut to.key_concurrency);
         put(from.anonymous_rate.map(Some), &mut to.anonymous_rate);

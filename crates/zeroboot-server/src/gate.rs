@@ -11,6 +11,7 @@ use std::{
 use axum::http::{HeaderMap, header};
 use jiff::Timestamp;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use zeroboot_engine::EngineStats;
 
 use crate::{
     client_addr::limit_name,
@@ -44,9 +45,39 @@ pub(crate) struct Gate {
     ring: RwLock<Option<Arc<KeyRing>>>,
     keys: Limiter<String>,
     addresses: Limiter<(String, u128)>,
-    places: Mutex<HashMap<String, (u32, Arc<Semaphore>)>>,
+    shares: Mutex<HashMap<String, Share>>,
     rates: Rates,
+    /// What there is for all keys together.
+    all: Most,
+    /// Memory of the largest sandbox that may be asked for: any key can have one.
+    largest: u64,
 }
+
+/// What may be had at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Most {
+    execs: u32,
+    mib: u32,
+}
+
+/// What a key may have at once.
+#[derive(Clone, Debug)]
+struct Share {
+    most: Most,
+    execs: Arc<Semaphore>,
+    mib: Arc<Semaphore>,
+}
+
+impl Share {
+    fn new(most: Most) -> Share {
+        let semaphore = |count: u32| Arc::new(Semaphore::new((count as usize).min(Semaphore::MAX_PERMITS)));
+        Share { most, execs: semaphore(most.execs), mib: semaphore(most.mib) }
+    }
+}
+
+/// An exec's part of its key's share, until it is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Place(Vec<OwnedSemaphorePermit>);
 
 #[derive(Debug)]
 struct Rates {
@@ -57,13 +88,16 @@ struct Rates {
 }
 
 impl Gate {
-    pub(crate) fn new(ring: Option<KeyRing>, limits: &RequestLimits) -> Gate {
+    /// `all`: what the engine has.
+    pub(crate) fn new(ring: Option<KeyRing>, limits: &RequestLimits, all: EngineStats) -> Gate {
         Gate {
             ring: RwLock::new(ring.map(Arc::new)),
             // One name for each key, and the keys come from our own file; those that leave it are forgotten.
             keys: Limiter::new(usize::MAX),
             addresses: Limiter::new(MOST_ADDRESSES),
-            places: Mutex::default(),
+            shares: Mutex::default(),
+            all: Most { execs: u32::try_from(all.max_live).unwrap_or(u32::MAX), mib: mib(all.max_memory) },
+            largest: limits.max_memory,
             rates: Rates {
                 key: limits.key_rate,
                 concurrency: limits.key_concurrency,
@@ -78,8 +112,8 @@ impl Gate {
         let ring = KeyRing::load(path)?;
         let count = ring.keys().count();
         {
-            let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-            places.retain(|id, _| ring.keys().any(|key| key.id == *id));
+            let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+            shares.retain(|id, _| ring.keys().any(|key| key.id == *id));
         }
         self.keys.retain(|id| ring.keys().any(|key| key.id == *id));
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(ring));
@@ -153,42 +187,75 @@ impl Gate {
     }
 
     /// A place among the execs that the key may have at once; an error if all are taken.
-    pub(crate) fn place(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
-        let Some((most, places)) = self.places_of(caller) else { return Ok(None) };
-        places.try_acquire_owned().map(Some).map_err(|_| no_place(most))
+    pub(crate) fn place(&self, caller: &Caller) -> Result<Place, ApiError> {
+        let Some(share) = self.share(caller) else { return Ok(Place::default()) };
+        share.execs.try_acquire_owned().map(|permit| Place(vec![permit])).map_err(|_| no_place(share.most))
     }
 
-    /// The same, and waits: for the items of a batch.
+    /// Counts the memory of the place's exec; an error if there is not as much left of the key's.
+    pub(crate) fn hold_memory(&self, place: &mut Place, caller: &Caller, memory: u64) -> Result<(), ApiError> {
+        let Some(share) = self.share(caller) else { return Ok(()) };
+        let permit = share.mib.try_acquire_many_owned(mib(memory)).map_err(|_| no_memory(share.most))?;
+        place.0.push(permit);
+        Ok(())
+    }
+
+    /// A place and memory, and waits for both: for the items of a batch.
     pub(crate) async fn wait_for_place(
         &self,
         caller: &Caller,
+        memory: u64,
         until: tokio::time::Instant,
-    ) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
-        let Some((most, places)) = self.places_of(caller) else { return Ok(None) };
-        let waited = tokio::time::timeout_at(until, places.acquire_owned()).await.map_err(|_| no_place(most))?;
-        waited.map(Some).map_err(|_| ApiError::internal())
+    ) -> Result<Place, ApiError> {
+        let Some(Share { most, execs, mib: left }) = self.share(caller) else { return Ok(Place::default()) };
+        let closed = |_| ApiError::internal();
+        let execs = tokio::time::timeout_at(until, execs.acquire_owned()).await.map_err(|_| no_place(most))?;
+        let memory = left.acquire_many_owned(mib(memory));
+        let memory = tokio::time::timeout_at(until, memory).await.map_err(|_| no_memory(most))?;
+        Ok(Place(vec![execs.map_err(closed)?, memory.map_err(closed)?]))
     }
 
     /// The execs that the caller may have at once; `None`: only the engine's admission limits them.
     pub(crate) fn most_at_once(&self, caller: &Caller) -> Option<u32> {
-        caller.key.as_ref()?.concurrency.or(self.rates.concurrency)
+        self.most(caller).map(|most| most.execs)
     }
 
-    fn places_of(&self, caller: &Caller) -> Option<(u32, Arc<Semaphore>)> {
+    /// What is configured, else half of all where there are several keys: one of them is not to keep the others out.
+    fn most(&self, caller: &Caller) -> Option<Most> {
         let key = caller.key.as_ref()?;
-        let most = self.most_at_once(caller)?;
-        let mut all = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = || (most, Arc::new(Semaphore::new(most as usize)));
-        let entry = all.entry(key.id.clone()).or_insert_with(fresh);
-        if entry.0 != most {
-            *entry = fresh(); // The key file changed the number; execs under way keep their old places.
+        if let Some(execs) = key.concurrency.or(self.rates.concurrency) {
+            return Some(Most { execs, mib: u32::MAX });
+        }
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let several = ring.as_ref().is_some_and(|ring| ring.keys().nth(1).is_some());
+        let half = Most { execs: self.all.execs.div_ceil(2), mib: self.all.mib.div_ceil(2).max(mib(self.largest)) };
+        several.then_some(half)
+    }
+
+    fn share(&self, caller: &Caller) -> Option<Share> {
+        let key = caller.key.as_ref()?;
+        let most = self.most(caller)?;
+        let mut all = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = all.entry(key.id.clone()).or_insert_with(|| Share::new(most));
+        if entry.most != most {
+            *entry = Share::new(most); // The key file changed it; execs under way keep their old places.
         }
         Some(entry.clone())
     }
 }
 
-fn no_place(most: u32) -> ApiError {
-    ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({most} at once)"))
+/// Whole MiB.
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
+}
+
+fn no_place(most: Most) -> ApiError {
+    ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({} at once)", most.execs))
+        .retry_after(Duration::from_secs(1))
+}
+
+fn no_memory(most: Most) -> ApiError {
+    ApiError::new("concurrency_limited", format!("Concurrency limit exceeded ({} MiB of memory at once)", most.mib))
         .retry_after(Duration::from_secs(1))
 }
 

@@ -4,7 +4,9 @@
 mod answer;
 mod app;
 mod backend;
+mod body;
 mod budget;
+mod call;
 mod canary;
 mod client_addr;
 mod config;
@@ -22,8 +24,18 @@ mod notify;
 mod openapi;
 mod otlp;
 mod overhead;
+mod params;
+mod peer;
+mod places;
+mod router;
 mod routes;
+mod sandbox_answer;
+mod sandbox_wire;
 mod serve;
+mod sse;
+mod streams;
+mod under_way;
+
 mod wire;
 
 pub use answer::answer;

@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -17,8 +17,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{Instant, Sleep, sleep, sleep_until, timeout},
+    sync::watch,
+    time::{Sleep, sleep, timeout},
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -27,9 +27,11 @@ use tokio_rustls::{
 use tower::Service as _;
 
 use crate::{
-    app::Peer,
+    client_addr::limit_name,
     config::{Listen, RequestLimits, TlsFiles},
     metrics::Metrics,
+    peer::Peer,
+    places::{Heads, Place, Places},
 };
 
 /// How long a TLS handshake may take.
@@ -199,7 +201,7 @@ pub(crate) struct Connections {
     pub(crate) limits: RequestLimits,
     pub(crate) metrics: Arc<crate::app::App>,
     pub(crate) tls: Option<Arc<Tls>>,
-    pub(crate) places: Arc<Semaphore>,
+    pub(crate) places: Arc<Places>,
     /// Whether connections shall end, and how soon.
     pub(crate) closing: watch::Receiver<Closing>,
     /// Every connection holds a clone: when all are gone, the channel is closed.
@@ -216,20 +218,25 @@ impl Connections {
         let mut closing = self.closing.clone();
         loop {
             let next = async {
-                // A place first: connections above the limit wait in the kernel's queue, not in our memory.
-                let place = self.places.clone().acquire_owned().await;
-                (place, bound.accept().await)
+                // Room first: connections above the limit wait in the kernel's queue, not in our memory.
+                let room = self.places.room().await;
+                bound.accept().await.map(|accepted| (room, accepted))
             };
             let accepted = tokio::select! {
                 accepted = next => accepted,
                 _ = closing.wait_for(|closing| *closing != Closing::No) => return,
             };
             match accepted {
-                (Ok(place), Ok((stream, peer))) => {
-                    tokio::spawn(self.clone().connection(stream, peer, place));
+                Ok((room, (stream, peer))) => {
+                    let proxies = &self.metrics.config.trusted_proxies;
+                    let ip = peer.ip.filter(|ip| !proxies.iter().any(|network| network.contains(&ip.to_canonical())));
+                    // Without a place it is closed at once: its address has all that it may have.
+                    if let Some(place) = room.enter(ip.map(|ip| limit_name(Some(ip)))) {
+                        let peer = Peer { visit: place.visit.clone(), ..peer };
+                        tokio::spawn(self.clone().connection(stream, peer, place));
+                    }
                 }
-                (Err(_closed), _) => return,
-                (_, Err(error)) => {
+                Err(error) => {
                     // Out of descriptors, for example. Trying again at once would only burn the CPU.
                     tracing::warn!(%error, "cannot accept a connection");
                     sleep(Duration::from_millis(50)).await;
@@ -238,9 +245,16 @@ impl Connections {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: Stream, peer: Peer, place: OwnedSemaphorePermit) {
-        let _place = place;
+    async fn connection(self: Arc<Self>, stream: Stream, peer: Peer, place: Place) {
         let _entered = self.metrics().connection();
+        let visit = place.visit.clone();
+        tokio::select! {
+            () = self.connected(stream, peer) => {}
+            () = visit.ended() => tracing::debug!("a connection without a key is ended"),
+        }
+    }
+
+    async fn connected(&self, stream: Stream, peer: Peer) {
         let stall = self.limits.stall_timeout;
         match stream {
             Stream::Unix(stream) => self.serve(Stalling::new(stream, stall), peer, false).await,
@@ -261,7 +275,7 @@ impl Connections {
     async fn serve<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, io: I, peer: Peer, two: bool) {
         let (cut, after) = (peer.cut.clone(), peer.after.clone());
         let router = self.router.clone();
-        let busy = Busy::new();
+        let busy = peer.visit.clone();
         let service = hyper::service::service_fn({
             let busy = busy.clone();
             move |mut request: hyper::Request<hyper::body::Incoming>| {
@@ -275,7 +289,7 @@ impl Connections {
                 }
             }
         });
-        let io = TokioIo::new(io);
+        let io = TokioIo::new(Heads { io, visit: (!two).then(|| busy.clone()) });
         let open = self.open.clone();
         let phase = |wanted: Closing| {
             let mut closing = self.closing.clone();
@@ -342,65 +356,6 @@ impl Connections {
         if let Err(error) = result {
             tracing::debug!(%error, "connection ended");
         }
-    }
-}
-
-/// Whether a connection's requests keep it: HTTP/1 has a timer for the next request's head, HTTP/2 has none.
-#[derive(Debug)]
-struct Busy(Mutex<Activity>);
-
-#[derive(Debug)]
-struct Activity {
-    under_way: usize,
-    ever: bool,
-    last: Instant,
-}
-
-impl Busy {
-    fn new() -> Arc<Busy> {
-        Arc::new(Busy(Mutex::new(Activity { under_way: 0, ever: false, last: Instant::now() })))
-    }
-
-    fn activity(&self) -> MutexGuard<'_, Activity> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A request, until its answer begins: one that goes on for longer is finished after a graceful end as well.
-    fn enter(self: &Arc<Self>) -> UnderWay {
-        let mut activity = self.activity();
-        activity.under_way += 1;
-        activity.ever = true;
-        UnderWay(self.clone())
-    }
-
-    /// Whether a request came.
-    fn ever(&self) -> bool {
-        self.activity().ever
-    }
-
-    /// Returns when nothing was under way for so long.
-    async fn idle_for(&self, time: Duration) {
-        loop {
-            let until = {
-                let activity = self.activity();
-                let since = if activity.under_way > 0 { Instant::now() } else { activity.last };
-                since + time
-            };
-            if until <= Instant::now() {
-                return;
-            }
-            sleep_until(until).await;
-        }
-    }
-}
-
-struct UnderWay(Arc<Busy>);
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        let mut activity = self.0.activity();
-        activity.under_way -= 1;
-        activity.last = Instant::now();
     }
 }
 
@@ -495,19 +450,5 @@ mod tests {
         fs::write(&path, "mine").unwrap();
         assert!(bind_unix(&path, 0o660).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_connection_is_idle_when_nothing_was_under_way_for_the_whole_time() {
-        let busy = Busy::new();
-        let start = Instant::now();
-        let first = busy.enter();
-        let (idle, ()) = tokio::join!(busy.idle_for(Duration::from_secs(30)), async {
-            sleep(Duration::from_secs(100)).await;
-            drop(first);
-        });
-        assert_eq!(idle, ());
-        let time = start.elapsed();
-        assert!((Duration::from_secs(130)..Duration::from_secs(131)).contains(&time), "{time:?}");
     }
 }

@@ -13,7 +13,7 @@ use prometheus_client::{
     metrics::{MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
-use zeroboot_engine::{EngineStats, Isolation, Outcome, Report, TemplateStatus};
+use zeroboot_engine::{EndReason, EngineStats, Isolation, Outcome, Report, Sandbox, TemplateStatus};
 
 /// Names of the metrics, as they stand in the exposition.
 pub mod names {
@@ -56,6 +56,20 @@ pub mod names {
     pub const PROMISED_MEMORY: &str = "zeroboot_promised_memory_bytes";
     /// Requests refused because every sandbox was in use.
     pub const ADMISSIONS_REFUSED: &str = "zeroboot_admissions_refused_total";
+    /// Sandboxes that live, apart from those that serve one exec, by `isolation`, `template`.
+    pub const SANDBOXES: &str = "zeroboot_sandboxes";
+    /// Runs in them that have not ended, by `isolation`, `template`.
+    pub const SANDBOX_RUNS: &str = "zeroboot_sandbox_runs";
+    /// Runs and operations on files and contexts that are under way in them, by `isolation`, `template`.
+    pub const SANDBOX_CHANNELS: &str = "zeroboot_sandbox_channels";
+    /// Memory promised to them.
+    pub const SANDBOX_MEMORY: &str = "zeroboot_sandbox_promised_memory_bytes";
+    /// Sandboxes made to live, by `isolation`, `template`.
+    pub const SANDBOXES_MADE: &str = "zeroboot_sandboxes_made_total";
+    /// Sandboxes that lived and ended, by `isolation`, `template`, `reason`.
+    pub const SANDBOXES_ENDED: &str = "zeroboot_sandboxes_ended_total";
+    /// Histogram: how long they lived, by `isolation`, `template`, `reason`.
+    pub const SANDBOX_LIFETIME: &str = "zeroboot_sandbox_lifetime_seconds";
     /// 1 if the template's zygote is up, by `template`.
     pub const TEMPLATE_READY: &str = "zeroboot_template_ready";
     /// 1 if the template's last canary passed, by `template`.
@@ -112,6 +126,19 @@ struct Template {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Lives {
+    isolation: &'static str,
+    template: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Lived {
+    isolation: &'static str,
+    template: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answered {
     route: &'static str,
     status: u16,
@@ -138,6 +165,13 @@ impl EncodeMetric for BareCounter {
     fn metric_type(&self) -> MetricType {
         Self::TYPE
     }
+}
+
+/// From a tenth of a second to a day.
+const LIFETIMES: [f64; 12] = [0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];
+
+fn lifetimes() -> Histogram {
+    Histogram::new(LIFETIMES)
 }
 
 fn seconds() -> Histogram {
@@ -176,6 +210,13 @@ pub(crate) struct Metrics {
     pool_target: PerTemplate<Gauge>,
     refills: PerTemplate<Counter>,
     restarts: PerTemplate<Counter>,
+    sandboxes: Family<Lives, Gauge>,
+    sandbox_runs: Family<Lives, Gauge>,
+    sandbox_channels: Family<Lives, Gauge>,
+    sandbox_memory: Gauge,
+    sandboxes_made: Family<Lives, Counter>,
+    sandboxes_ended: Family<Lived, Counter>,
+    sandbox_lifetime: Seconds<Lived>,
     pub(crate) reload_failures: Counter,
 }
 
@@ -218,6 +259,13 @@ impl Metrics {
             pool_target: Family::default(),
             refills: Family::default(),
             restarts: Family::default(),
+            sandboxes: Family::default(),
+            sandbox_runs: Family::default(),
+            sandbox_channels: Family::default(),
+            sandbox_memory: Gauge::default(),
+            sandboxes_made: Family::default(),
+            sandboxes_ended: Family::default(),
+            sandbox_lifetime: Seconds::new_with_constructor(lifetimes),
             reload_failures: Counter::default(),
         };
         let mut registry = Registry::default();
@@ -248,6 +296,13 @@ impl Metrics {
         add(r, names::POOL_TARGET, "Sandboxes that should wait", &metrics.pool_target);
         add(r, names::POOL_REFILLS, "Sandboxes forked", &metrics.refills);
         add(r, names::ZYGOTE_RESTARTS, "Restarts of the zygote", &metrics.restarts);
+        add(r, names::SANDBOXES, "Sandboxes that live", &metrics.sandboxes);
+        add(r, names::SANDBOX_RUNS, "Runs in them that have not ended", &metrics.sandbox_runs);
+        add(r, names::SANDBOX_CHANNELS, "Runs and operations under way in them", &metrics.sandbox_channels);
+        add(r, names::SANDBOX_MEMORY, "Memory promised to sandboxes that live", &metrics.sandbox_memory);
+        add(r, names::SANDBOXES_MADE, "Sandboxes made to live", &metrics.sandboxes_made);
+        add(r, names::SANDBOXES_ENDED, "Sandboxes that lived and ended", &metrics.sandboxes_ended);
+        add(r, names::SANDBOX_LIFETIME, "How long they lived", &metrics.sandbox_lifetime);
         add(r, names::RELOAD_FAILURES, "Failed reloads of keys or certificates", &metrics.reload_failures);
         // A series that is there from the start makes a rate right from its first event on.
         for status in ["success", "error", "timeout"] {
@@ -294,6 +349,39 @@ impl Metrics {
         self.total_seconds.get_or_create(&ended).observe(report.total_time.as_secs_f64());
     }
 
+    /// A sandbox begins to live.
+    pub(crate) fn sandbox_made(&self, template: &str, isolation: Isolation) {
+        let lives = Lives { isolation: isolation.as_str(), template: template.into() };
+        self.sandboxes_made.get_or_create(&lives).inc();
+    }
+
+    /// A sandbox that lived has ended.
+    pub(crate) fn sandbox_ended(
+        &self,
+        template: &str,
+        isolation: Isolation,
+        reason: EndReason,
+        lived: std::time::Duration,
+    ) {
+        let labels = Lived { isolation: isolation.as_str(), template: template.into(), reason: reason.as_str() };
+        self.sandboxes_ended.get_or_create(&labels).inc();
+        self.sandbox_lifetime.get_or_create(&labels).observe(lived.as_secs_f64());
+    }
+
+    /// What lives now, of every template.
+    pub(crate) fn look_at_sandboxes(&self, templates: &[(TemplateStatus, bool)], sandboxes: &[Sandbox]) {
+        for (status, _) in templates {
+            let own = || sandboxes.iter().filter(|sandbox| sandbox.template() == status.name);
+            let labels = Lives { isolation: status.isolation.as_str(), template: status.name.clone() };
+            let count = |family: &Family<Lives, Gauge>, value: usize| {
+                family.get_or_create(&labels).set(i64::try_from(value).unwrap_or(i64::MAX));
+            };
+            count(&self.sandboxes, own().count());
+            count(&self.sandbox_runs, own().map(|sandbox| sandbox.activity().runs).sum());
+            count(&self.sandbox_channels, own().map(|sandbox| sandbox.activity().channels).sum());
+        }
+    }
+
     /// An exec that reached the engine and came to no outcome.
     pub(crate) fn failed(&self, code: &'static str) {
         self.executions.get_or_create(&Status { status: "error" }).0.fetch_add(1, Ordering::Relaxed);
@@ -328,6 +416,7 @@ impl Metrics {
         self.memory.set(number(zygotes + own_memory()));
         self.live.set(number(stats.live as u64));
         self.promised.set(number(stats.promised_memory));
+        self.sandbox_memory.set(number(stats.sandbox_memory));
         self.refused.inner().store(stats.refused, Ordering::Relaxed);
         let mut text = String::with_capacity(16 * 1024);
         // Writing to a String cannot fail; an encoder that does leaves a text that no scraper takes for whole.

@@ -1,8 +1,13 @@
 //! The routes.
 
 pub(crate) mod batch;
+pub(crate) mod contexts;
 pub(crate) mod docs;
 pub(crate) mod exec;
+pub(crate) mod files;
+mod follow;
+pub(crate) mod runs;
+pub(crate) mod sandboxes;
 pub(crate) mod status;
 mod stream;
 

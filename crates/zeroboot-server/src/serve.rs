@@ -9,13 +9,13 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
 use zeroboot_engine::Engine;
 
 use crate::{
-    app::{self, App},
+    app::App,
     backend::Backend,
     canary::Health,
     config::{ConfigError, Listen, ServerConfig},
@@ -23,6 +23,8 @@ use crate::{
     keys::{KeyFileError, KeyRing},
     listen::{Bound, Closing, Connections, Tls, TlsError},
     notify::Manager,
+    places::Places,
+    router,
 };
 
 /// Why a server did not start.
@@ -83,7 +85,7 @@ impl Server {
             let made = Bound::bind(listen, config.socket_mode).await;
             bound.push(made.map_err(|error| ServeError::Bind(listen.clone(), error))?);
         }
-        let gate = Gate::new(ring, &config.limits);
+        let gate = Gate::new(ring, &config.limits, backend.stats());
         let app = Arc::new(App::new(backend, config, gate));
         Ok(Server { app, bound, tls, watched, manager: Manager::of_env() })
     }
@@ -109,10 +111,10 @@ impl Server {
         let (close, closing) = watch::channel(Closing::No);
         let (open, mut all_closed) = mpsc::channel::<()>(1);
         let connections = Arc::new(Connections {
-            router: app::router(app.clone()),
+            router: router::router(app.clone()),
             limits: app.config.limits.clone(),
             metrics: app.clone(),
-            places: Arc::new(Semaphore::new(app.config.limits.max_connections.min(Semaphore::MAX_PERMITS))),
+            places: Places::new(app.config.limits.max_connections, app.config.limits.connections_per_address()),
             closing,
             open,
             tls: tls.clone(),
@@ -122,6 +124,8 @@ impl Server {
         for (health, (template, _)) in first.iter().zip(&app.catalog.templates) {
             tracing::info!(template, ready = health.result.is_ok(), "first canary");
         }
+        let places = connections.places.clone();
+        background.spawn(async move { places.tidy().await });
         let budget = app.budget.clone();
         background.spawn(async move { budget.watch().await });
         let reload_app = app.clone();
@@ -149,8 +153,12 @@ impl Server {
         // Until execs have ended new connections are still answered, with 503: a balancer hears of it, a client may try
         // elsewhere.
         let until = begun + app.config.drain;
-        while app.metrics.under_way() > 0 && Instant::now() < until {
+        while app.under_way() > 0 && Instant::now() < until {
             sleep(LOOK).await;
+        }
+        // Streams and terminals end with their sandboxes, which end with the server.
+        if let Some(engine) = app.backend.engine() {
+            engine.end_sandboxes();
         }
         close.send_replace(Closing::Drain);
         let closed = timeout_at(until, all_closed.recv()).await;

@@ -72,7 +72,7 @@ pub(crate) struct LimitsBody {
 }
 
 /// A whole number. In JSON 64.0 is one as well, and some languages write it so.
-fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+pub(crate) fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     struct Visitor;
 
     impl<'de> de::Visitor<'de> for Visitor {
@@ -397,7 +397,7 @@ pub(crate) struct Catalog {
 
 impl Catalog {
     /// Its place in the list, from what the request says.
-    fn choose(&self, language: Option<&str>, template: Option<&str>) -> Result<usize, ApiError> {
+    pub(crate) fn choose(&self, language: Option<&str>, template: Option<&str>) -> Result<usize, ApiError> {
         let names = |of: fn(&(String, String)) -> &String| {
             let mut names: Vec<&str> = self.templates.iter().map(|entry| of(entry).as_str()).collect();
             names.dedup();
@@ -485,12 +485,12 @@ impl ExecBody {
 }
 
 /// Seconds above zero. What is too short for our clock is its shortest time, not zero.
-fn positive(seconds: f64) -> Option<Duration> {
+pub(crate) fn positive(seconds: f64) -> Option<Duration> {
     let time = Duration::try_from_secs_f64(seconds).ok()?;
     (seconds > 0.0).then(|| time.max(Duration::from_nanos(1)))
 }
 
-fn within(name: &str, given: Option<u64>, default: u64, most: u64, unit: u64) -> Result<u64, ApiError> {
+pub(crate) fn within(name: &str, given: Option<u64>, default: u64, most: u64, unit: u64) -> Result<u64, ApiError> {
     match given {
         None => Ok(default),
         Some(value) if value > 0 && value <= most => Ok(value),

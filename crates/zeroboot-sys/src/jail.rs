@@ -33,6 +33,16 @@ pub fn own_user_namespace() -> io::Result<()> {
 /// [`SANDBOX_UID`]. Makes it, and all that it will start, the first to go when the host runs out of memory: before
 /// the server and the zygote. `proc` is a directory descriptor of the caller's own `/proc`.
 pub fn settle_child(proc: BorrowedFd<'_>, child: Pid, pidfd: BorrowedFd<'_>, outside: u32) -> io::Result<()> {
+    settle_child_as(proc, child, pidfd, (outside, outside))
+}
+
+/// [`settle_child`] with a group that has another number than the user.
+pub fn settle_child_as(
+    proc: BorrowedFd<'_>,
+    child: Pid,
+    pidfd: BorrowedFd<'_>,
+    (user, group): (u32, u32),
+) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::openat(proc, child.as_raw_nonzero().to_string(), flags, Mode::empty())?;
     // Children are reaped by the kernel, so a number can be given out again: a child that lives now, after the
@@ -48,8 +58,8 @@ pub fn settle_child(proc: BorrowedFd<'_>, child: Pid, pidfd: BorrowedFd<'_>, out
     write("oom_score_adj", "1000")?;
     // Groups first denied: an unprivileged map of groups needs it (user_namespaces(7)).
     write("setgroups", "deny")?;
-    write("gid_map", &format!("{SANDBOX_UID} {outside} 1\n"))?;
-    write("uid_map", &format!("{SANDBOX_UID} {outside} 1\n"))
+    write("gid_map", &format!("{SANDBOX_UID} {group} 1\n"))?;
+    write("uid_map", &format!("{SANDBOX_UID} {user} 1\n"))
 }
 
 /// Becomes [`SANDBOX_UID`] in a user namespace whose map [`settle_child`] wrote. Capabilities stay: no id 0

@@ -83,6 +83,8 @@ const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
 const KVM_CAP_SREGS2: libc::c_ulong = 200;
 const KVM_CAP_XSAVE2: libc::c_ulong = 208;
 const KVM_CAP_PRE_FAULT_MEMORY: libc::c_ulong = 236;
+/// Where a device writes a message-signalled interrupt for the local APIC with id 0.
+const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Most MSRs that one KVM_SET_MSRS takes (`MAX_IO_MSRS` in the kernel).
 const MAX_MSRS: usize = 256;
 /// Bytes of the part of the XSAVE area that every KVM has.
@@ -135,6 +137,7 @@ impl Kvm {
             (ki::Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
             (ki::Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
             (ki::Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+            (ki::Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
         ] {
             if !fd.check_extension(cap) {
                 return Err(wrong("KVM_CHECK_EXTENSION", format!("this KVM has no {name}")));
@@ -209,6 +212,13 @@ impl Vm {
         self.memory.as_ref()
     }
 
+    /// Three pages below 4 GiB for KVM's own task segment: Intel CPUs without unrestricted guest run real mode with it.
+    /// Elsewhere KVM takes the call and does nothing.
+    pub fn set_tss_address(&self, at: GuestPhys) -> Result<()> {
+        let at = usize::try_from(at.0).map_err(|e| wrong("KVM_SET_TSS_ADDR", e.to_string()))?;
+        named("KVM_SET_TSS_ADDR", self.fd.set_tss_address(at))
+    }
+
     /// An in-kernel LAPIC and nothing else: no PIC, no IOAPIC, no routes.
     pub fn split_irqchip(&self) -> Result<()> {
         let cap = kb::kvm_enable_cap { cap: kb::KVM_CAP_SPLIT_IRQCHIP, args: [0; 4], ..Default::default() };
@@ -227,6 +237,19 @@ impl Vm {
         let memory = self.memory.clone().ok_or_else(|| wrong("KVM_CREATE_VCPU", "the VM has no memory yet".into()))?;
         let fd = named("KVM_CREATE_VCPU", self.fd.create_vcpu(0))?;
         Ok(Vcpu { fd, _memory: memory, caps: self.caps })
+    }
+
+    /// Sends the vCPU's local APIC an edge interrupt with this vector. `false`: the APIC does not take it, since the
+    /// guest has turned it off.
+    pub fn raise(&self, vector: u8) -> Result<bool> {
+        // Physical destination 0, fixed delivery: KVM reads no more of an MSI.
+        let msi = kb::kvm_msi { address_lo: LOCAL_APIC, data: vector.into(), ..Default::default() };
+        match self.fd.signal_msi(msi) {
+            Ok(delivered) => Ok(delivered > 0),
+            // What `kvm_irq_delivery_to_apic` says (-1) when no APIC has that address.
+            Err(error) if error.errno() == libc::EPERM => Ok(false),
+            Err(error) => named("KVM_SIGNAL_MSI", Err(error)),
+        }
     }
 
     /// The VM's kvm-clock.
@@ -268,6 +291,8 @@ pub enum VmExit<'a> {
     MmioWrite {
         /// The address.
         at: GuestPhys,
+        /// The bytes, 8 at most.
+        data: &'a [u8],
     },
     /// A triple fault, or a reset by one.
     Shutdown,
@@ -337,12 +362,9 @@ impl Vcpu {
                 // SAFETY: exit_reason names this member of the union.
                 let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
                 let at = GuestPhys(mmio.phys_addr);
-                if mmio.is_write != 0 {
-                    VmExit::MmioWrite { at }
-                } else {
-                    let len = (mmio.len as usize).min(mmio.data.len());
-                    VmExit::MmioRead { at, data: mmio.data.get_mut(..len).unwrap_or_default() }
-                }
+                let len = (mmio.len as usize).min(mmio.data.len());
+                let data = mmio.data.get_mut(..len).unwrap_or_default();
+                if mmio.is_write != 0 { VmExit::MmioWrite { at, data } } else { VmExit::MmioRead { at, data } }
             }
             kb::KVM_EXIT_SHUTDOWN => VmExit::Shutdown,
             // Sent for a guest's reset or power-off where KVM itself implements one.
@@ -479,6 +501,13 @@ impl Vcpu {
         let mut msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_GET_MSRS", format!("{e:?}")))?;
         let read = named("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
         Ok(msrs.as_slice().first().filter(|_| read == 1).map(|m| m.data))
+    }
+
+    /// Sets one MSR. `false` where the kernel refuses it.
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<bool> {
+        let entry = kb::kvm_msr_entry { index, data, ..Default::default() };
+        let msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_SET_MSRS", format!("{e:?}")))?;
+        Ok(named("KVM_SET_MSRS", self.fd.set_msrs(&msrs))? == 1)
     }
 
     /// Sets MSRs in this order. An MSR that the kernel refuses is an error that names it.

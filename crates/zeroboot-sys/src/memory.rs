@@ -434,6 +434,13 @@ fn seek(file: &File, at: u64, whence: i32) -> io::Result<u64> {
     u64::try_from(r).map_err(|_| io::Error::last_os_error())
 }
 
+/// Gives the pages that the C library keeps of what was freed back to the system. It looks through its whole heap, for
+/// some milliseconds.
+pub fn give_back() {
+    // SAFETY: takes a number and locks the heap by itself. Whether there was anything to give does not matter.
+    unsafe { libc::malloc_trim(0) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

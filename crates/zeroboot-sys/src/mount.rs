@@ -2,8 +2,9 @@
 //! top of it for each sandbox.
 
 use std::{
+    ffi::{CStr, OsStr},
     fs, io,
-    os::unix::fs::symlink,
+    os::unix::{ffi::OsStrExt, fs::symlink},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +18,7 @@ use rustix::{
 
 /// Where the root is put together, in a mount namespace of our own. It exists on every Linux, and no runtime
 /// lives below it.
-const STAGE: &str = "/sys";
+pub(crate) const STAGE: &CStr = c"/sys";
 
 /// The file that lies over what must not be used.
 const EMPTY: &str = "/.zeroboot/empty";
@@ -78,7 +79,7 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     crate::process::unshare(UnshareFlags::NEWNS)?;
     // Nothing that we mount may show up on the host.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    let stage = Path::new(STAGE);
+    let stage = Path::new(OsStr::from_bytes(STAGE.to_bytes()));
     mount("tmpfs", stage, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755,size=64m"))?;
     let inside = |path: &Path| stage.join(path.strip_prefix("/").unwrap_or(path));
 

@@ -214,7 +214,8 @@ pub fn borrow_fd(number: i32) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Leaves the given namespaces. The caller is single threaded: a process before its runtime starts.
+/// Leaves the given namespaces; with `FS`, this thread has a working directory of its own. For a user namespace the
+/// caller is single threaded: a process before its runtime starts.
 pub fn unshare(namespaces: rustix::thread::UnshareFlags) -> io::Result<()> {
     // SAFETY: no CLONE_FILES among the flags in use, so no descriptor changes its meaning.
     unsafe { rustix::thread::unshare_unsafe(namespaces) }?;

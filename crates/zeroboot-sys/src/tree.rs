@@ -167,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    const POLICIES: [&str; 4] = [
+    const POLICIES: [&str; 3] = [
         include_str!("../../../policy/process-sandbox.json"),
         include_str!("../../../policy/process-uncounted.json"),
         include_str!("../../../policy/vm-worker.json"),

@@ -3,14 +3,21 @@
 //! apt checks signatures and hashes; no maintainer script is ever run.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
-    io,
+    io::{self, Read},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{ChildStdout, Command, Output, Stdio},
     time::{Duration, SystemTime},
 };
 
 use rustix::fs::FlockOperation;
+
+use crate::unpack::{self, Root};
+
+/// Bytes of a file that is read out of a package: a kernel has some ten million.
+const MOST_BYTES: u64 = 1 << 30;
 
 /// Why packages could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +43,7 @@ pub enum AptError {
     Unpack {
         /// Its file.
         package: String,
-        /// The words of `dpkg-deb`.
+        /// Why.
         reason: String,
     },
     /// The machine's sources name no Debian mirror.
@@ -240,41 +247,62 @@ impl Apt {
     }
 }
 
-/// Unpacks a package's files into a directory, but for those that match a pattern of `tar --exclude`. Symbolic links to
-/// directories that are there already stay (a merged `/usr`).
-pub fn unpack(package: &Path, into: &Path, exclude: &[&str]) -> Result<(), AptError> {
-    let mut tar = Command::new("tar");
-    tar.args(["-x", "-p", "--no-same-owner", "--keep-directory-symlink", "--anchored", "--wildcards"]);
-    tar.args(exclude.iter().map(|pattern| format!("--exclude=./{pattern}"))).arg("-C").arg(into);
-    through_tar(package, tar).map(|_| ())
+/// Unpacks a package's files into a tree, but for those that match a pattern of [`unpack::matches`].
+pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Result<(), AptError> {
+    archive(package, |archive| into.unpack(archive, exclude))
 }
 
-/// The bytes of a package's files whose path matches the pattern.
+/// Unpacks a package's files into a directory.
+pub fn unpack_to(package: &Path, into: &Path) -> Result<(), AptError> {
+    let mut root = Root::new(into).map_err(|error| AptError::Directory(into.to_owned(), error))?;
+    unpack(package, &mut root, &[])
+}
+
+/// The bytes of the package's file whose path matches the pattern; of the last, if several do.
 pub fn read_file(package: &Path, pattern: &str) -> Result<Vec<u8>, AptError> {
-    let mut tar = Command::new("tar");
-    tar.args(["-x", "-O", "--wildcards"]).arg(format!("./{pattern}"));
-    through_tar(package, tar)
+    let mut bytes = None;
+    archive(package, |archive| {
+        for entry in tar::Archive::new(archive).entries()? {
+            let mut entry = entry?;
+            let path = PathBuf::from(OsStr::from_bytes(&entry.path_bytes()));
+            if entry.header().entry_type().is_file() && unpack::matches(pattern, &path) {
+                let mut read = Vec::new();
+                (&mut entry).take(MOST_BYTES).read_to_end(&mut read)?;
+                bytes = Some(read);
+            }
+        }
+        Ok(())
+    })?;
+    bytes.ok_or_else(|| AptError::Unpack { package: file_name(package), reason: format!("it has no {pattern}") })
 }
 
-/// `dpkg-deb -x` would replace symbolic links by directories, and writes files only.
-fn through_tar(package: &Path, mut tar: Command) -> Result<Vec<u8>, AptError> {
-    let name = || package.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+/// Gives the archive of a package's files to a reader. `dpkg-deb` decompresses it and writes no file.
+fn archive(package: &Path, read: impl FnOnce(&mut ChildStdout) -> io::Result<()>) -> Result<(), AptError> {
+    let refused = |reason: String| AptError::Unpack { package: file_name(package), reason };
     let mut deb = Command::new("dpkg-deb");
     deb.arg("--fsys-tarfile").arg(package).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut deb = deb.spawn().map_err(failed_to_run("dpkg-deb"))?;
-    let archive = deb.stdout.take().map_or(Stdio::null(), Stdio::from);
-    let tar = tar.stdin(archive).output().map_err(failed_to_run("tar"));
-    // First the end of dpkg-deb, whatever became of tar.
-    let deb = deb.wait_with_output().map_err(failed_to_run("dpkg-deb"))?;
-    let tar = tar?;
-    // When tar cannot write, dpkg-deb only learns that nobody reads.
-    let order = if complaint(&deb).contains("Broken pipe") { [&tar, &deb] } else { [&deb, &tar] };
-    for output in order {
-        if !output.status.success() {
-            return Err(AptError::Unpack { package: name(), reason: complaint(output) });
+    let result = match deb.stdout.take() {
+        Some(mut archive) => {
+            let result = read(&mut archive);
+            // The padding behind the archive's end: dpkg-deb is not to fail over it.
+            result.and_then(|()| io::copy(&mut archive, &mut io::sink()).map(drop))
         }
+        None => Ok(()),
+    };
+    // First the end of dpkg-deb, whatever became of its archive.
+    let deb = deb.wait_with_output().map_err(failed_to_run("dpkg-deb"))?;
+    match result {
+        // When nobody reads on, dpkg-deb only learns of that; a broken package it can name.
+        Err(_) if !deb.status.success() && !complaint(&deb).contains("Broken pipe") => Err(refused(complaint(&deb))),
+        Err(error) => Err(refused(error.to_string())),
+        Ok(()) if !deb.status.success() => Err(refused(complaint(&deb))),
+        Ok(()) => Ok(()),
     }
-    Ok(tar.stdout)
+}
+
+fn file_name(package: &Path) -> String {
+    package.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 fn failed_to_run(program: &'static str) -> impl Fn(io::Error) -> AptError {
@@ -332,6 +360,53 @@ mod tests {
         assert_eq!((package.version.as_str(), package.architecture.as_str()), ("2026f-0", "all"));
         assert_eq!(parse_simulated("Conf libc6 (2.36 Debian [amd64])"), None);
         assert_eq!(parse_simulated("Inst "), None);
+    }
+
+    /// A package with what `fill` puts into its directory.
+    fn package(dir: &Path, name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
+        let root = dir.join(name);
+        fs::create_dir_all(root.join("DEBIAN")).unwrap();
+        let control = format!("Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n");
+        fs::write(root.join("DEBIAN/control"), control).unwrap();
+        fill(&root);
+        let file = dir.join(format!("{name}.deb"));
+        let output = Command::new("dpkg-deb").arg("--build").args([&root, &file]).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        file
+    }
+
+    #[test]
+    fn two_packages_together_write_nothing_outside_of_the_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let (host, top) = (dir.path().join("host"), dir.path().join("top"));
+        fs::create_dir(&host).unwrap();
+        fs::create_dir(&top).unwrap();
+        let first = package(dir.path(), "first", |root| {
+            fs::create_dir_all(root.join("usr/share")).unwrap();
+            std::os::unix::fs::symlink(&host, root.join("usr/share/data")).unwrap();
+        });
+        let second = package(dir.path(), "second", |root| {
+            fs::create_dir_all(root.join("usr/share/data")).unwrap();
+            fs::write(root.join("usr/share/data/evil"), "evil").unwrap();
+        });
+        let mut tree = Root::new(&top).unwrap();
+        unpack(&first, &mut tree, &[]).unwrap();
+        // The link leads to nothing in the tree, or to a directory of the tree: never to the host's.
+        let refused = unpack(&second, &mut tree, &[]).unwrap_err();
+        assert!(matches!(&refused, AptError::Unpack { package, .. } if package == "second.deb"), "{refused}");
+        tree.directory(&host, 0o755).unwrap();
+        unpack(&second, &mut tree, &[]).unwrap();
+        assert_eq!(fs::read_dir(&host).unwrap().count(), 0);
+        assert_eq!(read_file(&second, "usr/share/*/evil").unwrap(), b"evil");
+    }
+
+    #[test]
+    fn a_broken_package_is_named_with_what_dpkg_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let broken = dir.path().join("broken.deb");
+        fs::write(&broken, "!<arch>\nnonsense").unwrap();
+        let refused = read_file(&broken, "boot/vmlinuz-*").unwrap_err().to_string();
+        assert!(refused.starts_with("cannot unpack broken.deb: dpkg-deb: error"), "{refused}");
     }
 
     #[test]

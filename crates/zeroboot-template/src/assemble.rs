@@ -25,10 +25,12 @@ use crate::{
     recipe::Recipe,
     rootfs::{self, Contents, RootfsError, io_error},
     tree::Tree,
+    unpack::Root,
 };
 
 /// Part of the names of what is in the cache: when the code that makes a root file system changes, so do they.
-const RULES: [&[u8]; 3] = [include_bytes!("rootfs.rs"), include_bytes!("tree.rs"), include_bytes!("cpio.rs")];
+const RULES: [&[u8]; 4] =
+    [include_bytes!("rootfs.rs"), include_bytes!("unpack.rs"), include_bytes!("tree.rs"), include_bytes!("cpio.rs")];
 /// An assembly is taken as it is for so long; then newer packages are looked for.
 const FRESH: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Package lists are taken as they are for so long.
@@ -367,8 +369,9 @@ impl Setup<'_> {
             let partial = partial_dir(&rootfs)?;
             let root = tempfile::Builder::new().prefix(".unpacked-").tempdir_in(&rootfs);
             let root = root.map_err(io_err("make", &rootfs))?;
+            let mut tree = Root::new(root.path()).map_err(io_err("use", root.path()))?;
             let mut note = |text: &str| progress(Progress::Detail(text));
-            let contents = rootfs::build(apt, &packages, recipe, root.path(), &mut note)?;
+            let contents = rootfs::build(apt, &packages, recipe, &mut tree, &mut note)?;
             note("packing");
             let mut tree = Tree::of(root.path()).map_err(io_err("read", root.path()))?;
             rootfs::finish(&mut tree, recipe)?;

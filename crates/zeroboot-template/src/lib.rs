@@ -15,6 +15,7 @@ mod recipe;
 mod rootfs;
 mod store;
 mod tree;
+mod unpack;
 
 pub use assemble::{AssembleError, Assembled, KernelSource, Progress, Provenance, RootfsSource, Sources, assemble};
 pub use manifest::{FileFacts, Manifest, ManifestError, WarmUp};

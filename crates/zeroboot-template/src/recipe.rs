@@ -42,8 +42,8 @@ impl Runtime {
     /// The runner's path in the guest.
     pub fn runner(self) -> &'static str {
         match self {
-            Runtime::Python => "usr/lib/zeroboot/runner.py",
-            Runtime::Node => "usr/lib/zeroboot/runner.cjs",
+            Runtime::Python => "usr/lib/zeroboot/python.pyz",
+            Runtime::Node => "usr/lib/zeroboot/node.cjs",
         }
     }
 }
@@ -251,7 +251,7 @@ mod tests {
     fn the_runner_is_told_what_to_warm() {
         let python = Recipe::embedded("python").unwrap();
         let argv = python.runner_argv().join(" ");
-        assert_eq!(argv, "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/runner.py --frozen --warm numpy,pandas");
+        assert_eq!(argv, "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/python.pyz --frozen --warm numpy,pandas");
         let node = Recipe::embedded("node").unwrap();
         assert_eq!(
             node.runner_argv(),
@@ -259,7 +259,7 @@ mod tests {
                 "/usr/bin/node",
                 "--no-deprecation",
                 "--experimental-vm-modules",
-                "/usr/lib/zeroboot/runner.cjs",
+                "/usr/lib/zeroboot/node.cjs",
                 "--frozen"
             ]
         );

@@ -4,19 +4,27 @@
 //! alternatives (BLAS), the users, the linker's cache, the compiled Python modules.
 
 use std::{
+    ffi::{CStr, CString},
     fs, io,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use serde_json::Value;
+use zeroboot_sys::{confined::Confined, jail::Filter};
 
 use crate::{
     apt::{self, Apt, AptError, Package},
     recipe::{Recipe, Runtime},
     tree::{SANDBOX, Tree},
+    unpack::Root,
 };
+
+/// A package's program may do what a sandbox's code may.
+const POLICY: &str = include_str!("../../../policy/process-sandbox.json");
+/// How long a package's program may take: to compile numpy and pandas takes half a minute on a slow machine.
+const PROGRAM_TIME: Duration = Duration::from_secs(15 * 60);
 
 /// In every sandbox, whatever the recipe: a shell and the commands that a program may call.
 const BASE: [&str; 10] = [
@@ -43,7 +51,7 @@ const DROPPED: [&str; 7] = [
     "tar",             // for dpkg
 ];
 
-/// What no program needs, as patterns of `tar --exclude`.
+/// What no program needs, as patterns of [`crate::unpack::matches`].
 const STRIPPED: [&str; 19] = [
     "usr/share/doc",                               // 7 MB
     "usr/share/man",                               //
@@ -166,12 +174,12 @@ pub(crate) fn packages(apt: &Apt, recipe: &Recipe) -> Result<Vec<Package>, AptEr
     Ok(closure)
 }
 
-/// Fetches and unpacks the packages into an empty directory and finishes it.
+/// Fetches and unpacks the packages into an empty tree and finishes it.
 pub(crate) fn build(
     apt: &Apt,
     packages: &[Package],
     recipe: &Recipe,
-    root: &Path,
+    root: &mut Root,
     note: &mut dyn FnMut(&str),
 ) -> Result<Contents, RootfsError> {
     note(&format!("fetching {} packages", packages.len()));
@@ -179,10 +187,9 @@ pub(crate) fn build(
     note("unpacking");
     // A merged /usr, whatever the packages' age: the first paths of half of them begin with /lib or /bin.
     for dir in ["bin", "sbin", "lib", "lib64"] {
-        let usr = root.join("usr").join(dir);
-        fs::create_dir_all(&usr).map_err(io_error("make", &usr))?;
-        let link = root.join(dir);
-        symlink(Path::new("usr").join(dir), &link).map_err(io_error("make", &link))?;
+        let usr = Path::new("usr").join(dir);
+        root.directory(&usr, 0o755).map_err(io_error("make", &usr))?;
+        root.symlink(dir, &usr).map_err(io_error("make", Path::new(dir)))?;
     }
     for file in &files {
         apt::unpack(file, root, &STRIPPED)?;
@@ -277,27 +284,30 @@ fn without_user(table: &str, id: u32, name: &str) -> String {
     table.lines().filter(other).flat_map(|line| [line, "\n"]).collect()
 }
 
-fn link_alternative(root: &Path, link: &str, targets: &[&str]) -> Result<(), RootfsError> {
-    let link = root.join(link);
-    let dir = link.parent().unwrap_or(root);
-    match targets.iter().find(|target| dir.join(target).exists()) {
-        Some(target) if fs::symlink_metadata(&link).is_err() => symlink(target, &link).map_err(io_error("make", &link)),
+fn link_alternative(root: &mut Root, link: &str, targets: &[&str]) -> Result<(), RootfsError> {
+    let link = Path::new(link);
+    let dir = link.parent().unwrap_or(Path::new(""));
+    let there = root.contains(link) || root.read_link(link).is_ok();
+    match targets.iter().find(|target| root.contains(dir.join(target))) {
+        Some(target) if !there => root.symlink(link, Path::new(target)).map_err(io_error("make", link)),
         _ => Ok(()),
     }
 }
 
 /// `3.11`, by the target of `/usr/bin/python3`.
-fn python_version(root: &Path) -> Option<String> {
-    let target = fs::read_link(root.join("usr/bin/python3")).ok()?;
+fn python_version(root: &Root) -> Option<String> {
+    let target = root.read_link("usr/bin/python3").ok()?;
     let version = target.file_name()?.to_str()?.strip_prefix("python")?.to_owned();
-    version.starts_with("3.").then_some(version)
+    let digits = version.strip_prefix("3.")?;
+    digits.bytes().all(|byte| byte.is_ascii_digit()).then_some(version)
 }
 
 /// With the wheels of the guest's Python and C library. Installed where Debian's Python looks for what is not Debian's.
-fn pip(root: &Path, list: &[String]) -> Result<Vec<String>, RootfsError> {
+/// pip runs none of their code; it writes to an empty directory, because in the tree a package's link may lie in its way.
+fn pip(root: &mut Root, list: &[String]) -> Result<Vec<String>, RootfsError> {
     let version = python_version(root).ok_or(RootfsError::NoRuntime("usr/bin/python3"))?;
-    let target = root.join(format!("usr/local/lib/python{version}/dist-packages"));
-    fs::create_dir_all(&target).map_err(io_error("make", &target))?;
+    let target = beside(root)?;
+    let target = target.path();
     let mut pip = Command::new("pip");
     pip.args(["install", "--quiet", "--no-input", "--disable-pip-version-check", "--no-compile"]);
     pip.args(["--only-binary=:all:", "--implementation=cp", "--python-version", &version]);
@@ -307,28 +317,35 @@ fn pip(root: &Path, list: &[String]) -> Result<Vec<String>, RootfsError> {
     let newest_first = (5..=36).rev().map(|minor| format!("--platform=manylinux_2_{minor}_x86_64"));
     pip.args(newest_first)
         .args(["manylinux2014", "manylinux2010", "manylinux1"].map(|p| format!("--platform={p}_x86_64")));
-    pip.arg("--target").arg(&target).arg("--").args(list);
+    pip.arg("--target").arg(target).arg("--").args(list);
     run("pip", &mut pip)?;
     // What was installed, by the names of the `.dist-info` directories.
     let mut installed = Vec::new();
-    for entry in fs::read_dir(&target).map_err(io_error("read", &target))? {
-        let name = entry.map_err(io_error("read", &target))?.file_name();
+    for entry in fs::read_dir(target).map_err(io_error("read", target))? {
+        let name = entry.map_err(io_error("read", target))?.file_name();
         if let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".dist-info")) {
             installed.push(name.replacen('-', " ", 1));
         }
     }
     installed.sort();
+    let into = format!("usr/local/lib/python{version}/dist-packages");
+    root.copy(target, &into).map_err(io_error("write", Path::new(&into)))?;
     Ok(installed)
 }
 
-/// Into `/node_modules`: `import` does not look at NODE_PATH, but it climbs to the root.
-fn npm(root: &Path, list: &[String]) -> Result<Vec<String>, RootfsError> {
+/// Into `/node_modules`: `import` does not look at NODE_PATH, but it climbs to the root. As with pip, no code of a package
+/// is run and npm does not write into the tree itself.
+fn npm(root: &mut Root, list: &[String]) -> Result<Vec<String>, RootfsError> {
+    let target = beside(root)?;
+    let target = target.path();
     let mut npm = Command::new("npm");
     npm.args(["install", "--no-save", "--ignore-scripts", "--omit=dev", "--no-audit", "--no-fund", "--loglevel=error"]);
-    npm.arg("--prefix").arg(root).arg("--").args(list).current_dir(root);
+    npm.arg("--prefix").arg(target).arg("--").args(list).current_dir(target);
     run("npm", &mut npm)?;
-    let lock = root.join("node_modules/.package-lock.json");
+    let modules = target.join("node_modules");
+    let lock = modules.join(".package-lock.json");
     let text = fs::read_to_string(&lock).map_err(io_error("read", &lock))?;
+    root.copy(&modules, "node_modules").map_err(io_error("write", Path::new("node_modules")))?;
     let packages = serde_json::from_str::<Value>(&text).ok();
     let packages = packages.as_ref().and_then(|lock| lock.get("packages")?.as_object()).into_iter().flatten();
     let name = |path: &str| path.rsplit("node_modules/").next().unwrap_or(path).to_owned();
@@ -337,37 +354,44 @@ fn npm(root: &Path, list: &[String]) -> Result<Vec<String>, RootfsError> {
         .collect())
 }
 
-/// The linker's cache, by the guest's own ldconfig (it is linked statically). It changes its root, which takes root, or a
-/// user namespace in which we are.
-fn ldconfig(root: &Path) -> Result<(), String> {
-    let program = root.join("usr/sbin/ldconfig");
-    let mut command = if rustix::process::geteuid().is_root() {
-        Command::new(&program)
-    } else {
-        let mut command = Command::new("unshare");
-        command.arg("-r").arg(&program);
-        command
-    };
-    quiet(command.arg("-r").arg(root)).map(|_| ())
+/// An empty directory on the disk of the tree.
+fn beside(root: &Root) -> Result<tempfile::TempDir, RootfsError> {
+    let parent = root.path().parent().unwrap_or(Path::new("/"));
+    tempfile::Builder::new().prefix(".installed-").tempdir_in(parent).map_err(io_error("make a directory in", parent))
 }
 
-/// Compiles the modules with the guest's own interpreter, run by its own dynamic linker. Only parses them, imports none.
-fn compile(root: &Path) -> Result<(), String> {
+/// The linker's cache, by the guest's own ldconfig.
+fn ldconfig(root: &Root) -> Result<(), String> {
+    confined(root, "/usr/sbin/ldconfig", &[], &[])
+}
+
+/// Compiles the modules with the guest's own interpreter. Only parses them, imports none.
+fn compile(root: &Root) -> Result<(), String> {
     let version = python_version(root).ok_or("no version of it")?;
-    let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"].map(|dir| root.join(dir).display().to_string()).join(":");
-    let mut python = Command::new(root.join("usr/lib64/ld-linux-x86-64.so.2"));
-    // With -m Python imports from the working directory first, which may be anybody's.
-    python.current_dir("/");
-    python.arg("--library-path").arg(libraries).arg(root.join(format!("usr/bin/python{version}")));
-    python.env_clear().env("PYTHONHOME", root.join("usr")).env("LC_ALL", "C.UTF-8").env("PYTHONHASHSEED", "0");
     // Files carry the hash of their source, which nobody checks: times do not survive the image.
     // -B: else what compileall itself imports is written with the time of its source, which is that of unpacking.
-    python.args(["-B", "-s", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]);
-    python.arg("-s").arg(root).args(["-p", "/"]);
+    let mut args: Vec<String> =
+        ["-B", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
+            .map(str::to_owned)
+            .into();
     let dirs =
-        ["usr/lib/python3".to_owned(), format!("usr/lib/python{version}"), format!("usr/local/lib/python{version}")];
-    python.args(dirs.map(|dir| root.join(dir)).iter().filter(|dir| dir.exists()));
-    quiet(&mut python).map(|_| ())
+        ["/usr/lib/python3".to_owned(), format!("/usr/lib/python{version}"), format!("/usr/local/lib/python{version}")];
+    args.extend(dirs.into_iter().filter(|dir| root.contains(dir)));
+    let env = ["LC_ALL=C.UTF-8", "PYTHONHASHSEED=0"].map(str::to_owned);
+    confined(root, &format!("/usr/bin/python{version}"), &args, &env)
+}
+
+/// Runs a program of the tree, which may be anybody's, with the tree as its only files.
+fn confined(root: &Root, program: &str, args: &[String], env: &[String]) -> Result<(), String> {
+    let filter = Filter::parse(POLICY).map_err(|error| error.to_string())?;
+    let text = |text: &str| CString::new(text).map_err(|error| error.to_string());
+    let list = |list: &[String]| list.iter().map(|item| text(item)).collect::<Result<Vec<_>, _>>();
+    let (program, args, env) = (text(program)?, list(args)?, list(env)?);
+    let args: Vec<&CStr> = args.iter().map(CString::as_c_str).collect();
+    let env: Vec<&CStr> = env.iter().map(CString::as_c_str).collect();
+    let jail = Confined { root: root.dir(), user: root.owner(), filter: &filter, time: PROGRAM_TIME };
+    let output = jail.run(&program, &args, &env).map_err(|error| error.to_string())?;
+    if output.status.success() { Ok(()) } else { Err(last_lines(&output)) }
 }
 
 fn run(program: &'static str, command: &mut Command) -> Result<Output, RootfsError> {
@@ -377,11 +401,6 @@ fn run(program: &'static str, command: &mut Command) -> Result<Output, RootfsErr
         Ok(output) if output.status.success() => Ok(output),
         Ok(output) => Err(RootfsError::Program { program, reason: last_lines(&output) }),
     }
-}
-
-fn quiet(command: &mut Command) -> Result<Output, String> {
-    let output = command.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
-    if output.status.success() { Ok(output) } else { Err(last_lines(&output)) }
 }
 
 fn last_lines(output: &Output) -> String {
@@ -429,5 +448,84 @@ mod tests {
         finish(&mut tree, &Recipe::embedded("python").unwrap()).unwrap();
         assert!(!tree.contains("run/secret") && !tree.contains("tmp/secret"));
         assert!(tree.contains("dev/console") && tree.contains("tmp"));
+    }
+
+    /// A tree with a shell, and a script of somebody else's in the place of ldconfig.
+    fn with_ldconfig(top: &Path, script: &str) -> Root {
+        let mut root = Root::new(top).unwrap();
+        let mut bring = |path: &Path| root.file(path, 0o755, fs::File::open(path).unwrap()).unwrap();
+        let libraries = Command::new("ldd").arg("/bin/sh").output().unwrap().stdout;
+        let libraries = String::from_utf8(libraries).unwrap();
+        for path in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
+            bring(Path::new(path));
+        }
+        bring(Path::new("/bin/sh"));
+        root.file("usr/sbin/ldconfig", 0o755, script.as_bytes()).unwrap();
+        root.directory("etc", 0o755).unwrap();
+        root
+    }
+
+    #[test]
+    fn a_packages_program_reaches_nothing_but_its_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        fs::create_dir(&top).unwrap();
+        let outside = dir.path().join("outside");
+        fs::write(&outside, "of the host").unwrap();
+        fs::set_permissions(&outside, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        let (host, ours) = (outside.display(), std::process::id());
+        let script = format!(
+            "#!/bin/sh
+            say() {{ echo \"$1\" >> /etc/said; }}
+            say $$
+            (echo evil > {host}) 2> /etc/error && say 'wrote a file of the host'
+            (: < {host}) 2> /etc/error && say 'read a file of the host'
+            kill -0 {ours} 2> /etc/error && say 'reached a process of the host'
+            [ -e /proc/self ] && say 'saw processes'
+            [ -e /sys/kernel ] && say 'saw the kernel'
+            ulimit -c unlimited 2> /etc/error && say 'raised a limit'
+            for fd in 3 4 5 6 7 8 9; do (: <&$fd) 2> /etc/error && say \"had descriptor $fd\"; done
+            echo complaint; exit 3"
+        );
+        let root = with_ldconfig(&top, &script);
+        assert_eq!(ldconfig(&root).unwrap_err(), "complaint");
+        assert_eq!(fs::read_to_string(top.join("etc/said")).unwrap(), "1\n");
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "of the host");
+        // Nothing in the tree has become a file of the caller's, who may be root.
+        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(top.join("etc/said")).unwrap());
+        assert_eq!(owner, root.owner().0);
+        assert!(!rustix::process::geteuid().is_root() || owner != 0, "a package's program is the host's root");
+    }
+
+    #[test]
+    fn a_packages_program_that_does_not_end_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        // Its child holds the output open, too.
+        let root = with_ldconfig(dir.path(), "#!/bin/sh\nwhile :; do :; done &\nwhile :; do :; done");
+        let filter = Filter::parse(POLICY).unwrap();
+        let time = Duration::from_millis(300);
+        let jail = Confined { root: root.dir(), user: root.owner(), filter: &filter, time };
+        let begun = std::time::Instant::now();
+        let error = jail.run(c"/usr/sbin/ldconfig", &[], &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn alternatives_are_linked_in_the_tree_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (host, top) = (dir.path().join("host"), dir.path().join("top"));
+        fs::create_dir_all(host.join("blas")).unwrap();
+        fs::write(host.join("blas/libblas.so.3"), "").unwrap();
+        fs::create_dir(&top).unwrap();
+        let mut root = Root::new(&top).unwrap();
+        root.symlink("usr/lib/x86_64-linux-gnu", &host).unwrap();
+        for (link, targets) in ALTERNATIVES {
+            link_alternative(&mut root, link, targets).unwrap();
+        }
+        assert_eq!(fs::read_dir(&host).unwrap().count(), 1);
+        root.file("usr/bin/mawk", 0o755, &b""[..]).unwrap();
+        link_alternative(&mut root, "usr/bin/awk", &["gawk", "mawk"]).unwrap();
+        assert_eq!(root.read_link("usr/bin/awk").unwrap(), Path::new("mawk"));
     }
 }

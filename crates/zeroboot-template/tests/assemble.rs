@@ -11,8 +11,7 @@ use std::{
 use zeroboot_template::{Assembled, Progress, Recipe, RootfsSource, Runtime, Sources, assemble, paths};
 
 const AGENT: &[u8] = b"not an agent";
-const RUNNERS: [&[u8]; 2] =
-    [include_bytes!("../../../runtimes/python/runner.py"), include_bytes!("../../../runtimes/node/runner.cjs")];
+const RUNNERS: [&[u8]; 2] = [zeroboot_runtimes::PYTHON, zeroboot_runtimes::NODE];
 
 fn runner(runtime: Runtime) -> &'static [u8] {
     match runtime {
@@ -85,7 +84,8 @@ fn the_python_recipe_becomes_a_working_root_file_system() {
     assert!(assembled.provenance.packages.iter().any(|package| package.starts_with("python3-numpy ")));
 
     let names = listing(&assembled.initramfs);
-    for name in ["init", "usr/lib/zeroboot/runner.py", "etc/passwd", "dev/console", "usr/bin/python3", "home/sandbox"] {
+    for name in ["init", "usr/lib/zeroboot/python.pyz", "etc/passwd", "dev/console", "usr/bin/python3", "home/sandbox"]
+    {
         assert!(names.iter().any(|known| known == name), "no {name}");
     }
     assert!(!names.iter().any(|name| name.starts_with("usr/share/doc/") || name.starts_with("usr/share/man/")));
@@ -95,7 +95,7 @@ fn the_python_recipe_becomes_a_working_root_file_system() {
     let root = unpacked(&assembled.initramfs);
     let root = root.path();
     assert_eq!(fs::read(root.join("init")).unwrap(), AGENT);
-    assert_eq!(fs::read(root.join("usr/lib/zeroboot/runner.py")).unwrap(), runner(Runtime::Python));
+    assert_eq!(fs::read(root.join("usr/lib/zeroboot/python.pyz")).unwrap(), runner(Runtime::Python));
     let argv = fs::read_to_string(root.join("etc/zeroboot/argv")).unwrap();
     assert!(
         argv.starts_with("/usr/bin/python3\0-E\0") && argv.ends_with("--frozen\0--warm\0numpy,pandas\0"),

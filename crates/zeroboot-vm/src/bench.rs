@@ -15,10 +15,10 @@ use zeroboot_sys::{
 
 use crate::{
     Console, Exits, Fork, ForkError, FreezeError, Host, Prefault, Session, SessionEnd, SessionError, Snapshot, Stop,
-    VmState, one_request::OneRequest,
+    VmState, machine::TSS, one_request::OneRequest,
 };
 
-pub use crate::stand_in::{ALIVE, answer, input, stand_in, strewn};
+pub use crate::stand_in::{ALIVE, StandIn, answer, input, nth_answer, stand_in, strewn};
 
 /// Why a measurement is void.
 #[derive(Debug, thiserror::Error)]
@@ -166,9 +166,10 @@ fn bare(host: &Host, snapshot: &Snapshot) -> Result<Duration, BenchError> {
     let memory = timed!(Mapping::fork(&snapshot.image))?;
     let mut vm = timed!(host.kvm().create_vm())?;
     timed!(vm.set_memory(memory))?;
+    timed!(vm.set_tss_address(TSS))?;
     timed!(vm.split_irqchip())?;
     let vcpu = timed!(vm.create_vcpu())?;
-    timed!(vcpu.set_cpuid(host.cpuid_table()))?;
+    timed!(vcpu.set_cpuid(&snapshot.cpuid))?;
     timed!(vcpu.set_sregs(&state.sregs))?;
     if let Some(xcrs) = &state.xcrs {
         timed!(vcpu.set_xcrs(xcrs))?;
@@ -204,8 +205,8 @@ impl Prototype {
         vm.full_irqchip_and_pit()?;
         vm.set_memory(Mapping::fork(&snapshot.image)?)?;
         let vcpu = vm.create_vcpu()?;
-        // It reads the CPUID once, from the snapshot.
-        vcpu.set_cpuid(&zeroboot_sys::kvm::CpuidTable::new(&snapshot.body.cpuid)?)?;
+        // It reads the CPUID once.
+        vcpu.set_cpuid(&snapshot.cpuid)?;
         vcpu.set_sregs(&state.sregs)?;
         if let Some(xcrs) = &state.xcrs {
             vcpu.set_xcrs(xcrs)?;

@@ -14,8 +14,8 @@ use zeroboot_sys::{
 };
 
 use crate::{
-    Console, Exits, ForkError, FreezeError, Host, LoadError, Machine, Session, SessionEnd, SessionError, Snapshot,
-    Stop, WorkingSet, boot, one_request::OneRequest,
+    Console, Exits, ForkError, FreezeError, Host, LoadError, Machine, NoWakeLine, Session, SessionEnd, SessionError,
+    Snapshot, Stop, WorkingSet, boot, one_request::OneRequest, wake::BootDevices,
 };
 
 /// Bytes of console text that a failed build keeps.
@@ -73,6 +73,9 @@ pub enum BuildError {
         /// The end of what it wrote to its console.
         console: String,
     },
+    /// It became ready, but its forks could not be woken.
+    #[error("the guest became ready and could not be woken in a fork")]
+    NoWakeLine(#[from] NoWakeLine),
     /// It became ready but could not be frozen.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
@@ -91,6 +94,7 @@ pub fn build(host: &Host, options: &BuildOptions, mut progress: impl FnMut(Progr
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| BuildError::Host(e.into()))?;
+    machine.boot_devices = Some(BootDevices::new());
     boot::load(&machine, &kernel, &initramfs, &options.parameters, seed)?;
     drop((kernel, initramfs));
 
@@ -113,7 +117,9 @@ pub fn build(host: &Host, options: &BuildOptions, mut progress: impl FnMut(Progr
     };
     kick.disarm().map_err(BuildError::Host)?;
     progress(Progress::Ready { after: start.elapsed(), exits: exits.total() });
-    let snapshot = Snapshot::freeze(host, machine, memory, argument)?;
+    // From here on there is no device.
+    let wake = machine.boot_devices.take().map_or(Err(NoWakeLine::Masked), |devices| devices.vector())?;
+    let snapshot = Snapshot::freeze(host, machine, memory, argument, wake)?;
     progress(Progress::Frozen);
     Ok(snapshot)
 }

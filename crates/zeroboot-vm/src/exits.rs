@@ -85,8 +85,8 @@ impl Exits {
 }
 
 impl Machine {
-    /// Runs the guest until it rings, ends, or is kicked. There is no device to emulate: reads of any
-    /// other port or address give all ones, writes go nowhere.
+    /// Runs the guest until it rings, ends, or is kicked. There is no device to emulate, but for the two that a template
+    /// has while it boots: reads of any other port or address give all ones, writes go nowhere.
     pub fn run(&mut self, console: &mut Console, exits: &mut Exits) -> Result<Stop, KvmError> {
         loop {
             match self.vcpu.run()? {
@@ -113,11 +113,19 @@ impl Machine {
                     exits.ports += 1;
                     data.fill(if port == CONSOLE_STATUS_PORT { 0x60 } else { 0xff });
                 }
-                VmExit::MmioRead { data, .. } => {
+                VmExit::MmioRead { at, data } => {
                     exits.mmio += 1;
-                    data.fill(0xff);
+                    match &mut self.boot_devices {
+                        Some(devices) => devices.read(at, data),
+                        None => data.fill(0xff),
+                    }
                 }
-                VmExit::MmioWrite { .. } => exits.mmio += 1,
+                VmExit::MmioWrite { at, data } => {
+                    exits.mmio += 1;
+                    if let Some(devices) = &mut self.boot_devices {
+                        devices.write(at, data);
+                    }
+                }
                 VmExit::Kicked => {
                     exits.kicks += 1;
                     return Ok(Stop::Kicked);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Host;
+use crate::{Host, cpuid};
 
 /// The host that a snapshot was made on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,8 +18,8 @@ pub struct HostFacts {
     /// The KVM modules that are loaded, such as `kvm_amd`: hardware kinds and software kinds restore
     /// different states.
     pub kvm: String,
-    /// BLAKE3 of the CPUID that guests see.
-    pub cpuid: String,
+    /// The features of the CPU that guests see, by name. For people: what is compared is CPUID itself.
+    pub features: String,
     /// Bytes of the XSAVE area.
     pub xsave: u64,
 }
@@ -36,12 +36,8 @@ impl HostFacts {
             })
             .unwrap_or_default();
         modules.sort_unstable();
-        let mut hasher = blake3::Hasher::new();
         let mut cpu = String::from("unknown");
         for e in host.cpuid() {
-            for word in [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] {
-                hasher.update(&word.to_le_bytes());
-            }
             match e.function {
                 0 => {
                     let name: Vec<u8> = [e.ebx, e.edx, e.ecx].iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -61,17 +57,17 @@ impl HostFacts {
             cpu_name: cpu_name(),
             kernel: uname.release().to_string_lossy().into_owned(),
             kvm: if modules.is_empty() { "built in".into() } else { modules.join(" ") },
-            cpuid: hasher.finalize().to_hex().to_string(),
+            features: cpuid::names(host.cpuid()).join(" "),
             xsave: host.kvm().caps().xsave as u64,
         }
     }
 
-    /// The first fact in which `here` differs.
+    /// The first fact in which `here` differs. CPUID is compared on its own ([`CpuDifference::between`]).
     pub fn differs(&self, here: &HostFacts) -> Option<Difference> {
         let differ = |what, saved: &dyn fmt::Display, here: &dyn fmt::Display| {
             Some(Difference { what, saved: saved.to_string(), here: here.to_string() })
         };
-        // The order is from the cause to its consequences. The CPU's name is for people only.
+        // The order is from the cause to its consequences. Names and features are for people only.
         if self.kvm != here.kvm {
             return differ("KVM backend", &self.kvm, &here.kvm);
         }
@@ -83,9 +79,6 @@ impl HostFacts {
         }
         if self.xsave != here.xsave {
             return differ("XSAVE size", &self.xsave, &here.xsave);
-        }
-        if self.cpuid != here.cpuid {
-            return differ("set of CPU features", &self.cpuid, &here.cpuid);
         }
         None
     }

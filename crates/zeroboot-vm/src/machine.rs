@@ -4,8 +4,13 @@ use std::{path::Path, rc::Rc};
 
 use zeroboot_sys::{
     kvm::{CpuidEntry, CpuidTable, Kvm, KvmError, Vcpu, Vm},
-    memory::{BootMemory, Mapping, MiB},
+    memory::{BootMemory, GuestPhys, Mapping, MiB},
 };
+
+use crate::wake::BootDevices;
+
+/// Address of KVM's task segment: behind KVM's own identity map at 0xfffbc000, above all memory that a guest can have.
+pub(crate) const TSS: GuestPhys = GuestPhys(0xfffb_d000);
 
 /// The KVM device with what every VM of this process needs, read once.
 #[derive(Debug)]
@@ -29,11 +34,6 @@ impl Host {
         &self.kvm
     }
 
-    /// The same in the form that the kernel takes.
-    pub(crate) fn cpuid_table(&self) -> &CpuidTable {
-        &self.cpuid_table
-    }
-
     /// The TSC's rate that a guest has here, in kHz.
     pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
         let failed = |source| KvmError { call: "mmap", source };
@@ -54,36 +54,47 @@ pub struct Machine {
     pub(crate) vcpu: Vcpu,
     pub(crate) vm: Vm,
     pub(crate) memory: Rc<Mapping>,
+    /// Only while a template boots: a fork has no device.
+    pub(crate) boot_devices: Option<BootDevices>,
 }
 
 impl Machine {
     /// Makes the VM in the cheap order and without state.
     pub fn new(host: &Host, memory: Mapping) -> Result<Machine, KvmError> {
-        Machine::timed(host, memory, &mut |_| ())
+        Machine::timed(host, &host.cpuid_table, memory, &mut |_| ())
     }
 
-    /// As [`Machine::new`]; `step` hears the name of each step once it is done.
-    pub fn timed(host: &Host, memory: Mapping, step: &mut dyn FnMut(&'static str)) -> Result<Machine, KvmError> {
+    /// As [`Machine::new`], with the CPU of a template; `step` hears the name of each step once it is done.
+    pub(crate) fn timed(
+        host: &Host,
+        cpuid: &CpuidTable,
+        memory: Mapping,
+        step: &mut dyn FnMut(&'static str),
+    ) -> Result<Machine, KvmError> {
         let mut vm = host.kvm.create_vm()?;
         step("create_vm");
         // The slot before anything that has to do with interrupts: enabling an irqchip queues an SRCU
         // callback, and a slot change that finds one pending waits for its grace period (7 ms and more).
         vm.set_memory(memory)?;
         step("memory_slot");
+        // Before the irqchip, as the memory: where the CPU has no unrestricted guest it adds a slot. Without it KVM
+        // would keep the segment in the guest's page 0 there.
+        vm.set_tss_address(TSS)?;
+        step("tss_address");
         // Before the vCPU: KVM refuses a split irqchip once one exists.
         vm.split_irqchip()?;
         step("split_irqchip");
         let vcpu = vm.create_vcpu()?;
         step("create_vcpu");
         // Before any other state: what KVM accepts as state depends on what the guest's CPU has.
-        vcpu.set_cpuid(&host.cpuid_table)?;
+        vcpu.set_cpuid(cpuid)?;
         step("set_cpuid");
         let memory = match vm.memory() {
             Some(memory) => Rc::clone(memory),
             // set_memory above succeeded.
             None => unreachable!("a VM whose memory was just set has it"),
         };
-        Ok(Machine { vcpu, vm, memory })
+        Ok(Machine { vcpu, vm, memory, boot_devices: None })
     }
 
     /// The guest's memory.

@@ -9,10 +9,10 @@ use std::{
 use zeroboot_sys::{
     kick::Kick,
     kvm::{Kvm, KvmError, Regs},
-    memory::{BootMemory, GuestPhys, MiB},
+    memory::{BootMemory, GuestPhys, Mapping, MemoryImage, MiB},
 };
 
-use crate::{Console, Exits, Host, Machine, Stop, long_mode};
+use crate::{Console, Exits, Host, Machine, SaveStateError, StateTables, Stop, VmState, long_mode};
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,12 @@ pub enum KvmProbe {
         /// What is wrong.
         reason: String,
     },
-    /// A stock Linux runs here.
+    /// Guests run, and cannot be forked: what KVM gave of one, it does not take back.
+    NoRestore {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A stock Linux runs here, and can be forked.
     Works {
         /// Loop iterations of supervisor-mode code in a second.
         loops_per_second: u64,
@@ -51,6 +56,9 @@ impl KvmProbe {
             KvmProbe::SoftwareOnly { reason } => {
                 Err(format!("this host's KVM is a software imitation that cannot run a stock Linux: {reason}"))
             }
+            KvmProbe::NoRestore { reason } => {
+                Err(format!("this host's KVM runs a guest but does not restore one that it saved: {reason}"))
+            }
         }
     }
 
@@ -66,6 +74,9 @@ impl KvmProbe {
             }
             KvmProbe::Unusable { .. } => Some("look for kvm in the kernel's log: sudo dmesg | grep -i kvm"),
             KvmProbe::SoftwareOnly { .. } => Some("use --engine process here, or a host with VT-x or SVM"),
+            KvmProbe::NoRestore { .. } => Some(
+                "use --engine process here, and report it with the output of `zeroboot doctor`: it is a bug of ours or of the host's kernel",
+            ),
         }
     }
 }
@@ -83,7 +94,7 @@ const ATTEMPTS: usize = 3;
 
 const DOORBELL_EAX: u32 = 0x0500_0004;
 
-/// Runs the probe. Takes about 10 ms where it works, 150 at most.
+/// Runs the probe. Takes about 10 ms where it works, 150 where it does not, half a second at most.
 pub fn probe() -> KvmProbe {
     let device = Path::new("/dev/kvm");
     if let Err(error) = Kvm::open(device) {
@@ -112,10 +123,25 @@ fn run() -> Result<KvmProbe, KvmError> {
         Ok(speed) => speed,
         Err(reason) => return Ok(KvmProbe::SoftwareOnly { reason }),
     };
-    Ok(match patiently(|| system_call(&host, &kick))? {
+    if let Err(reason) = patiently(|| system_call(&host, &kick))? {
+        return Ok(KvmProbe::SoftwareOnly { reason });
+    }
+    Ok(match patiently(|| Ok(restores(&host)))? {
         Ok(()) => KvmProbe::Works { loops_per_second, port_exit },
-        Err(reason) => KvmProbe::SoftwareOnly { reason },
+        Err(reason) => KvmProbe::NoRestore { reason },
     })
+}
+
+/// Whether a guest that was saved goes on in a fork, on this KVM. Says what failed if not.
+pub fn restores(host: &Host) -> Result<(), String> {
+    restores_altered(host, |state| state)
+}
+
+/// The same of a state that is altered between: for tests of what the probe notices.
+#[doc(hidden)]
+pub fn restores_altered(host: &Host, alter: impl FnOnce(VmState) -> VmState) -> Result<(), String> {
+    let kick = Kick::new().map_err(|error| format!("no timer: {error}"))?;
+    save_and_restore(host, &kick, alter).and_then(|wrong| wrong.map_or(Ok(()), Err))
 }
 
 const CODE: u64 = 0x1000;
@@ -127,6 +153,10 @@ const GDT: u64 = 0x2_0000;
 
 /// A machine in 64-bit mode with its memory mapped one to one for ring 3 as well, at the start of `CODE`.
 fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
+    Ok(machine_with_memory(host, code)?.0)
+}
+
+fn machine_with_memory(host: &Host, code: &[(u64, &[u8])]) -> Result<(Machine, BootMemory), KvmError> {
     let failed = |source| KvmError { call: "mmap", source };
     let memory = BootMemory::new(MiB(2)).map_err(failed)?;
     let mut machine = Machine::new(host, memory.map().map_err(failed)?)?;
@@ -155,15 +185,19 @@ fn machine(host: &Host, code: &[(u64, &[u8])]) -> Result<Machine, KvmError> {
     sregs.base.efer |= 1;
     vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&Regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
-    Ok(machine)
+    Ok((machine, memory))
 }
 
 /// `mov dx, 0x510; mov eax, DOORBELL_EAX; out dx, eax`
 fn ring() -> Vec<u8> {
+    ring_with(DOORBELL_EAX)
+}
+
+fn ring_with(eax: u32) -> Vec<u8> {
     let mut code = vec![0x66, 0xba];
     code.extend(zeroboot_proto::mailbox::DOORBELL_PORT.to_le_bytes());
     code.push(0xb8);
-    code.extend(DOORBELL_EAX.to_le_bytes());
+    code.extend(eax.to_le_bytes());
     code.push(0xef);
     code
 }
@@ -255,6 +289,63 @@ fn system_call(host: &Host, kick: &Kick) -> Found<()> {
         return Ok(Err(format!("a system call arrives with code segment {cs:#x} instead of the kernel's")));
     }
     Ok(Ok(()))
+}
+
+/// Stops a guest at a ring, saves it, restores it in a fork of its memory and lets it go on. What is wrong, if anything.
+fn save_and_restore(
+    host: &Host,
+    kick: &Kick,
+    alter: impl FnOnce(VmState) -> VmState,
+) -> Result<Option<String>, String> {
+    const WORD: u64 = 0x5000;
+    const RBX: u32 = 0x1234_5678;
+    let io = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
+    let kvm = |error: KvmError| format!("{error}: {}", error.source);
+    // mov ebx, RBX; inc dword [WORD]; ring; inc dword [WORD]; ring with another argument
+    let increment = [&[0xff, 0x04, 0x25][..], &(WORD as u32).to_le_bytes()].concat();
+    let mut code = vec![0xbb];
+    code.extend(RBX.to_le_bytes());
+    code.extend([increment.clone(), ring(), increment, ring_with(DOORBELL_EAX + 0x100)].concat());
+    let (mut machine, memory) = machine_with_memory(host, &[(CODE, &code)]).map_err(kvm)?;
+    let run = |machine: &mut Machine| -> Result<Stop, String> {
+        kick.after(PATIENCE * 4).map_err(io("timer_settime"))?;
+        let stop = machine.run(&mut Console::default(), &mut Exits::default()).map_err(kvm)?;
+        kick.disarm().map_err(io("timer_settime"))?;
+        Ok(stop)
+    };
+    let first = run(&mut machine)?;
+    if let Some(reason) = wrong(first) {
+        return Ok(Some(reason));
+    }
+    let state = VmState::save(host, &mut machine).map_err(|error| match &error {
+        SaveStateError::Kvm(source) => kvm_chain(&error, source),
+        _ => error.to_string(),
+    })?;
+    drop(machine);
+    let image = MemoryImage::seal(memory).map_err(io("cannot seal the guest's memory"))?;
+    let state = alter(state);
+    let tables = StateTables::new(&state).map_err(kvm)?;
+    let memory = Mapping::fork(&image).map_err(io("cannot map the guest's memory"))?;
+    let mut fork = Machine::new(host, memory).map_err(kvm)?;
+    state.restore(&tables, &fork, &mut |_| ()).map_err(kvm)?;
+    state.restore_clocks(&tables, &fork).map_err(kvm)?;
+    let second = run(&mut fork)?;
+    if let Some(reason) = wrong(second) {
+        return Ok(Some(format!("in the fork, {reason}")));
+    }
+    let word = fork.memory().read_u32(GuestPhys(WORD)).map_err(|error| error.to_string())?;
+    let rbx = fork.vcpu().regs().map_err(kvm)?.rbx;
+    Ok(if second == first {
+        Some("the fork repeats what the saved guest had done".into())
+    } else if (word, rbx) != (2, RBX.into()) {
+        Some(format!("the fork goes on with other registers or memory ({word}, {rbx:#x})"))
+    } else {
+        None
+    })
+}
+
+fn kvm_chain(error: &SaveStateError, source: &KvmError) -> String {
+    format!("{error}: {source}: {}", source.source)
 }
 
 /// What is wrong with a stop that should have been the probe's ring.

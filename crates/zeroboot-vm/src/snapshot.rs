@@ -16,15 +16,18 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use zeroboot_sys::{
-    kvm::{CpuidEntry, KvmError, XSAVE_MAX},
+    kvm::{CpuidEntry, CpuidTable, KvmError, XSAVE_MAX},
     memory::{BootMemory, GuestPhys, Mapping, MemoryImage, PAGE},
 };
 
-use crate::{Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, StateTables, VmState};
+use crate::{
+    CpuDifference, Difference, Host, HostFacts, MAX_MEMORY, Machine, Mailbox, MailboxError, SaveStateError,
+    StateTables, VmState, WakeVector,
+};
 
 const MAGIC: [u8; 8] = *b"ZBSTATE\0";
 /// The version of `state.bin`. Counted up with every change of what it holds.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 3;
 const HEADER: usize = 8 + 4 + 4 + 32;
 /// A state is some 30 KiB; a file far above that is not one.
 const MAX_STATE_FILE: u64 = 4 << 20;
@@ -39,6 +42,8 @@ pub struct Snapshot {
     pub(crate) image: MemoryImage,
     pub(crate) body: Body,
     pub(crate) tables: StateTables,
+    /// The guest's CPU as it was when the template booted: a fork on another core of a hybrid CPU still has it.
+    pub(crate) cpuid: CpuidTable,
     /// The guest's TSC rate, where this host's own is another and the hardware scales it.
     tsc_khz: Option<u32>,
 }
@@ -53,6 +58,7 @@ pub(crate) struct Body {
     pub(crate) cpuid: Vec<CpuidEntry>,
     pub(crate) state: VmState,
     pub(crate) mailbox: Mailbox,
+    pub(crate) wake: WakeVector,
     pub(crate) about: Vec<u8>,
     pub(crate) working_set: WorkingSet,
 }
@@ -111,8 +117,11 @@ pub struct SnapshotFacts {
 /// Why a machine could not be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
-    /// KVM did not give the state.
-    #[error("cannot save the state of the vCPU")]
+    /// The state could not be had, or a fork would not take it.
+    #[error(transparent)]
+    State(#[from] SaveStateError),
+    /// The state could not be put into the form that the kernel takes.
+    #[error("cannot prepare the state of the vCPU")]
     Kvm(#[from] KvmError),
     /// The agent announced no usable mailbox.
     #[error("the guest's mailbox cannot be used")]
@@ -159,6 +168,16 @@ pub enum LoadSnapshotError {
     /// Built on another kind of host.
     #[error("the template cannot run on this host: {0}")]
     Foreign(Difference),
+    /// Built on a CPU that gives guests other features.
+    #[error("the template cannot run on this host: it was built on {built} and this is {here}; {features}")]
+    ForeignCpu {
+        /// The CPU that it was built on.
+        built: String,
+        /// This host's.
+        here: String,
+        /// In what they differ.
+        features: CpuDifference,
+    },
     /// `memory.img` is not the memory that `state.bin` belongs to.
     #[error("{MEMORY_FILE} is damaged: {0}")]
     Memory(&'static str),
@@ -178,12 +197,13 @@ impl LoadSnapshotError {
 }
 
 impl Snapshot {
-    /// Freezes a machine that rang `Ready` with this argument.
+    /// Freezes a machine that rang `Ready` with this argument, and that waits for interrupts with this vector.
     pub fn freeze(
         host: &Host,
         mut machine: Machine,
         memory: BootMemory,
         argument: u32,
+        wake: WakeVector,
     ) -> Result<Snapshot, FreezeError> {
         let mailbox = Mailbox::discover(&machine.memory, argument)?;
         let about = mailbox.about(&machine.memory)?;
@@ -196,7 +216,7 @@ impl Snapshot {
             hasher.page(page, bytes);
             Ok(())
         })?;
-        let tables = StateTables::new(&state)?;
+        let (tables, cpuid) = (StateTables::new(&state)?, CpuidTable::new(host.cpuid())?);
         let body = Body {
             host: HostFacts::read(host),
             protocol: zeroboot_proto::VERSION,
@@ -205,10 +225,11 @@ impl Snapshot {
             cpuid: host.cpuid().to_vec(),
             state,
             mailbox,
+            wake,
             about,
             working_set: WorkingSet::default(),
         };
-        Ok(Snapshot { image, body, tables, tsc_khz: None })
+        Ok(Snapshot { image, body, tables, cpuid, tsc_khz: None })
     }
 
     /// Writes `memory.img` and `state.bin` into a directory and waits until they are on disk. The caller
@@ -261,8 +282,8 @@ impl Snapshot {
         let path = directory.join(STATE_FILE);
         let bytes = read_bounded(&path).map_err(|source| E::Read { path, source })?;
         let body = decode(&bytes)?;
-        if let Some(difference) = body.host.differs(&HostFacts::read(host)) {
-            return Err(E::Foreign(difference));
+        if let Some(error) = foreign(&body, &HostFacts::read(host), host.cpuid()) {
+            return Err(error);
         }
         let tsc_khz = scaled_tsc(host, body.state.tsc_khz)?;
         let path = directory.join(MEMORY_FILE);
@@ -289,8 +310,8 @@ impl Snapshot {
         if hasher.finish() != body.memory_hash {
             return Err(E::Memory("its checksum is wrong"));
         }
-        let tables = StateTables::new(&body.state)?;
-        Ok(Snapshot { image, body, tables, tsc_khz })
+        let (tables, cpuid) = (StateTables::new(&body.state)?, CpuidTable::new(&body.cpuid)?);
+        Ok(Snapshot { image, body, tables, cpuid, tsc_khz })
     }
 
     /// The same snapshot with a state that every kernel refuses late in the restore. For tests of what a
@@ -298,10 +319,10 @@ impl Snapshot {
     #[doc(hidden)]
     pub fn with_refused_state(&self) -> Result<Snapshot, FreezeError> {
         let mut body = self.body.clone();
-        // No CPU has this MSR.
+        // As if it had been saved without a trial. No CPU has this MSR.
         body.state.msrs.push((0x4fff_fff0, 1));
-        let tables = StateTables::new(&body.state)?;
-        Ok(Snapshot { image: self.image.try_clone()?, body, tables, tsc_khz: self.tsc_khz })
+        let (tables, cpuid) = (StateTables::new(&body.state)?, CpuidTable::new(&body.cpuid)?);
+        Ok(Snapshot { image: self.image.try_clone()?, body, tables, cpuid, tsc_khz: self.tsc_khz })
     }
 
     /// The frozen memory.
@@ -333,14 +354,14 @@ impl Snapshot {
     pub fn fork_timed(&self, host: &Host, step: &mut dyn FnMut(&'static str)) -> Result<Fork, ForkError> {
         let memory = Mapping::fork(&self.image)?;
         step("map");
-        let machine = Machine::timed(host, memory, step)?;
+        let machine = Machine::timed(host, &self.cpuid, memory, step)?;
         if let Some(khz) = self.tsc_khz {
             // Before the TSC itself, which KVM keeps in the guest's rate.
             machine.vcpu.set_tsc_khz(khz)?;
             step("tsc_rate");
         }
         self.body.state.restore(&self.tables, &machine, step)?;
-        Ok(Fork { machine, mailbox: self.body.mailbox.clone() })
+        Ok(Fork { machine, mailbox: self.body.mailbox.clone(), wake: self.body.wake })
     }
 
     /// Starts a fork's clocks where the snapshot stopped them. The last step before the guest runs.
@@ -368,6 +389,20 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+/// Why a template cannot run on this host, if so. From the cause to its consequences.
+fn foreign(body: &Body, here: &HostFacts, cpuid: &[CpuidEntry]) -> Option<LoadSnapshotError> {
+    use LoadSnapshotError as E;
+    let fact = body.host.differs(here);
+    // Another backend shows guests another CPU.
+    if let Some(fact) = fact.as_ref().filter(|_| body.host.kvm != here.kvm) {
+        return Some(E::Foreign(fact.clone()));
+    }
+    let cpu = |facts: &HostFacts| format!("{} ({})", facts.cpu_name, facts.cpu);
+    CpuDifference::between(&body.cpuid, cpuid)
+        .map(|features| E::ForeignCpu { built: cpu(&body.host), here: cpu(here), features })
+        .or_else(|| fact.map(E::Foreign))
 }
 
 /// Whether the guest's TSC has to run at another rate than the host's: the guest measured it once and sets its
@@ -417,12 +452,18 @@ pub enum ForkError {
 pub struct Fork {
     pub(crate) machine: Machine,
     pub(crate) mailbox: Mailbox,
+    pub(crate) wake: WakeVector,
 }
 
 impl Fork {
     /// The machine.
     pub fn machine(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// Wakes its guest, if that waits. `false`: it has turned its local APIC off and does not hear.
+    pub fn wake(&self) -> Result<bool, KvmError> {
+        self.machine.vm.raise(self.wake.get())
     }
 
     /// Its mailbox.
@@ -561,7 +602,7 @@ mod tests {
             cpu_name: "a CPU".into(),
             kernel: "6.1.0".into(),
             kvm: "kvm_intel".into(),
-            cpuid: "00".into(),
+            features: "fpu avx2".into(),
             xsave: 4096,
         };
         Body {
@@ -572,6 +613,7 @@ mod tests {
             cpuid: vec![CpuidEntry::default(); 3],
             state: VmState::empty(),
             mailbox: Mailbox::at(0x1000, pages(0x10_0000), pages(0x20_0000)),
+            wake: WakeVector::new(0x21).unwrap(),
             about: b"{}".to_vec(),
             working_set: WorkingSet { written: vec![(1, 2)], read: vec![(5, 1)] },
         }
@@ -588,11 +630,11 @@ mod tests {
     fn the_files_first_bytes_never_change() {
         // The format's tripwire: change FORMAT_VERSION with anything that this breaks.
         let (bytes, hash) = encode(&body());
-        assert_eq!(&bytes[..12], b"ZBSTATE\0\x01\0\0\0");
+        assert_eq!(&bytes[..12], b"ZBSTATE\0\x03\0\0\0");
         assert_eq!((bytes.len(), &hash.to_hex()[..16]), (GOLDEN.0, GOLDEN.1));
     }
 
-    const GOLDEN: (usize, &str) = (6599, "986b55985d6c16a1");
+    const GOLDEN: (usize, &str) = (6606, "6fc5fbd0979fed7c");
 
     #[test]
     fn values_that_no_template_has_are_refused() {
@@ -613,24 +655,47 @@ mod tests {
 
     #[test]
     fn a_host_that_differs_is_named() {
-        let here = body().host;
+        let body = body();
         for (change, what) in [
-            ((|h| h.kvm = "kvm_amd".into()) as fn(&mut HostFacts), "KVM backend"),
-            (|h| h.cpu = "other".into(), "CPU"),
-            (|h| h.kernel = "6.2".into(), "host kernel"),
-            (|h| h.xsave = 8192, "XSAVE size"),
-            (|h| h.cpuid = "01".into(), "set of CPU features"),
+            ((|h| h.kvm = "kvm_amd".into()) as fn(&mut HostFacts), "KVM backend is kvm_intel, this host's is kvm_amd"),
+            (|h| h.cpu = "other".into(), "CPU is GenuineIntel family 6 model 85 stepping 7, this host's is other"),
+            (|h| h.kernel = "6.2".into(), "host kernel is 6.1.0, this host's is 6.2"),
+            (|h| h.xsave = 8192, "XSAVE size is 4096, this host's is 8192"),
         ] {
-            let mut other = here.clone();
-            change(&mut other);
-            let difference = other.differs(&here).unwrap();
-            assert_eq!(difference.what, what);
-            let text = LoadSnapshotError::Foreign(difference).to_string();
-            assert!(text.starts_with("the template cannot run on this host: its "), "{text}");
+            let mut here = body.host.clone();
+            change(&mut here);
+            let text = foreign(&body, &here, &body.cpuid).unwrap().to_string();
+            assert_eq!(text, format!("the template cannot run on this host: its {what}"));
         }
-        let mut renamed = here.clone();
-        renamed.cpu_name = "another name".into();
-        assert_eq!(renamed.differs(&here), None);
+        let mut renamed = body.host.clone();
+        (renamed.cpu_name, renamed.features) = ("another name".into(), "fpu".into());
+        assert!(foreign(&body, &renamed, &body.cpuid).is_none());
+    }
+
+    #[test]
+    fn a_template_of_another_cpu_is_refused_with_the_features_that_differ() {
+        let (gfni, waitpkg, avx2, caches) = (1 << 8, 1 << 5, 1 << 5, 4);
+        let leaf7 = |ebx, ecx| CpuidEntry { function: 7, ebx, ecx, ..Default::default() };
+        let mut body = body();
+        body.cpuid = vec![leaf7(avx2, gfni), CpuidEntry { function: caches, eax: 1, ..Default::default() }];
+        let mut here = body.host.clone();
+        (here.cpu, here.cpu_name) = ("GenuineIntel family 6 model 79 stepping 1".into(), "an older CPU".into());
+        let text = foreign(&body, &here, &[leaf7(avx2, waitpkg)]).unwrap().to_string();
+        assert_eq!(
+            text,
+            "the template cannot run on this host: it was built on a CPU (GenuineIntel family 6 model 85 stepping 7) and this is an \
+             older CPU (GenuineIntel family 6 model 79 stepping 1); it was built with gfni, which guests here do not have; it was \
+             built without waitpkg, which guests here have"
+        );
+        // The same CPU, other microcode or kernel parameters.
+        let text = foreign(&body, &body.host, &[leaf7(0, gfni)]).unwrap().to_string();
+        assert!(text.ends_with("; it was built with avx2, which guests here do not have"), "{text}");
+        // The caches of another core of a hybrid CPU.
+        assert!(foreign(&body, &body.host, &[leaf7(avx2, gfni)]).is_none());
+        // A backend of another kind is the cause of all the rest.
+        here.kvm = "kvm_amd".into();
+        let text = foreign(&body, &here, &[]).unwrap().to_string();
+        assert!(text.contains("KVM backend") && !text.contains("gfni"), "{text}");
     }
 
     proptest! {

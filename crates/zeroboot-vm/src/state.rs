@@ -3,7 +3,10 @@
 //! Save and restore stand side by side, and each order has its cause beside it.
 
 use serde::{Deserialize, Serialize};
-use zeroboot_sys::kvm::{ClockData, DebugRegs, KvmError, LapicState, MpState, MsrTable, Regs, Sregs, VcpuEvents, Xcrs};
+use zeroboot_sys::{
+    kvm::{ClockData, DebugRegs, KvmError, LapicState, MpState, MsrTable, Regs, Sregs, VcpuEvents, Xcrs},
+    memory::{BootMemory, MiB},
+};
 
 use crate::{Host, Machine};
 
@@ -28,13 +31,43 @@ pub struct VmState {
     pub(crate) lapic: LapicState,
     pub(crate) events: VcpuEvents,
     pub(crate) debug_regs: DebugRegs,
-    /// All MSRs that this guest has, but the two of the clock.
+    /// All MSRs that this guest has and a fork takes, but the two of the clock.
     pub(crate) msrs: Vec<(u32, u64)>,
+    /// Those that KVM gave and does not take, of a state that was just saved.
+    #[serde(skip)]
+    pub(crate) left_out: Vec<u32>,
     pub(crate) tsc: u64,
     pub(crate) tsc_deadline: u64,
     pub(crate) tsc_khz: u32,
     /// kvm-clock, nanoseconds.
     pub(crate) clock: u64,
+}
+
+/// Why the state of a machine could not be saved.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SaveStateError {
+    /// KVM did not give a part of it.
+    #[error("cannot save the state of the vCPU")]
+    Kvm(#[from] KvmError),
+    /// A fork would go on without a part of it.
+    #[error(
+        "the guest has {saved:#x} in MSR {index:#x}, and this host's KVM does not set it in a fork, {}; report it with the \
+         output of `zeroboot doctor`, and use --engine process meanwhile",
+        found(.fork)
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// Its value in the guest.
+        saved: u64,
+        /// What it is in a fork, if it can be read there.
+        fork: Option<u64>,
+    },
+}
+
+fn found(fork: &Option<u64>) -> String {
+    fork.map_or_else(|| "which does not have it".into(), |value| format!("which has {value:#x}"))
 }
 
 impl VmState {
@@ -51,6 +84,7 @@ impl VmState {
             events: VcpuEvents::default(),
             debug_regs: DebugRegs::default(),
             msrs: vec![(0xc000_0080, 0xd01)],
+            left_out: Vec::new(),
             tsc: 1,
             tsc_deadline: 2,
             tsc_khz: 3,
@@ -58,8 +92,57 @@ impl VmState {
         }
     }
 
-    /// Reads the state of a machine that stopped at a ring.
-    pub fn save(host: &Host, machine: &mut Machine) -> Result<VmState, KvmError> {
+    /// The state of a machine that stopped at a ring, as far as a fork takes it; all of it, or an error.
+    pub fn save(host: &Host, machine: &mut Machine) -> Result<VmState, SaveStateError> {
+        let size = MiB(machine.memory.len().div_ceil(MiB(1).bytes()));
+        VmState::read(host, machine)?.tried(host, size)
+    }
+
+    /// Without the MSRs that a fork refuses and has the saved value of anyway: KVM gives some that it does not take.
+    /// A fork must take every other, and says so here and not at the first exec. (docs/adr/0014)
+    #[doc(hidden)]
+    pub fn tried(mut self, host: &Host, memory: MiB) -> Result<VmState, SaveStateError> {
+        let failed = |source| KvmError { call: "mmap", source };
+        // As large as the guest's, and all holes: the MSRs that hold addresses are checked against it, and the
+        // wall clock's is written through.
+        let memory = BootMemory::new(memory).and_then(|memory| memory.map()).map_err(failed)?;
+        let scratch = Machine::new(host, memory)?;
+        self.restore_to_msrs(&scratch, &mut |_| ())?;
+        let mut kept = Vec::with_capacity(self.msrs.len());
+        for &(index, saved) in &self.msrs {
+            if scratch.vcpu.set_msr(index, saved)? {
+                kept.push((index, saved));
+                continue;
+            }
+            // Read only now: what came before may have set it, as the system registers set EFER and APIC_BASE.
+            match scratch.vcpu.msr(index)? {
+                Some(value) if value == saved => self.left_out.push(index),
+                fork => return Err(SaveStateError::Msr { index, saved, fork }),
+            }
+        }
+        self.msrs = kept;
+        Ok(self)
+    }
+
+    /// The MSRs, without those of the clock.
+    pub fn msrs(&self) -> &[(u32, u64)] {
+        &self.msrs
+    }
+
+    /// The MSRs that KVM gave of this machine and does not take, if the state was just saved: none of them is needed.
+    pub fn left_out(&self) -> &[u32] {
+        &self.left_out
+    }
+
+    /// With one more. For tests of what a state does that a host does not take.
+    #[doc(hidden)]
+    pub fn with_msr(mut self, index: u32, value: u64) -> VmState {
+        self.msrs.push((index, value));
+        self
+    }
+
+    /// All that KVM gives.
+    fn read(host: &Host, machine: &mut Machine) -> Result<VmState, KvmError> {
         // The exit's port access is still pending in KVM: without this each fork would repeat it.
         machine.vcpu.complete_io()?;
         let vcpu = &machine.vcpu;
@@ -72,7 +155,6 @@ impl VmState {
         }
         let xsave = vcpu.xsave()?;
         let xcrs = vcpu.xcrs()?;
-        let lapic = vcpu.lapic()?;
         let mut msrs = Vec::new();
         let (mut tsc, mut tsc_deadline) = (0, 0);
         for index in host.kvm().msr_index_list()? {
@@ -85,7 +167,11 @@ impl VmState {
                 (_, Some(value)) => msrs.push((index, value)),
             }
         }
-        // After the MSRs and the LAPIC: KVM may move a pending timer interrupt into the events on the way.
+        // The LAPIC after the MSRs: a timer that fires between the two puts its interrupt into the LAPIC and zero into
+        // the deadline. In this order the interrupt is saved, at worst with the deadline that it came from, and the
+        // guest gets one tick too many; in the other both would be lost, and with them every further tick.
+        let lapic = vcpu.lapic()?;
+        // After both: KVM may move a pending timer interrupt into the events on the way.
         let events = vcpu.events()?;
         let debug_regs = vcpu.debug_regs()?;
         let tsc_khz = vcpu.tsc_khz()?;
@@ -101,6 +187,7 @@ impl VmState {
             events,
             debug_regs,
             msrs,
+            left_out: Vec::new(),
             tsc,
             tsc_deadline,
             tsc_khz,
@@ -115,6 +202,24 @@ impl VmState {
         machine: &Machine,
         step: &mut dyn FnMut(&'static str),
     ) -> Result<(), KvmError> {
+        self.restore_to_msrs(machine, step)?;
+        let vcpu = &machine.vcpu;
+        vcpu.set_msrs(&tables.msrs)?;
+        step("msrs");
+        vcpu.set_debug_regs(&self.debug_regs)?;
+        // Registers after everything that may touch RIP or RFLAGS on the way (debug registers with
+        // single-step, system registers).
+        vcpu.set_regs(&self.regs)?;
+        // Events after the LAPIC and the registers: KVM_SET_REGS drops a pending exception.
+        vcpu.set_events(&self.events)?;
+        // Last: the vCPU is runnable only with everything in place.
+        vcpu.set_mp_state(self.mp_state)?;
+        step("rest");
+        Ok(())
+    }
+
+    /// The part of [`VmState::restore`] before the MSRs.
+    fn restore_to_msrs(&self, machine: &Machine, step: &mut dyn FnMut(&'static str)) -> Result<(), KvmError> {
         let vcpu = &machine.vcpu;
         // System registers first: they carry APIC_BASE, and KVM_SET_LAPIC reads the register page as an
         // xAPIC's or x2APIC's according to it. EFER and CR4 decide what later values are accepted.
@@ -130,17 +235,6 @@ impl VmState {
         // TSC-deadline mode.
         vcpu.set_lapic(&self.lapic)?;
         step("lapic");
-        vcpu.set_msrs(&tables.msrs)?;
-        step("msrs");
-        vcpu.set_debug_regs(&self.debug_regs)?;
-        // Registers after everything that may touch RIP or RFLAGS on the way (debug registers with
-        // single-step, system registers).
-        vcpu.set_regs(&self.regs)?;
-        // Events after the LAPIC and the registers: KVM_SET_REGS drops a pending exception.
-        vcpu.set_events(&self.events)?;
-        // Last: the vCPU is runnable only with everything in place.
-        vcpu.set_mp_state(self.mp_state)?;
-        step("rest");
         Ok(())
     }
 

@@ -1,9 +1,11 @@
-//! The worker: one process, one VM, one exec.
+//! The worker: one process, one VM, one sandbox.
 //!
 //! ```text
 //! forked ─▶ VM made, memory mapped, state restored ─▶ jailed ─▶ `Ready` ─▶ waits (the pool)
 //!        ─▶ request ─▶ clocks start ─▶ guest runs ─▶ last frame ─▶ front gone ─▶ end of the process
 //! ```
+//!
+//! A sandbox that lives has no last frame but `Crash` or `Failure`: its front ends it by going, or by killing the worker.
 //!
 //! It frees nothing: the end of the process does, off the path of the answer.
 
@@ -79,7 +81,10 @@ pub fn worker(
     encode(&mut ready, Kind::Ready, snapshot.about());
     front.send(&ready).map_err(WorkerError::Socket)?;
     let (end, _stats) = Session::new(snapshot, &mut fork, &mut front, &kick).run()?;
-    front.linger();
+    // No exec's answer waits for a teardown after a crash, and its socket is to close.
+    if end != SessionEnd::Crashed {
+        front.linger();
+    }
     Ok(end)
 }
 
@@ -135,12 +140,24 @@ impl Front for SocketFront<'_> {
         }
     }
 
+    fn gone(&mut self) -> io::Result<bool> {
+        let mut socket = [PollFd::new(&self.socket, PollFlags::empty())];
+        match poll(&mut socket, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            // A kick: its cause is looked at later.
+            Err(Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+            Ok(_) => Ok(socket[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)),
+        }
+    }
+
     fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             match send(self.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
-                // The guest stands still while the front is slow: that is the backpressure.
+                // The guest stands still while the front is slow: that is an exec's backpressure. The front of a sandbox
+                // that lives always receives, whatever its own readers do, since credit bounds what may come on each
+                // channel: so it cannot wait for us here.
                 Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
                 Err(error) => return Err(error.into()),
             }

@@ -10,7 +10,8 @@ use std::{
 };
 
 use zeroboot_proto::{
-    Decoder, Ending, ExitReport, Identity, Kind, Limits, encode,
+    Decoder, Ending, ExitReport, Frame, Identity, Kind, Limits, MAX_PAYLOAD, encode, encode_on,
+    live::{self, End, How},
     mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, Ring, TABLE_AT, VERSION},
 };
 use zeroboot_sys::{
@@ -18,7 +19,7 @@ use zeroboot_sys::{
     kvm::{MsrTable, Regs},
     memory::{BootMemory, GuestPhys, MiB},
 };
-use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop};
+use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop, WakeVector};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -84,6 +85,47 @@ impl Asm {
         }
         asm.ring(ring.encode(bytes.len() as u32))
     }
+    /// `mov ecx, msr; mov eax, value; xor edx, edx; wrmsr`
+    fn wrmsr(self, msr: u32, value: u32) -> Asm {
+        self.raw(&[0x66, 0xb9])
+            .raw(&msr.to_le_bytes())
+            .raw(&[0x66, 0xb8])
+            .raw(&value.to_le_bytes())
+            .raw(&[0x66, 0x31, 0xd2, 0x0f, 0x30])
+    }
+    /// Turns the local APIC on, as an x2APIC, with a handler that ends the wake line's interrupt and returns.
+    fn hears_the_wake_line(self) -> Asm {
+        const HANDLER: u64 = 0x6000;
+        let handler = Asm::default().wrmsr(0x80b, 0).raw(&[0xcf]);
+        let mut asm = self.wrmsr(0x1b, 0xfee0_0d00).wrmsr(0x80f, 0x1ff);
+        for (i, pair) in handler.0.chunks(2).enumerate() {
+            asm = asm.store(HANDLER + 2 * i as u64, u16::from_le_bytes([pair[0], pair[1]]));
+        }
+        let vector = 4 * u64::from(vector().get());
+        asm.store(vector, HANDLER as u16).store(vector + 2, 0)
+    }
+    /// Takes what the mailbox holds and sleeps, until it held something and the host has no more. Adds all lengths up in
+    /// [`COUNTER`], 32 bits. `looks`: begins with what is there already.
+    fn takes_all(self, looks: bool) -> Asm {
+        let (counter, length, more) = (COUNTER as u16, HEADER as u16 + 0x800, HEADER as u16 + 0x804);
+        let want = Asm::default().ring(Ring::Want.encode(0));
+        let body = want
+            // mov eax, [length]; add [counter], eax; test eax, eax; jz sleep
+            .raw(&[0x66, 0xa1])
+            .raw(&length.to_le_bytes())
+            .raw(&[0x66, 0x01, 0x06])
+            .raw(&counter.to_le_bytes())
+            .raw(&[0x66, 0x85, 0xc0, 0x74, 9])
+            // mov eax, [more]; test eax, eax; jz done
+            .raw(&[0x66, 0xa1])
+            .raw(&more.to_le_bytes())
+            .raw(&[0x66, 0x85, 0xc0, 0x74, 5])
+            // sleep: sti; hlt; cli; jmp to the beginning
+            .raw(&[0xfb, 0xf4, 0xfa, 0xeb]);
+        let back = 0u8.wrapping_sub(body.0.len() as u8 + 1);
+        let skip = if looks { vec![0xeb, 11] } else { Vec::new() };
+        self.raw(&skip).raw(&body.0).raw(&[back])
+    }
     fn spin_without_interrupts(self) -> Asm {
         self.raw(&[0xfa, 0xeb, 0xfe])
     }
@@ -102,6 +144,11 @@ fn header_page() -> Vec<u8> {
     page
 }
 
+/// The wake line's, for guests that hear it and others.
+fn vector() -> WakeVector {
+    WakeVector::new(0x33).unwrap()
+}
+
 /// Boots a guest and stops it at its first ring.
 fn boot(host: &Host, code: &Asm) -> (Machine, BootMemory, Stop) {
     let memory = BootMemory::new(MiB(1)).unwrap();
@@ -113,6 +160,8 @@ fn boot(host: &Host, code: &Asm) -> (Machine, BootMemory, Stop) {
     (sregs.base.cs.base, sregs.base.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     vcpu.set_regs(&Regs { rip: CODE, rsp: 0x7000, rflags: 2, ..Default::default() }).unwrap();
+    // A kick of this thread's session before, that came when it was over.
+    zeroboot_sys::kick::take_pending();
     let stop = machine.run(&mut Console::default(), &mut Exits::default()).unwrap();
     (machine, memory, stop)
 }
@@ -120,7 +169,7 @@ fn boot(host: &Host, code: &Asm) -> (Machine, BootMemory, Stop) {
 fn snapshot(host: &Host, code: &Asm) -> Snapshot {
     let (machine, memory, stop) = boot(host, code);
     let Stop::Ring(Ring::Ready, argument) = stop else { panic!("{stop:?}") };
-    Snapshot::freeze(host, machine, memory, argument).unwrap()
+    Snapshot::freeze(host, machine, memory, argument, vector()).unwrap()
 }
 
 /// Forks, starts the clocks and runs to the next stop.
@@ -166,6 +215,15 @@ impl Script {
         }
         frames
     }
+    fn all_frames(&self) -> Vec<(u16, Kind, Vec<u8>)> {
+        let mut decoder = Decoder::new();
+        decoder.feed(&self.heard);
+        let mut frames = Vec::new();
+        while let Some(frame) = decoder.next_on_any().unwrap() {
+            frames.push((frame.channel, frame.kind, frame.payload.to_vec()));
+        }
+        frames
+    }
     fn ending(&self) -> Option<Ending> {
         let frames = self.frames();
         let (kind, payload) = frames.last()?;
@@ -183,6 +241,9 @@ impl Front for Script {
             None if self.gone || wait => Ok(Received::Gone),
             None => Ok(Received::Nothing),
         }
+    }
+    fn gone(&mut self) -> io::Result<bool> {
+        Ok(self.gone)
     }
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.heard.extend_from_slice(bytes);
@@ -343,6 +404,317 @@ fn a_guest_that_rings_for_ever_is_stopped_at_its_deadline() {
     assert_eq!(end, SessionEnd::Done(Ending::DeadlinePassed));
 }
 
+/// A front that has something to say later, or leaves without a word.
+struct Later {
+    script: Script,
+    at: Instant,
+    then: Option<Vec<u8>>,
+    leaves: bool,
+}
+
+impl Front for Later {
+    fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received> {
+        if Instant::now() >= self.at {
+            self.script.input.extend(self.then.take());
+            self.script.gone = self.leaves;
+        }
+        self.script.receive(into, wait)
+    }
+    fn gone(&mut self) -> io::Result<bool> {
+        Ok(self.leaves && Instant::now() >= self.at)
+    }
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.script.send(bytes)
+    }
+}
+
+#[test]
+fn a_guest_that_sleeps_is_woken_for_input_that_comes_while_it_runs() {
+    let Some(host) = host() else { return };
+    let guest = Asm::default().hears_the_wake_line().ready().takes_all(false).send(Ring::Done, &exit_frame(0));
+    let snapshot = snapshot(&host, &guest);
+    let mut fork = snapshot.fork(&host).unwrap();
+    let mut stdin = Vec::new();
+    encode(&mut stdin, Kind::Stdin, b"a line\n");
+    let after = Duration::from_millis(30);
+    let mut front = Later {
+        script: Script::request(limits(Duration::from_secs(20))),
+        at: Instant::now() + after,
+        then: Some(stdin.clone()),
+        leaves: false,
+    };
+    // As the socket's signal.
+    let (kick, arrival) = (Kick::new().unwrap(), Kick::new().unwrap());
+    arrival.after(after).unwrap();
+    let start = Instant::now();
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+    assert_eq!(end, SessionEnd::Done(Ending::Exited(0)));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!((word(&mut fork, COUNTER) as usize, stats.raised), (stdin.len(), 1));
+}
+
+#[test]
+fn a_guest_that_sleeps_with_bytes_left_is_woken_until_it_has_all() {
+    let Some(host) = host() else { return };
+    let guest = Asm::default().hears_the_wake_line().ready().takes_all(true).send(Ring::Done, &exit_frame(0));
+    let snapshot = snapshot(&host, &guest);
+    let mut fork = snapshot.fork(&host).unwrap();
+    let mut script = Script::request(limits(Duration::from_secs(20)));
+    let request = script.input[0].len();
+    let mut stdin = Vec::new();
+    encode(&mut stdin, Kind::Stdin, &[b'x'; 200_000]);
+    script.input[0].extend(&stdin);
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
+    assert_eq!(end, SessionEnd::Done(Ending::Exited(0)));
+    let taken = fork.machine().memory().read_u32(GuestPhys(COUNTER)).unwrap() as usize;
+    // Four pieces: the first was there at the entry, and one interrupt went ahead of each other.
+    assert_eq!((taken, stats.raised), (request + stdin.len(), 3));
+}
+
+#[test]
+fn a_line_that_is_raised_before_the_first_entry_is_not_lost() {
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(
+        &host,
+        &Asm::default().hears_the_wake_line().ready().raw(&[0xfb, 0xf4, 0xfa]).ring(Ring::Done.encode(1)),
+    );
+    for times in [1, 3] {
+        let mut fork = snapshot.fork(&host).unwrap();
+        for _ in 0..times {
+            assert!(fork.wake().unwrap());
+        }
+        let kick = Kick::new().unwrap();
+        kick.after(Duration::from_secs(20)).unwrap();
+        assert_eq!(next_stop(&host, &snapshot, &mut fork), Stop::Ring(Ring::Done, 1));
+    }
+}
+
+#[test]
+fn a_guest_that_turned_its_apic_off_does_not_hear_and_harms_only_itself() {
+    let Some(host) = host() else { return };
+    let off = |asm: Asm| asm.spin_without_interrupts();
+    for (name, guest) in [
+        ("by its spurious vector register", off(Asm::default().hears_the_wake_line().ready().wrmsr(0x80f, 0xff))),
+        ("as a whole", off(Asm::default().hears_the_wake_line().ready().wrmsr(0x1b, 0xfee0_0000))),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let mut script = Script::request(limits(Duration::from_millis(50)));
+        let mut stdin = Vec::new();
+        encode(&mut stdin, Kind::Stdin, &[b'x'; 100_000]);
+        script.input[0].extend(&stdin);
+        let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
+        assert_eq!((end, stats.raised), (SessionEnd::Done(Ending::DeadlinePassed), 1), "{name}");
+        assert!(!fork.wake().unwrap(), "{name}");
+    }
+}
+
+/// Limits, identity, an environment and `Live`, and a command on channel 7.
+fn live_request() -> Vec<u8> {
+    let mut bytes = Script::request(limits(Duration::from_millis(1))).input.remove(0).unwrap();
+    // In the place of `Code` and `Run`.
+    bytes.truncate(bytes.len() - 2 * zeroboot_proto::HEADER_LEN - b"the code".len());
+    encode(&mut bytes, Kind::Env, b"NAME\0value");
+    encode(&mut bytes, Kind::Live, b"");
+    encode_on(&mut bytes, 7, Kind::Arg, b"true");
+    let command = live::Open::Command { cwd: None, terminal: None, stdin: true, timeout_ns: u64::MAX };
+    encode_on(&mut bytes, 7, Kind::Open, &live::encode(&command));
+    bytes
+}
+
+/// Forks a guest and lets it live.
+fn live(host: &Host, guest: &Asm) -> (SessionEnd, Script) {
+    let snapshot = snapshot(host, guest);
+    let mut fork = snapshot.fork(host).unwrap();
+    let mut script = Script { input: [live_request()].into(), ..Script::default() };
+    let kick = Kick::new().unwrap();
+    let (end, _) = Session::new(&snapshot, &mut fork, &mut script, &kick).run().unwrap();
+    (end, script)
+}
+
+fn on(channel: u16, kind: Kind, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_on(&mut bytes, channel, kind, payload);
+    bytes
+}
+
+/// A guest that says that it lives.
+fn alive() -> Asm {
+    Asm::default().ready().send(Ring::Output, &on(0, Kind::Started, b""))
+}
+
+impl Asm {
+    /// The keyboard controller's reset.
+    fn reset(self) -> Asm {
+        self.raw(&[0xb0, 0xfe, 0xe6, 0x64])
+    }
+    /// The same ring again and again: `mov dx, mov eax, out` are 11 bytes.
+    fn ring_for_ever(self, value: u32) -> Asm {
+        self.ring(value).raw(&[0xeb, 0xf3])
+    }
+}
+
+#[test]
+fn a_guest_that_lives_is_heard_on_its_channels_up_to_its_crash() {
+    let Some(host) = host() else { return };
+    let end = live::encode(&End { how: How::Exited(0), wall_ns: 1, context_lost: false });
+    let frames = [on(7, Kind::Started, &[1, 0, 0, 0]), on(7, Kind::Stdout, b"out"), on(7, Kind::End, &end)].concat();
+    let (session, script) = live(&host, &alive().send(Ring::Output, &frames).reset());
+    assert_eq!(session, SessionEnd::Crashed);
+    let heard = script.all_frames();
+    let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+    let expected = [(0, Kind::Started), (7, Kind::Started), (7, Kind::Stdout), (7, Kind::End), (0, Kind::Crash)];
+    assert_eq!(kinds, expected);
+    assert_eq!(heard[2].2, b"out");
+    assert!(String::from_utf8_lossy(&heard[4].2).contains("it shut down"));
+}
+
+#[test]
+fn guests_that_live_and_lie_harm_only_themselves() {
+    let Some(host) = host() else { return };
+    let says = |frames: Vec<u8>| alive().send(Ring::Output, &frames);
+    // A whole area's frame, again and again.
+    let full = Ring::Output.encode(MAX_PAYLOAD as u32 + 8);
+    let flood = alive()
+        .store(FROM_GUEST, MAX_PAYLOAD as u16)
+        .store(FROM_GUEST + 2, 0)
+        .store(FROM_GUEST + 4, Kind::Stdout as u16)
+        .store(FROM_GUEST + 6, 7)
+        .ring_for_ever(full);
+    for (name, guest, why) in [
+        ("another channel", says(on(8, Kind::Stdout, b"x")), "channel 8 that is not open"),
+        ("a channel of its own choice", says(on(0x8007, Kind::Stdout, b"x")), "channel 32775 that is not open"),
+        ("an exec's end", says(on(0, Kind::Exit, &[0; 29])), "Exit frame out of order"),
+        ("an exec's end on a channel", says(on(7, Kind::Exit, &[0; 29])), "Exit frame of channel 7 out of order"),
+        ("an exec's output", says(on(0, Kind::Stdout, b"x")), "Stdout frame out of order"),
+        ("its worker's word", says(on(0, Kind::Crash, b"x")), "Crash frame out of order"),
+        ("a frame of the other direction", says(on(7, Kind::Stdin, b"x")), "Stdin frame of channel 7 out of order"),
+        ("to live twice", says(on(0, Kind::Started, b"")), "Started frame out of order"),
+        ("a malformed end", says(on(7, Kind::End, &[0xff; 9])), "End frame of channel 7 that is malformed"),
+        ("more than its credit", flood, "Stdout frame of channel 7 beyond its credit"),
+        ("garbage", says(vec![0xff; 16]), "payload of 4294967295 bytes"),
+        ("a length above the area", alive().ring(Ring::Output.encode(65 * 1024)), "65 * 1024 = 66560"),
+        ("ready again", alive().ready(), "Ready"),
+        ("done", alive().ring(Ring::Done.encode(0)), "held no end"),
+        ("no such bell", alive().ring(0xffff_ff77), "it broke"),
+    ] {
+        let (end, script) = live(&host, &guest);
+        assert_eq!(end, SessionEnd::Crashed, "{name}");
+        let heard = script.all_frames();
+        let (channel, kind, payload) = heard.last().unwrap();
+        let said = String::from_utf8_lossy(payload);
+        assert_eq!((*channel, *kind), (0, Kind::Crash), "{name}: {said}");
+        assert!(why.split(" = ").any(|why| said.contains(why)), "{name}: {said}");
+        // Nothing of what was wrong went on.
+        let allowed = if name == "more than its credit" { 5 } else { 0 };
+        let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+        assert_eq!(kinds.len(), 2 + allowed, "{name}: {kinds:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_come_to_live_is_a_failure() {
+    let Some(host) = host() else { return };
+    for (guest, crash) in [
+        (Asm::default().ready().send(Ring::Output, &on(7, Kind::Stdout, b"early")), true),
+        (Asm::default().ready().reset(), true),
+        (Asm::default().ready().send(Ring::Done, &on(0, Kind::Failure, b"cannot live")), false),
+    ] {
+        let (end, script) = live(&host, &guest);
+        assert_eq!(end, SessionEnd::Failed);
+        let heard = script.all_frames();
+        let kinds: Vec<_> = heard.iter().map(|(channel, kind, _)| (*channel, *kind)).collect();
+        let expected = if crash { vec![(0, Kind::Crash), (0, Kind::Failure)] } else { vec![(0, Kind::Failure)] };
+        assert_eq!(kinds, expected);
+        assert!(crash || heard[0].2 == b"cannot live");
+    }
+}
+
+#[test]
+fn only_a_guest_that_does_not_come_to_live_has_a_deadline() {
+    let Some(host) = host() else { return };
+    let (setup, whole) = (Duration::from_millis(50), Duration::from_millis(300));
+    for (guest, expected) in [
+        (Asm::default().ready().spin_without_interrupts(), SessionEnd::Failed),
+        (Asm::default().ready().ring_for_ever(Ring::Output.encode(0)), SessionEnd::Failed),
+        (alive().spin_without_interrupts(), SessionEnd::FrontGone),
+        (alive().ring_for_ever(Ring::Output.encode(0)), SessionEnd::FrontGone),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let script = Script { input: [live_request()].into(), ..Script::default() };
+        let mut front = Later { script, at: Instant::now() + whole, then: None, leaves: true };
+        // As the socket's signal.
+        let (kick, departure) = (Kick::new().unwrap(), Kick::new().unwrap());
+        departure.after(whole).unwrap();
+        let start = Instant::now();
+        let session = Session::new(&snapshot, &mut fork, &mut front, &kick).with_setup_timeout(setup);
+        let (end, _) = session.run().unwrap();
+        assert_eq!(end, expected);
+        let long = start.elapsed() >= whole;
+        assert_eq!(long, expected == SessionEnd::FrontGone, "{:?}", start.elapsed());
+    }
+}
+
+/// Three guests that keep the worker busy, and one that takes nothing of what it is sent: the front's departure is seen, and
+/// what it says is taken.
+#[test]
+fn no_guest_keeps_its_front_from_being_heard() {
+    let Some(host) = host() else { return };
+    let after = Duration::from_millis(50);
+    let large = on(7, Kind::Stdin, &[b'x'; 400_000]);
+    for (name, guest, input) in [
+        ("output", alive().ring_for_ever(Ring::Output.encode(0)), Vec::new()),
+        ("wants", alive().ring_for_ever(Ring::Want.encode(0)), Vec::new()),
+        ("port accesses", alive().raw(&[0xe4, 0x70, 0xeb, 0xfc]), Vec::new()),
+        ("takes nothing", alive().spin_without_interrupts(), large.clone()),
+        ("takes nothing and rings", alive().ring_for_ever(Ring::Output.encode(0)), large),
+    ] {
+        let snapshot = snapshot(&host, &guest);
+        let mut fork = snapshot.fork(&host).unwrap();
+        let script = Script { input: [live_request(), input].into(), ..Script::default() };
+        let mut front = Later { script, at: Instant::now() + after, then: None, leaves: true };
+        let (kick, departure) = (Kick::new().unwrap(), Kick::new().unwrap());
+        departure.after(after).unwrap();
+        let start = Instant::now();
+        let (end, _) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+        assert_eq!(end, SessionEnd::FrontGone, "{name}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{name}: {:?}", start.elapsed());
+    }
+    // And what it says: a guest that rings all the time gets it by its next `Want`, by the wake line in between.
+    let guest = Asm::default().hears_the_wake_line().ready().send(Ring::Output, &on(0, Kind::Started, b""));
+    let snapshot = snapshot(&host, &guest.takes_all(false).reset());
+    let mut fork = snapshot.fork(&host).unwrap();
+    let stdin = on(7, Kind::Stdin, b"a line\n");
+    let script = Script { input: [live_request()].into(), ..Script::default() };
+    let mut front = Later { script, at: Instant::now() + after, then: Some(stdin.clone()), leaves: false };
+    let (kick, arrival) = (Kick::new().unwrap(), Kick::new().unwrap());
+    arrival.after(after).unwrap();
+    let (end, stats) = Session::new(&snapshot, &mut fork, &mut front, &kick).run().unwrap();
+    assert_eq!((end, stats.raised), (SessionEnd::Crashed, 1));
+    assert_eq!(usize::from(word(&mut fork, COUNTER)), stdin.len());
+}
+
+#[test]
+fn a_sandbox_without_an_identity_never_lives() {
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(&host, &alive().reset());
+    for kind in [Kind::Identity, Kind::Limits] {
+        let mut decoder = Decoder::new();
+        decoder.feed(&live_request());
+        let mut bytes = Vec::new();
+        while let Some(Frame { channel, kind: found, payload }) = decoder.next_on_any().unwrap() {
+            if found != kind {
+                encode_on(&mut bytes, channel, found, payload);
+            }
+        }
+        let mut fork = snapshot.fork(&host).unwrap();
+        let mut script = Script { input: [bytes].into(), ..Script::default() };
+        assert!(Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().is_err(), "{kind:?}");
+        assert!(script.heard.is_empty());
+    }
+}
+
 #[test]
 fn a_triple_fault_and_a_reset_are_a_crash_at_once() {
     let Some(host) = host() else { return };
@@ -431,7 +803,7 @@ fn every_piece_of_state_comes_back() {
     // The task priority is CR8 as well.
     let sregs = vcpu.sregs().unwrap();
     let before = (regs, sregs, debug, lapic.regs[0x80], vcpu.msr(0x10).unwrap().unwrap());
-    let snapshot = Snapshot::freeze(&host, machine, memory, argument).unwrap();
+    let snapshot = Snapshot::freeze(&host, machine, memory, argument, vector()).unwrap();
 
     let mut fork = snapshot.fork(&host).unwrap();
     snapshot.start_clocks(&fork).unwrap();
@@ -448,6 +820,28 @@ fn every_piece_of_state_comes_back() {
     // The clock stood still while frozen, and goes on: it is behind a clock that had gone on all the time.
     let tsc = vcpu.msr(0x10).unwrap().unwrap();
     assert!(tsc >= before.4 && tsc < before.4 + 3_000_000_000, "{} {tsc}", before.4);
+}
+
+/// KVM gives some MSRs that it does not take: IA32_PERF_STATUS on every host, IA32_PERF_CAPABILITIES of a guest without
+/// performance counters on Intel's. With such a one in the state no fork is possible.
+#[test]
+fn an_msr_that_no_fork_takes_is_left_out_if_a_fork_has_its_value_and_named_if_not() {
+    const PERF_STATUS: u32 = 0x198;
+    let Some(host) = host() else { return };
+    let snapshot = snapshot(&host, &Asm::default().ready().ring(Ring::Done.encode(0)));
+    let state = snapshot.state();
+    let mut fork = snapshot.fork(&host).unwrap();
+    let vcpu = fork.machine().vcpu();
+    let value = vcpu.msr(PERF_STATUS).unwrap().expect("every KVM has IA32_PERF_STATUS");
+    assert!(!vcpu.set_msr(PERF_STATUS, value).unwrap(), "this KVM takes IA32_PERF_STATUS");
+
+    let tried = state.clone().with_msr(PERF_STATUS, value).tried(&host, MiB(1)).unwrap();
+    assert_eq!((tried.msrs(), tried.left_out()), (state.msrs(), &[PERF_STATUS][..]));
+    let error = state.clone().with_msr(PERF_STATUS, value + 1).tried(&host, MiB(1)).unwrap_err().to_string();
+    assert!(error.contains("MSR 0x198") && error.contains(&format!("{:#x}", value + 1)), "{error}");
+    // One that does not exist can be read nowhere.
+    let error = state.clone().with_msr(0x4fff_fff0, 1).tried(&host, MiB(1)).unwrap_err().to_string();
+    assert!(error.contains("MSR 0x4ffffff0") && error.contains("does not have it"), "{error}");
 }
 
 /// Linux before 6.7 takes a TSC of user space that is about as old as the vCPU for the vCPU's own.
@@ -470,7 +864,7 @@ fn a_forks_tsc_begins_where_the_snapshots_ended_however_long_the_fork_waits() {
     let ticks = |since: Instant| khz * (since.elapsed().as_micros() as u64 + 1000) / 1000;
     let freezing = Instant::now();
     let frozen = machine.vcpu().msr(0x10).unwrap().unwrap();
-    let snapshot = Snapshot::freeze(&host, machine, memory, argument).unwrap();
+    let snapshot = Snapshot::freeze(&host, machine, memory, argument, vector()).unwrap();
     let saved_by = frozen + ticks(freezing);
     for wait in [0, 700] {
         let mut fork = snapshot.fork(&host).unwrap();
@@ -561,6 +955,18 @@ fn thousands_of_forks_that_end_or_fail_leave_nothing_behind() {
     // Other tests of this binary come and go; what a leak would leave is thousands.
     let after = resources();
     assert!(after.0 < before.0 + 100 && after.1 < before.1 + 100, "{before:?} {after:?}");
+}
+
+#[test]
+fn the_probe_forks_its_guest_and_notices_a_state_that_a_fork_does_not_take() {
+    let Some(host) = host() else { return };
+    zeroboot_vm::restores(&host).unwrap();
+    let reason = zeroboot_vm::restores_altered(&host, |state| state.with_msr(0x198, 1)).unwrap_err();
+    assert!(reason.contains("refuses MSR 0x198"), "{reason}");
+    // What doctor and `auto` say then.
+    let probe = zeroboot_vm::KvmProbe::NoRestore { reason };
+    assert!(probe.verdict().unwrap_err().contains("does not restore one that it saved: KVM_SET_MSRS failed"));
+    assert!(probe.mend().unwrap().contains("--engine process"));
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn rooted() -> Option<&'static Template> {
     static TEMPLATE: OnceLock<Option<Template>> = OnceLock::new();
     TEMPLATE
         .get_or_init(|| {
-            let runner = "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/runner.py --frozen --warm made_before ";
+            let runner = "/usr/bin/python3 -E -s -X utf8 /usr/lib/zeroboot/python.pyz --frozen --warm made_before ";
             let files = [
                 Entry::file("first", 0o755, FIRST.as_bytes()),
                 Entry::file("usr/lib/python3/dist-packages/made_before.py", 0o644, MADE_BEFORE.as_bytes()),
@@ -218,7 +218,7 @@ fn generators_made_before_the_snapshot_give_each_fork_other_numbers() {
 #[test]
 fn what_a_module_that_node_warmed_keeps_gives_each_fork_other_numbers() {
     let module = include_str!("../../zeroboot-guest/tests/clones/made_before.cjs");
-    let runner = "/usr/bin/node --no-deprecation --experimental-vm-modules /usr/lib/zeroboot/runner.cjs --frozen --warm /made_before.cjs ";
+    let runner = "/usr/bin/node --no-deprecation --experimental-vm-modules /usr/lib/zeroboot/node.cjs --frozen --warm /made_before.cjs ";
     let files = [Entry::file("made_before.cjs", 0o644, module.as_bytes())];
     let Some(template) = own_template("node", &files, runner, "", "console.log(1)") else { return };
     let code = "const all = require('/made_before.cjs')();

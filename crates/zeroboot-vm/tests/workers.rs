@@ -18,7 +18,8 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
 use zeroboot_proto::{
-    Decoder, Ending, ExitReport, HEADER_LEN, Identity, Kind, Limits, encode,
+    Decoder, Ending, ExitReport, HEADER_LEN, Identity, Kind, Limits, encode, encode_on,
+    live::{self, End, How},
     mailbox::{AREA_PAGES, DOORBELL_PORT, MAGIC, Ring, TABLE_AT, VERSION},
 };
 use zeroboot_sys::{
@@ -28,7 +29,10 @@ use zeroboot_sys::{
     memory::{BootMemory, GuestPhys, MiB},
     process,
 };
-use zeroboot_vm::{Console, Exits, Host, Machine, Prefault, Snapshot, Stop, bench};
+use zeroboot_vm::{
+    Console, Exits, Host, Machine, Prefault, Snapshot, Stop, WakeVector,
+    bench::{self, StandIn},
+};
 
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
@@ -65,7 +69,7 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 16] = [
+    let tests: [(&str, fn(&Host)); 20] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_jailed_worker_ends_by_itself", a_jailed_worker_ends_by_itself),
         ("a_jailed_worker_that_fails_says_why", a_jailed_worker_that_fails_says_why),
@@ -83,6 +87,19 @@ fn main() {
             "workers_alive_at_once_each_give_an_answer_of_their_own",
             workers_alive_at_once_each_give_an_answer_of_their_own,
         ),
+        ("sandboxes_that_live_answer_on_their_channels", sandboxes_that_live_answer_on_their_channels),
+        (
+            "sandboxes_that_live_cost_nothing_while_nothing_happens",
+            sandboxes_that_live_cost_nothing_while_nothing_happens,
+        ),
+        (
+            "a_live_guest_that_breaks_says_why_and_its_socket_closes",
+            a_live_guest_that_breaks_says_why_and_its_socket_closes,
+        ),
+        (
+            "a_worker_whose_live_guest_floods_it_ends_with_its_front",
+            a_worker_whose_live_guest_floods_it_ends_with_its_front,
+        ),
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
         ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
@@ -99,6 +116,11 @@ fn ring(asm: &mut Vec<u8>, value: u32) {
     asm.extend([0x66, 0xb8]);
     asm.extend(value.to_le_bytes());
     asm.extend([0x66, 0xef]);
+}
+
+/// Of guests that take no interrupt: any.
+fn vector() -> WakeVector {
+    WakeVector::new(0x20).unwrap()
 }
 
 /// A template whose guest becomes ready and then does what `rest` says; `answer` lies in its outgoing area.
@@ -128,7 +150,7 @@ fn template(host: &Host, rest: &[u8], answer: &[u8]) -> tempfile::TempDir {
     let stop = machine.run(&mut Console::default(), &mut Exits::default()).unwrap();
     let Stop::Ring(Ring::Ready, argument) = stop else { panic!("{stop:?}") };
     let dir = tempfile::tempdir().unwrap();
-    Snapshot::freeze(host, machine, memory, argument).unwrap().save(dir.path()).unwrap();
+    Snapshot::freeze(host, machine, memory, argument, vector()).unwrap().save(dir.path()).unwrap();
     dir
 }
 
@@ -212,10 +234,17 @@ struct Worker {
 }
 
 fn frame(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(Kind, Vec<u8>)> {
+    frame_on_any(socket, decoder).map(|(channel, kind, payload)| {
+        assert_eq!(channel, 0, "{kind:?}");
+        (kind, payload)
+    })
+}
+
+fn frame_on_any(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(u16, Kind, Vec<u8>)> {
     let mut chunk = [0; 4096];
     loop {
-        if let Some((kind, payload)) = decoder.next_frame().unwrap() {
-            return Some((kind, payload.to_vec()));
+        if let Some(frame) = decoder.next_on_any().unwrap() {
+            return Some((frame.channel, frame.kind, frame.payload.to_vec()));
         }
         match socket.read(&mut chunk).unwrap() {
             0 => return None,
@@ -226,6 +255,21 @@ fn frame(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(Kind, Vec<u8
 
 /// All frames of a request; `Run` is the last.
 fn request(wall: Duration) -> Vec<u8> {
+    let mut bytes = setup(wall);
+    encode(&mut bytes, Kind::Code, b"the code");
+    encode(&mut bytes, Kind::Run, b"");
+    bytes
+}
+
+/// All frames for a sandbox that lives.
+fn live_request() -> Vec<u8> {
+    // The wall time is an exec's.
+    let mut bytes = setup(Duration::from_nanos(1));
+    encode(&mut bytes, Kind::Live, b"");
+    bytes
+}
+
+fn setup(wall: Duration) -> Vec<u8> {
     let limits = Limits {
         wall_ns: wall.as_nanos() as u64,
         cpu_ns: u64::MAX,
@@ -239,8 +283,6 @@ fn request(wall: Duration) -> Vec<u8> {
     let mut bytes = Vec::new();
     encode(&mut bytes, Kind::Identity, &Identity { entropy: [1; 64], realtime_ns: 0, sandbox_id: [2; 16] }.encode());
     encode(&mut bytes, Kind::Limits, &limits.encode());
-    encode(&mut bytes, Kind::Code, b"the code");
-    encode(&mut bytes, Kind::Run, b"");
     bytes
 }
 
@@ -250,6 +292,40 @@ impl Worker {
     }
     fn request(&mut self, wall: Duration) {
         self.socket.write_all(&request(wall)).unwrap();
+    }
+    /// Lets it live.
+    fn live(&mut self) {
+        self.socket.write_all(&live_request()).unwrap();
+        assert_eq!(self.frame(), Some((Kind::Started, Vec::new())));
+    }
+    /// Opens a channel with a number for the stand-in.
+    fn ask(&mut self, channel: u16, number: usize) {
+        let mut bytes = Vec::new();
+        encode_on(&mut bytes, channel, Kind::Arg, bench::input(number).as_bytes());
+        let command = live::Open::Command { cwd: None, terminal: None, stdin: false, timeout_ns: u64::MAX };
+        encode_on(&mut bytes, channel, Kind::Open, &live::encode(&command));
+        self.socket.write_all(&bytes).unwrap();
+    }
+    /// Checks its `nth` answer, on that channel.
+    fn answers(&mut self, channel: u16, number: usize, nth: u8) {
+        let mut next = || frame_on_any(&mut self.socket, &mut self.decoder).unwrap();
+        assert_eq!(next(), (channel, Kind::Started, 1u32.to_le_bytes().to_vec()));
+        assert_eq!(next(), (channel, Kind::Stdout, bench::nth_answer(number, nth).into()));
+        let (on, kind, end) = next();
+        assert_eq!((on, kind, live::decode::<End>(&end).unwrap().how), (channel, Kind::End, How::Exited(0)));
+    }
+    /// CPU time that its threads have had, KVM's own included, and how often they have gone to sleep by themselves: since then
+    /// they were woken as often.
+    fn idled(&self) -> (Duration, u64) {
+        let (mut cpu, mut sleeps) = (Duration::ZERO, 0);
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap() {
+            let read = |file| std::fs::read_to_string(task.as_ref().unwrap().path().join(file)).unwrap();
+            cpu += Duration::from_nanos(read("schedstat").split(' ').next().unwrap().parse().unwrap());
+            let status = read("status");
+            let line = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+            sleeps += line.trim().parse::<u64>().unwrap();
+        }
+        (cpu, sleeps)
     }
     fn ended_within(&self, limit: Duration) -> bool {
         ended_within(&self.pidfd, limit)
@@ -568,10 +644,8 @@ fn a_damaged_template_is_refused_with_words(host: &Host) {
 }
 
 fn workers_alive_at_once_each_give_an_answer_of_their_own(host: &Host) {
-    let dir = tempfile::tempdir().unwrap();
-    let pages = bench::strewn(MiB(2), 40, 40);
-    bench::stand_in(host, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
-    let mut zygote = Zygote::start(dir.path());
+    let template = stand_in(host, StandIn::Program);
+    let mut zygote = Zygote::start(template.path());
     zygote.ready();
     let mut workers: Vec<Worker> = (0..50).map(|_| zygote.fork()).collect();
     for worker in &mut workers {
@@ -588,6 +662,143 @@ fn workers_alive_at_once_each_give_an_answer_of_their_own(host: &Host) {
         assert_eq!(worker.frame().unwrap(), (Kind::Stdout, bench::answer(number * 7919).into()));
         assert_eq!(worker.frame().unwrap().0, Kind::Exit);
         assert!(worker.ended_within(Duration::from_secs(5)));
+    }
+}
+
+fn stand_in(host: &Host, what: StandIn) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let pages = bench::strewn(MiB(2), 40, 40);
+    bench::stand_in(host, what, MiB(4), MiB(2), pages).unwrap().save(dir.path()).unwrap();
+    dir
+}
+
+fn sandboxes_that_live_answer_on_their_channels(host: &Host) {
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut workers: Vec<Worker> = (0..20).map(|_| zygote.fork()).collect();
+    for worker in &mut workers {
+        worker.live();
+    }
+    for round in 1..4 {
+        // The same channel again, its end was seen; each with a number of its own.
+        let channel = |at: usize| if round == 3 { live::MAX_CHANNEL } else { at as u16 + 1 };
+        for (at, worker) in workers.iter_mut().enumerate() {
+            worker.ask(channel(at), 7919 * at + usize::from(round));
+        }
+        for (at, worker) in workers.iter_mut().enumerate() {
+            worker.answers(channel(at), 7919 * at + usize::from(round), round);
+        }
+    }
+    for Worker { socket, pidfd, .. } in workers {
+        drop(socket);
+        assert!(ended_within(&pidfd, Duration::from_secs(2)));
+    }
+}
+
+/// The measure, with `ZEROBOOT_IDLE_SANDBOXES=1000 ZEROBOOT_IDLE_SECONDS=60`.
+fn sandboxes_that_live_cost_nothing_while_nothing_happens(host: &Host) {
+    let number = |name: &str, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
+    let (sandboxes, seconds) = (number("ZEROBOOT_IDLE_SANDBOXES", 20), number("ZEROBOOT_IDLE_SECONDS", 2));
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut workers: Vec<Worker> = (0..sandboxes).map(|_| zygote.fork()).collect();
+    for (at, worker) in workers.iter_mut().enumerate() {
+        worker.live();
+        worker.ask(7, at);
+        worker.answers(7, at, 1);
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let busy = || {
+        let all = std::fs::read_to_string("/proc/stat").unwrap();
+        let cpu: Vec<u64> =
+            all.lines().next().unwrap().split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
+        // user, nice, system; irq, softirq, steal. USER_HZ is 100.
+        Duration::from_millis(10 * (cpu[0] + cpu[1] + cpu[2] + cpu[5] + cpu[6]))
+    };
+    let before: Vec<_> = workers.iter().map(Worker::idled).collect();
+    assert!(before.iter().all(|(cpu, sleeps)| !cpu.is_zero() && *sleeps > 0), "nothing is counted here");
+    let (start, host_before) = (Instant::now(), busy());
+    std::thread::sleep(Duration::from_secs(seconds as u64));
+    let (passed, host_cpu) = (start.elapsed(), busy() - host_before);
+    let after: Vec<_> = workers.iter().map(Worker::idled).collect();
+    let pairs = || before.iter().zip(&after);
+    let cpu: Duration = pairs().map(|(before, after)| after.0 - before.0).sum();
+    let woken: u64 = pairs().map(|(before, after)| after.1 - before.1).sum();
+    let share = cpu.as_secs_f64() / passed.as_secs_f64() * 100.0;
+    eprint!(
+        "{sandboxes} for {passed:.1?}: {cpu:?}, {share:.3} % of a core, woken {woken} times (the host: {host_cpu:?}) ... "
+    );
+    assert!(share < 1.0, "{cpu:?} in {passed:?}");
+    // Whoever reads a process's files or sends it a stop may wake one; a timer of ours would wake each of them.
+    assert!(woken <= sandboxes as u64 / 10, "{woken}");
+    // They are all there.
+    for (at, worker) in workers.iter_mut().enumerate() {
+        worker.ask(7, at + 1);
+        worker.answers(7, at + 1, 2);
+    }
+}
+
+fn a_live_guest_that_breaks_says_why_and_its_socket_closes(host: &Host) {
+    let mut lives = Vec::new();
+    encode(&mut lives, Kind::Started, b"");
+    let mut lies = lives.clone();
+    encode_on(&mut lies, 9, Kind::Stdout, b"of a channel that nobody opened");
+    let rings = |why: Ring, length: usize, then: &[u8]| {
+        let mut code = Vec::new();
+        ring(&mut code, why.encode(length as u32));
+        code.extend(then);
+        code
+    };
+    for (guest, answer, why) in [
+        (rings(Ring::Output, lies.len(), &[]), &lies, "channel 9 that is not open"),
+        // The keyboard controller's reset.
+        (rings(Ring::Output, lives.len(), &[0xb0, 0xfe, 0xe6, 0x64]), &lives, "it shut down"),
+        (rings(Ring::Done, lives.len(), &[]), &lives, "held no end"),
+    ] {
+        let template = template(host, &guest, answer);
+        let mut zygote = Zygote::start(template.path());
+        zygote.ready();
+        let mut worker = zygote.fork();
+        worker.live();
+        let (kind, reason) = worker.frame().unwrap();
+        assert_eq!(kind, Kind::Crash);
+        assert!(String::from_utf8_lossy(&reason).contains(why), "{}", String::from_utf8_lossy(&reason));
+        let start = Instant::now();
+        assert!(worker.frame().is_none());
+        // It waits for nobody to hang up.
+        assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+        assert!(worker.ended_within(Duration::from_secs(5)));
+    }
+}
+
+/// By its doorbell, with and without bytes, as fast as it can.
+fn a_worker_whose_live_guest_floods_it_ends_with_its_front(host: &Host) {
+    let mut frames = Vec::new();
+    encode(&mut frames, Kind::Started, b"");
+    for (name, why, length) in [("output", Ring::Output, 0), ("wants", Ring::Want, 0)] {
+        let mut guest = Vec::new();
+        ring(&mut guest, Ring::Output.encode(frames.len() as u32));
+        let again = guest.len();
+        ring(&mut guest, why.encode(length));
+        guest.extend([0xeb, 0u8.wrapping_sub((guest.len() - again) as u8 + 2)]);
+        let template = template(host, &guest, &frames);
+        let mut zygote = Zygote::start(template.path());
+        zygote.ready();
+        let mut worker = zygote.fork();
+        worker.live();
+        // More than the worker holds for a guest that takes none of it. Its socket fills up behind that.
+        worker.ask(7, 1);
+        let mut input = Vec::new();
+        encode_on(&mut input, 7, Kind::Stdin, &[b'x'; 300_000]);
+        worker.socket.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        worker.socket.write_all(&input).unwrap();
+        worker.socket.set_nonblocking(true).unwrap();
+        while worker.socket.write(&input).is_ok() {}
+        let Worker { socket, pidfd, .. } = worker;
+        drop(socket);
+        assert!(ended_within(&pidfd, Duration::from_secs(2)), "{name}");
     }
 }
 

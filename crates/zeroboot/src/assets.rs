@@ -6,6 +6,6 @@ use zeroboot_process::Assets;
 pub(crate) const ASSETS: Assets = Assets {
     agent: include_bytes!(concat!(env!("OUT_DIR"), "/agent")),
     pyfork: include_bytes!(concat!(env!("OUT_DIR"), "/pyfork.so")),
-    runner_python: include_bytes!("../../../runtimes/python/runner.py"),
-    runner_node: include_bytes!("../../../runtimes/node/runner.cjs"),
+    runner_python: zeroboot_runtimes::PYTHON,
+    runner_node: zeroboot_runtimes::NODE,
 };

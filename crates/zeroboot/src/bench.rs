@@ -1,9 +1,9 @@
 //! `zeroboot bench`: each measurement checks the answers that it times, and compares two ways in one run.
 
-mod density;
+pub(crate) mod density;
 mod exec;
-mod stats;
-mod vm;
+pub(crate) mod stats;
+pub(crate) mod vm;
 
 use std::{sync::Mutex, time::Duration};
 

@@ -39,16 +39,29 @@ pub(crate) enum Command {
     Template(TemplateCommand),
 
     /// Show what this host can do, what will be used, and what to fix.
+    ///
+    /// With --full it also tries the VM engine: forks, identity, deadlines, speed. That takes under a minute and
+    /// gives a report for an issue.
     Doctor(DoctorArgs),
 
     /// Measure forks, execs and density on this host; every answer is checked.
     Bench(BenchArgs),
+
+    /// Print a shell's completion script, such as for `source <(zeroboot completions bash)`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     pub(crate) from: TemplateArgs,
+
+    /// Try the VM engine on this host, and print a report to paste into an issue.
+    #[arg(long)]
+    pub(crate) full: bool,
 
     /// Print JSON.
     #[arg(long)]
@@ -108,7 +121,7 @@ pub(crate) enum Runtime {
     /// Python 3.9 or newer.
     Python,
     /// Node.js 18 or newer.
-    #[value(alias = "javascript")]
+    #[value(aliases = ["javascript", "js"])]
     Node,
 }
 
@@ -139,7 +152,7 @@ pub(crate) struct RunArgs {
     #[arg(short = 'c', value_name = "CODE", allow_hyphen_values = true)]
     pub(crate) code: Option<OsString>,
 
-    /// A file with the code (- for standard input), and its arguments; with -c all are arguments.
+    /// A file with the code (- or nothing for standard input), and its arguments; with -c all are arguments.
     #[arg(value_name = "FILE] [ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 
@@ -163,7 +176,7 @@ pub(crate) struct RunArgs {
     pub(crate) cpu_time: Option<Duration>,
 
     /// Memory that the code may use, such as 256M, 2G.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::size)]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::memory)]
     pub(crate) memory: u64,
 
     /// Processes and threads that may be alive at once.
@@ -229,6 +242,10 @@ pub(crate) struct ServeArgs {
     /// Sandboxes kept ready for each template [default: 4].
     #[arg(long, value_name = "N")]
     pub(crate) pool: Option<usize>,
+
+    /// Sandboxes that may live at once, apart from those of single execs [default: 64].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_sandboxes: Option<u32>,
 
     #[command(flatten)]
     pub(crate) from: TemplateArgs,

@@ -1,6 +1,9 @@
 //! `zeroboot doctor`: what this host can do, what will be used, what to fix and how. It finds out by doing.
 
-use std::time::Duration;
+mod full;
+mod host;
+
+use std::{fmt, time::Duration};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -19,6 +22,19 @@ enum Verdict {
     Weaker,
     /// It does not work.
     Missing,
+    /// It was not tried, for the reason given: nothing is known of it.
+    NotRun,
+}
+
+impl Verdict {
+    fn mark(self) -> &'static str {
+        match self {
+            Verdict::Ok => "ok",
+            Verdict::Weaker => "weaker",
+            Verdict::Missing => "missing",
+            Verdict::NotRun => "not run",
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -36,33 +52,46 @@ struct Diagnosis {
     /// The engine that `--engine auto` takes; none if nothing can run.
     engine: Option<&'static str>,
     why: String,
+    /// With `--full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full: Option<full::Report>,
 }
 
-/// Prints the diagnosis; 1 if no engine works.
+/// Prints the diagnosis; 1 if no engine works, or if a step of `--full` failed.
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<u8> {
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let diagnosis = tokio.block_on(diagnose(args));
-    let status = u8::from(diagnosis.engine.is_none());
-    if args.json {
-        printer::line(serde_json::to_string_pretty(&diagnosis)?)?;
-        return Ok(status);
+    let failed = diagnosis.full.as_ref().is_some_and(|report| report.failed() > 0);
+    let status = u8::from(diagnosis.engine.is_none() || failed);
+    let mut text = if args.json { serde_json::to_string_pretty(&diagnosis)? + "\n" } else { diagnosis.to_string() };
+    if args.full {
+        // It goes into an issue: the user's name is in paths of the home directory.
+        text = host::without_home(&text);
     }
-    for check in &diagnosis.checks {
-        let mark = match check.verdict {
-            Verdict::Ok => "ok     ",
-            Verdict::Weaker => "weaker ",
-            Verdict::Missing => "missing",
-        };
-        printer::line(format_args!("{mark}  {:<18} {}", check.what, check.found))?;
-        if let Some(mend) = &check.mend {
-            printer::line(format_args!("{:28} to mend: {mend}", ""))?;
+    printer::stdout(text.as_bytes())?;
+    Ok(status)
+}
+
+impl fmt::Display for Diagnosis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(report) = &self.full {
+            writeln!(f, "{}", report.host)?;
+        }
+        for check in self.checks.iter().chain(self.full.iter().flat_map(|report| &report.steps)) {
+            writeln!(f, "{:<7}  {:<18} {}", check.verdict.mark(), check.what, check.found)?;
+            if let Some(mend) = &check.mend {
+                writeln!(f, "{:28} to mend: {mend}", "")?;
+            }
+        }
+        match self.engine {
+            Some(engine) => writeln!(f, "\n`--engine auto` takes the {engine} engine: {}", self.why)?,
+            None => writeln!(f, "\nNo engine works here: {}", self.why)?,
+        }
+        match &self.full {
+            Some(report) => writeln!(f, "{}", report.summary()),
+            None => Ok(()),
         }
     }
-    match diagnosis.engine {
-        Some(engine) => printer::line(format_args!("\n`--engine auto` takes the {engine} engine: {}", diagnosis.why))?,
-        None => printer::line(format_args!("\nNo engine works here: {}", diagnosis.why))?,
-    }
-    Ok(status)
 }
 
 async fn diagnose(args: &DoctorArgs) -> Diagnosis {
@@ -73,12 +102,14 @@ async fn diagnose(args: &DoctorArgs) -> Diagnosis {
         checks.push(check);
         works |= ok;
     }
-    match resolve::choose_engine(EngineChoice::Auto) {
-        Ok((EngineChoice::Vm, why)) => Diagnosis { checks, engine: Some("vm"), why },
-        Ok((_, why)) if works => Diagnosis { checks, engine: Some("process"), why },
-        Ok((_, why)) => Diagnosis { checks, engine: None, why: format!("{why}, and the process engine ran no code") },
-        Err(error) => Diagnosis { checks, engine: None, why: error.to_string() },
-    }
+    let (engine, why) = match resolve::choose_engine(EngineChoice::Auto) {
+        Ok((EngineChoice::Vm, why)) => (Some("vm"), why),
+        Ok((_, why)) if works => (Some("process"), why),
+        Ok((_, why)) => (None, format!("{why}, and the process engine ran no code")),
+        Err(error) => (None, error.to_string()),
+    };
+    let full = if args.full { Some(full::report(&args.from).await) } else { None };
+    Diagnosis { checks, engine, why, full }
 }
 
 fn kernel() -> Check {

@@ -17,7 +17,7 @@ mod zygote;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 /// Our own failure, as `docker run` and `env` have it: the code's exit status is any other.
 pub(crate) const OWN_FAILURE: u8 = 125;
@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         cli::Command::Template(command) => template::run(command),
         cli::Command::Doctor(args) => doctor::run(&args),
         cli::Command::Bench(args) => bench::run(&args),
+        cli::Command::Completions { shell } => completions(shell),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -62,6 +63,15 @@ fn main() -> ExitCode {
             printer::error(&error, hint::of(&error).as_deref());
             ExitCode::from(OWN_FAILURE)
         }
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut cli::Cli::command(), "zeroboot", &mut script);
+    match printer::stdout(&script) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(0),
     }
 }
 

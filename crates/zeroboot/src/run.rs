@@ -1,8 +1,8 @@
 //! `zeroboot run`: one piece of code, its streams and its exit status.
 
 use std::{
-    ffi::OsStr,
-    io::{self, Read},
+    ffi::{OsStr, OsString},
+    io::{self, IsTerminal as _, Read},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context;
 use bytes::Bytes;
+use clap::CommandFactory as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -27,7 +28,10 @@ use crate::{
 /// Runs it; gives the exit status.
 pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let source = read_source(&args)?;
-    let runtime = args.runtime.or_else(|| by_name(&source.name)).unwrap_or(Runtime::Python);
+    let runtime = match args.runtime {
+        Some(runtime) => runtime,
+        None => by_name(&source.name)?.unwrap_or(Runtime::Python),
+    };
     let request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
     request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
@@ -76,9 +80,12 @@ fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
         let rest = args.args.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
         return Ok(Source { code: Bytes::copy_from_slice(code.as_bytes()), name: "-c".into(), args: rest });
     }
-    let Some((file, rest)) = args.args.split_first() else {
-        return Err(hinted("no code was given", "give code with -c 'print(1)', or a file"));
+    let piped = [std::ffi::OsString::from("-")];
+    let words = if args.args.is_empty() && !io::stdin().is_terminal() { &piped[..] } else { &args.args };
+    let Some((file, rest)) = words.split_first() else {
+        return Err(hinted("no code was given", "give code with -c 'print(1)', a file, or standard input"));
     };
+    refuse_options(file, rest)?;
     let rest = rest.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
     let mut code = Vec::new();
     let mut read = |from: &mut dyn Read| from.take(MAX_CODE as u64 + 1).read_to_end(&mut code);
@@ -100,11 +107,51 @@ fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
     Ok(Source { code: code.into(), name: text(name)?, args: rest })
 }
 
-fn by_name(name: &str) -> Option<Runtime> {
-    match Path::new(name).extension()?.to_str()? {
-        "py" => Some(Runtime::Python),
-        "js" | "mjs" | "cjs" => Some(Runtime::Node),
-        _ => None,
+/// An option where a file should be is a mistake; one of ours behind the file is perhaps one.
+fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
+    let command = crate::cli::Cli::command();
+    let ours: Vec<String> = command
+        .find_subcommand("run")
+        .into_iter()
+        .flat_map(|run| run.get_arguments().filter_map(|arg| arg.get_long()))
+        .map(|long| format!("--{long}"))
+        .collect();
+    let name = |word: &OsStr| word.to_string_lossy().split('=').next().unwrap_or_default().to_owned();
+    let option = name(file);
+    if option.starts_with('-') && option != "-" {
+        let near = ours.iter().map(|known| (strsim::jaro_winkler(known, &option), known));
+        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8);
+        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |(_, known)| format!("did you mean {known}?"));
+        return Err(hinted(format!("there is no option {option}"), hint));
+    }
+    for word in rest {
+        let word = name(word);
+        if ours.contains(&word) {
+            let file = file.to_string_lossy();
+            printer::note(format_args!(
+                "zeroboot: {word} after {file} goes to the code; put it before {file} if it is for us"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The language of a file by its name; python if it says nothing.
+fn by_name(name: &str) -> anyhow::Result<Option<Runtime>> {
+    let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or_default();
+    let other = |what: &str, hint: &str| Err(hinted(format!("{name} is {what}, which is not run yet"), hint));
+    match extension.to_ascii_lowercase().as_str() {
+        "py" => Ok(Some(Runtime::Python)),
+        "js" | "mjs" | "cjs" => Ok(Some(Runtime::Node)),
+        "ts" | "mts" | "cts" | "tsx" | "jsx" => other(
+            "TypeScript or JSX",
+            "compile it to JavaScript first, such as with `npx esbuild FILE`, or name a language with --runtime",
+        ),
+        "sh" | "bash" => other(
+            "a shell script",
+            "put it in with --put and run it from Python: subprocess.run(['bash', 'FILE']), or name a language with --runtime",
+        ),
+        _ => Ok(None),
     }
 }
 
@@ -145,7 +192,7 @@ fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<E
     request.output_files =
         args.get.iter().map(|get| get.split_once(':').map_or(get.as_str(), |g| g.0).into()).collect();
     request.stdin = match &args.stdin {
-        None if args.code.is_none() && args.args.first().is_some_and(|a| a == "-") => Stdin::Empty,
+        None if args.code.is_none() && args.args.first().is_none_or(|a| a == "-") => Stdin::Empty,
         None => Stdin::Stream,
         Some(path) if path.as_os_str() == "-" => Stdin::Stream,
         Some(path) => {
@@ -199,7 +246,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
             Event::End(report) => {
                 explain(&report, timeout, args.memory);
                 if args.verbose {
-                    verbose(&execution, &report);
+                    verbose(engine, &execution, &report);
                 }
                 return Ok(report.outcome.exit_code() as u8);
             }
@@ -248,7 +295,11 @@ fn explain(report: &Report, timeout: Duration, memory: u64) {
     printer::note(format_args!("zeroboot: {text}"));
 }
 
-fn verbose(execution: &Execution, report: &Report) {
+fn verbose(engine: &Engine, execution: &Execution, report: &Report) {
+    for template in engine.templates() {
+        let warmed = if template.warmed.is_empty() { "nothing warmed".into() } else { template.warmed.join(", ") };
+        printer::note(format_args!("zeroboot: {} · {warmed}", template.version));
+    }
     printer::note(format_args!(
         "zeroboot: engine {} · {} · fork {:.3} ms · exec {:.3} ms · total {:.3} ms · cpu {:.1} ms · peak {:.1} MiB",
         execution.isolation().as_str(),

@@ -44,7 +44,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             otlp.as_deref(),
             std::io::stderr,
         )?;
-        let (engine_config, why) = engine_config(args, &file)?;
+        let (mut engine_config, why) = engine_config(args, &file)?;
+        engine_config.sandboxes.max_lease = config.limits.max_lease;
         tracing::info!(why, "engine");
         fit_memory(&mut config.limits, &file, engine_config.max_memory)?;
         fit_connections(&mut config.limits, &engine_config);
@@ -111,6 +112,12 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
         section.max_live.unwrap_or(MAX_LIVE),
         section.max_memory_mb.map_or_else(|| resolve::total_memory() / 4 * 3, |mb| mb.saturating_mul(MIB)),
     )?;
+    if section.max_sandboxes == Some(0) {
+        return Err(hinted("[engine] max_sandboxes is zero: no sandbox could live", "give at least 1"));
+    }
+    let bounds = &mut config.sandboxes;
+    bounds.most = args.max_sandboxes.map(|count| count as usize).or(section.max_sandboxes).unwrap_or(bounds.most);
+    bounds.memory = section.sandbox_memory_mb.map_or(bounds.memory, |mb| mb.saturating_mul(MIB));
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;
     Ok((config, why))
@@ -144,7 +151,8 @@ fn fit_memory(limits: &mut RequestLimits, file: &FileConfig, most: u64) -> anyho
 fn fit_connections(limits: &mut RequestLimits, engine: &EngineConfig) {
     use rustix::process::{Resource, getrlimit};
     let Some(descriptors) = getrlimit(Resource::Nofile).current else { return };
-    let sandboxes = engine.templates.iter().fold(engine.max_live, |sum, template| sum.saturating_add(template.pool));
+    let most = engine.max_live.saturating_add(engine.sandboxes.most);
+    let sandboxes = engine.templates.iter().fold(most, |sum, template| sum.saturating_add(template.pool));
     let fit = connections_within(descriptors, sandboxes, limits.max_connections);
     if fit < limits.max_connections {
         tracing::warn!(

@@ -24,14 +24,15 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
-/// `512M`, `2G`, `65536K`, `512MiB`; a bare number is bytes. Above zero.
+/// `512M`, `2g`, `65536K`, `512MiB`; a bare number is bytes. Above zero.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text);
-    let factor: u64 = match unit.trim_end_matches("iB").trim_end_matches('B') {
+    let lower = unit.to_ascii_lowercase();
+    let factor: u64 = match lower.trim_end_matches("ib").trim_end_matches('b') {
         "" => 1,
-        "k" | "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
+        "k" => 1 << 10,
+        "m" => 1 << 20,
+        "g" => 1 << 30,
         _ => return Err(format!("unknown unit {unit:?}; use K, M or G")),
     };
     let number: u64 = number.parse().map_err(|_| "not a size; write it like 512M or 2G".to_owned())?;
@@ -40,6 +41,18 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         Some(bytes) => Ok(bytes),
     }
 }
+
+/// Memory of a sandbox: as [`size`], and enough for a language runtime.
+pub(crate) fn memory(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        bytes if bytes >= LEAST_MEMORY => Ok(bytes),
+        bytes if split(text).1.is_empty() => Err(format!("{bytes} bytes is too little; did you mean {bytes}M?")),
+        _ => Err(format!("too little for a language runtime; give at least {}M", LEAST_MEMORY >> 20)),
+    }
+}
+
+/// Least memory of a sandbox: what a bare interpreter takes.
+const LEAST_MEMORY: u64 = 16 << 20;
 
 fn split(text: &str) -> (&str, &str) {
     let text = text.trim();
@@ -63,10 +76,18 @@ mod tests {
     }
 
     #[test]
+    fn memory_without_a_unit_is_asked_about() {
+        assert_eq!(memory("512M"), Ok(512 << 20));
+        assert_eq!(memory("512").unwrap_err(), "512 bytes is too little; did you mean 512M?");
+        assert!(memory("1M").unwrap_err().contains("at least 16M"));
+    }
+
+    #[test]
     fn sizes_have_units_and_are_above_zero() {
         assert_eq!(size("512M"), Ok(512 << 20));
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert_eq!(size("64kB"), Ok(64 << 10));
+        assert_eq!((size("2g"), size("1mib")), (Ok(2 << 30), Ok(1 << 20)));
         for bad in ["0", "-1", "", "M", "1.5G", "12Q", "99999999999999999999", "17179869184G"] {
             assert!(size(bad).is_err(), "{bad:?}");
         }

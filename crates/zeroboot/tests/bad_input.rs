@@ -19,7 +19,7 @@ fn empty_code_is_refused() {
     run().code(" \n\t").go().refused("the code is empty");
     run().file("empty.py", "").args(["empty.py"]).go().refused("the code is empty");
     run().args(["-"]).go().refused("the code is empty");
-    run().go().refused("no code was given");
+    run().go().refused("the code is empty");
 }
 
 #[test]
@@ -65,10 +65,28 @@ fn a_timeout_of_zero_or_below_or_without_sense_is_refused() {
     for bad in ["0", "0s", "-1", "-1s", "nan", "inf", "1 fortnight", ""] {
         run().args([format!("--timeout={bad}")]).code("print(1)").go().ended(125).says("--timeout");
     }
-    for bad in ["0", "-1", "1.5X", "99999999999999999999G"] {
+    for bad in ["0", "-1", "1.5X", "99999999999999999999G", "512", "1M"] {
         run().args([format!("--memory={bad}")]).code("print(1)").go().ended(125).says("--memory");
     }
     run().args(["--processes", "0"]).code("print(1)").go().ended(125).says("--processes");
+}
+
+#[test]
+fn an_option_that_is_none_is_no_file_and_the_nearest_is_named() {
+    run()
+        .args(["--tiemout", "2s", "x.py"])
+        .go()
+        .refused("there is no option --tiemout")
+        .says("did you mean --timeout?");
+    run().args(["--memroy=1G", "x.py"]).go().refused("did you mean --memory?");
+    run().args(["-q"]).go().refused("there is no option -q");
+}
+
+#[test]
+fn languages_that_do_not_run_are_refused_by_the_files_name() {
+    run().file("a.ts", "1").args(["a.ts"]).go().refused("TypeScript").says("esbuild");
+    run().file("a.sh", "ls").args(["a.sh"]).go().refused("a shell script");
+    assert_eq!(run().file("a.sh", "print(1)").args(["--runtime", "python", "a.sh"]).go().good(), "1\n");
 }
 
 #[test]

@@ -430,6 +430,30 @@ print([attempt(os.rename, '/tmp', '/x'), attempt(os.unlink, '/etc/passwd'), atte
         }
     }
 
+    fn terminals_are_the_sandboxs_own_and_take_no_input_in_anothers_name(who) {
+        let code = r#"
+import fcntl, pty, termios, tty
+master, slave = pty.openpty()
+print(os.ttyname(slave), termios.tcgetattr(slave)[3] & termios.ICANON != 0, sorted(os.listdir('/dev/pts')))
+fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 7, 9, 0, 0))
+os.write(master, b'hello\n')
+print(os.read(slave, 9), os.get_terminal_size(slave))
+print(attempt(fcntl.ioctl, slave, termios.TIOCSTI, b'x'), attempt(fcntl.ioctl, slave, 0x541C, b'x'))
+many = []
+print([attempt(lambda: many.extend(pty.openpty())) for _ in range(100)].count('OSError') > 30)
+for fd in many: os.close(fd)
+pid, fd = pty.fork()
+if pid == 0: os.execvp('sh', ['sh', '-c', 'tty; test -t 0 && echo yes'])
+print(os.waitpid(pid, 0)[1])
+"#;
+        let done = attack(who, code).go();
+        assert_eq!(
+            done.good(),
+            "/dev/pts/0 True ['0', 'ptmx']\nb'hello\\n' os.terminal_size(columns=9, lines=7)\nEPERM EPERM\nTrue\n0\n",
+            "{done:?}"
+        );
+    }
+
     fn the_hosts_files_are_not_there(who) {
         let canary = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(canary.path(), "canary").unwrap();
@@ -447,7 +471,8 @@ print(open('/etc/passwd').read().count('\n'), sorted(os.listdir('/dev')))
             let fine = match path {
                 "/home/sandbox/.." => seen == "['sandbox']",
                 "/tmp" | "/run" => seen == "empty",
-                "3" => seen == "['fd', 'full', 'null', 'random', 'shm', 'stderr', 'stdin', 'stdout', 'urandom']",
+                "/dev/pts" => seen == "['ptmx']",
+                "3" => seen == "['fd', 'full', 'null', 'ptmx', 'pts', 'random', 'shm', 'stderr', 'stdin', 'stdout', 'urandom']",
                 _ => ["ENOENT", "EACCES", "EPERM"].contains(&seen),
             };
             assert!(fine, "{line}: {done:?}");
@@ -518,36 +543,98 @@ with open('big', 'wb') as f:
     /// Files of the read-only root are the host's: their use by others is neither shown nor held up.
     fn the_use_of_shared_files_cannot_be_watched(who) {
         let code = r#"
-fd = call(294, 0)
-print(call(254, fd, b'/usr/bin/env', 0xfff), call(254, fd, b'/tmp', 0xfff))
+print(call(253), call(294, 0), call(254, 0, b'/usr/bin/env', 0xfff), call(255, 0, 1))
 import fcntl
 d = os.open('/usr/bin', os.O_RDONLY)
 print(attempt(fcntl.fcntl, d, fcntl.F_NOTIFY, fcntl.DN_ACCESS), attempt(fcntl.fcntl, os.open('/usr/bin/env', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK))
 "#;
-        assert_eq!(attack(who, code).go().good(), "EPERM EPERM\nEPERM EPERM\n");
+        assert_eq!(attack(who, code).go().good(), "EPERM EPERM EPERM EPERM\nEPERM EPERM\n");
+    }
+
+    /// The kernel is not even asked: a descriptor that is not open is no error.
+    fn flushing_and_advice_succeed_and_reach_no_disk(who) {
+        let code = r#"
+with open('file', 'w') as f:
+    f.write('x'); f.flush(); os.fsync(f.fileno()); os.fdatasync(f.fileno())
+print([call(number, 999, 0, 0, 4) for number in (74, 75, 277, 221, 187)], open('file').read())
+"#;
+        assert_eq!(attack(who, code).go().good(), "[0, 0, 0, 0, 0] x\n");
+    }
+
+    fn socket_buffers_stay_as_they_are(who) {
+        let code = r#"
+pair = socket.socketpair()
+sizes = lambda: [s.getsockopt(socket.SOL_SOCKET, o) for s in pair for o in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+before = sizes()
+for s in pair:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        s.setsockopt(socket.SOL_SOCKET, option, 1 << 24)
+    for option in (32, 33):
+        print(attempt(s.setsockopt, socket.SOL_SOCKET, option, 1 << 24))
+print(sizes() == before)
+"#;
+        assert_eq!(attack(who, code).go().good(), "EPERM\nEPERM\nEPERM\nEPERM\nTrue\n");
     }
 
     // ---- the network and other sandboxes
 
-    fn there_is_no_socket_of_any_family_but_unix(who) {
-        let code = r#"
-got = {}
+    fn there_are_unix_sockets_and_a_loopback_of_its_own_and_no_other_network(who) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let code = format!(r#"
+got = {{}}
 for family in range(0, 64):
-    for kind in (1, 2, 3, 5, 1 | 0o2000000):
-        r = call(41, family, kind, 0)
-        if isinstance(r, int): got.setdefault(family, os.close(r))
-        elif r != 'EPERM' and family != 1: got[family] = r
+    for kind in (1, 2, 3, 4, 5, 1 | 0o2000000, 2 | 0o4000):
+        for protocol in (0, 1, 6, 17, 33, 58, 132, 136, 255, 262):
+            r = call(41, family, kind, protocol)
+            if isinstance(r, int): got.setdefault(family, set()).add((kind & 15, protocol)); os.close(r)
+            elif r != 'EPERM' and family != 1: got[family, kind, protocol] = r
     r = call(53, family, 1, 0, (ctypes.c_int * 2)())
-    if family != 1 and r != 'EPERM': got[family] = r
-print(sorted(got))
-print(attempt(socket.getaddrinfo, 'localhost', 80), attempt(socket.create_connection, ('127.0.0.1', 22), 1))
-print(subprocess.run(['sh', '-c', 'exec 3<>/dev/tcp/127.0.0.1/22'], capture_output=True).returncode != 0)
+    if family != 1 and r != 'EPERM': got[family, 'pair'] = r
+del got[1]
+print({{k: sorted(v) for k, v in got.items()}})
+for address in [('127.0.0.1', {port}), ('10.0.0.1', 80), ('192.0.2.1', 80), ('169.254.169.254', 80)]:
+    print(attempt(socket.create_connection, address, 2), end=' ')
+six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+print(attempt(six.sendto, b'x', ('2001:db8::1', 53)), attempt(socket.getaddrinfo, 'example.com', 80))
+"#, port = listener.local_addr().unwrap().port());
+        let done = attack(who, &code).go();
+        assert_eq!(
+            done.good(),
+            "{2: [(1, 0), (1, 6), (2, 0), (2, 17)], 10: [(1, 0), (1, 6), (2, 0), (2, 17)]}\n\
+             ECONNREFUSED ENETUNREACH ENETUNREACH ENETUNREACH ENETUNREACH gaierror\n",
+            "{done:?}"
+        );
+        assert!(listener.accept().is_err());
+    }
+
+    fn servers_and_clients_meet_on_loopback(who) {
+        let code = r#"
+import asyncio, http.server, threading, urllib.request
+http.server.SimpleHTTPRequestHandler.log_message = lambda *_: None
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), http.server.SimpleHTTPRequestHandler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+open('page', 'w').write('hello')
+print(urllib.request.urlopen(f'http://localhost:{server.server_port}/page').read())
+six = socket.create_server(('::1', 0), family=socket.AF_INET6)
+client = socket.create_connection(six.getsockname()[:2])
+client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+peer, _ = six.accept(); peer.sendall(b'six'); print(client.recv(3))
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0)); u.sendto(b'udp', u.getsockname()); print(u.recv(3))
+async def echo(r, w): w.write(await r.readline()); w.close()
+async def main():
+    s = await asyncio.start_server(echo, 'localhost', 8000)
+    r, w = await asyncio.open_connection('localhost', 8000)
+    w.write(b'line\n'); print(await r.readline())
+asyncio.run(main())
+for level, option in [(6, 31), (6, 19), (6, 14), (6, 13), (0, 4), (1, 60), (1, 32), (1, 33), (41, 54), (0, 41)]:
+    print(attempt(client.setsockopt, level, option, 1), end=' ')
+print(attempt(fcntl.ioctl, client, 0x8914, b'lo' + bytes(38)), attempt(fcntl.ioctl, client, 0x8912, bytes(16)))
 "#;
-        let done = attack(who, code).go();
-        let lines: Vec<&str> = done.good().lines().collect();
-        assert_eq!(lines[0], "[1]", "{done:?}");
-        assert!(lines[1].ends_with(" EPERM"), "{done:?}");
-        assert_eq!(lines[2], "True");
+        let code = format!("import fcntl{code}");
+        let done = attack(who, &code).go();
+        let refused = "EPERM ".repeat(10);
+        assert_eq!(done.good(), format!("b'hello'\nb'six'\nb'udp'\nb'line\\n'\n{refused}EPERM EPERM\n"), "{done:?}");
     }
 
     fn abstract_sockets_of_the_host_are_out_of_reach(who) {
@@ -618,7 +705,7 @@ require('net').connect(22, '127.0.0.1').on('error', (e) => console.log(e.code))
         let done = cli.code(code).env("ZEROBOOT_TEST_SECRET", "x").go();
         assert_eq!(
             done.good(),
-            "1000 2 true\nEROFS ENOENT EROFS EPERM\ntrue EACCES\n[] ERR_SYSTEM_ERROR\n[ '0000000000000000', '1', '2' ]\n5\nEPERM\n"
+            "1000 2 true\nEROFS ENOENT EROFS EPERM\ntrue EACCES\n[] ERR_SYSTEM_ERROR\n[ '0000000000000000', '1', '2' ]\n5\nECONNREFUSED\n"
         );
     }
 
@@ -659,9 +746,9 @@ calls = {
     'sched_setscheduler': (144, 0, 1, buf), 'sched_setattr': (314, 0, buf, 0), 'ioprio_set': (251, 1, 0, 0x2000), 'migrate_pages': (256, 1, 1, buf, buf),
     'move_pages': (279, 1, 0, 0, 0, 0, 0), 'mbind': (237, 0), 'shmget': (29, 0, 4096, 0o1600), 'semget': (64, 0, 1, 0o1600), 'msgget': (68, 0, 0o1600),
     'mq_open': (240, b'x', 0o102, 0o600, 0), 'vmsplice': (278, 1, 0, 0, 0), 'splice': (275, 0, 0, 1, 0, 1, 0), 'tee': (276, 0, 1, 1, 0),
-    'prctl_dumpable': (157, 4, 0), 'prctl_seccomp': (157, 22, 2, buf), 'prctl_keepcaps': (157, 8, 1), 'prctl_securebits': (157, 28, 0),
+    'prctl_dumpable': (157, 4, 1), 'prctl_seccomp': (157, 22, 2, buf), 'prctl_keepcaps': (157, 8, 1), 'prctl_securebits': (157, 28, 0),
     'prctl_ambient': (157, 47, 2, 21, 0, 0), 'prctl_mm': (157, 35, 1, 0, 0, 0), 'prctl_subreaper': (157, 36, 1), 'prctl_ptracer': (157, 0x59616d61, -1),
-    'tiocsti': (16, 0, 0x5412, b'x'), 'tioclinux': (16, 0, 0x541C, b'x'), 'tiocsctty': (16, 0, 0x540E, 1), 'fs_ioc_setflags': (16, 1, 0x40086602, buf),
+    'tiocsti': (16, 0, 0x5412, b'x'), 'tioclinux': (16, 0, 0x541C, b'x'), 'fs_ioc_setflags': (16, 1, 0x40086602, buf),
     'ioctl_ns_get_parent': (16, 0, 0xb702), 'ptrace_x32': (0x40000000 + 521, 0), 'getpid_x32': (0x40000000 + 39,), 'no_such_call': (1000,),
     'mmap_hugetlb': (9, 0, 1 << 21, 3, 0x40022, -1, 0), 'memfd_hugetlb': (319, b'x', 4),
 }

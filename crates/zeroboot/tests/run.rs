@@ -31,6 +31,29 @@ fn a_file_runs_with_our_standard_input_and_its_arguments() {
 #[test]
 fn code_can_come_from_standard_input() {
     assert_eq!(Cli::run(Who::Me).args(["-"]).stdin("print('from stdin')").go().good(), "from stdin\n");
+    assert_eq!(Cli::run(Who::Me).stdin("print('piped')").go().good(), "piped\n");
+}
+
+#[test]
+fn one_of_our_options_behind_the_file_goes_to_the_code_and_is_said() {
+    let cli = Cli::run(Who::Me).file("a.py", "import sys; print(sys.argv[1:])").args(["a.py", "--timeout", "2s"]);
+    let done = cli.go();
+    assert_eq!(done.ended(0).out, b"['--timeout', '2s']\n");
+    done.says("--timeout after a.py goes to the code");
+}
+
+#[test]
+fn completions_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let done = Cli::bare(Who::Me).args(["completions", shell]).go();
+        assert!(done.good().contains("zeroboot") && done.good().contains("timeout"), "{shell}");
+    }
+}
+
+#[test]
+fn verbose_names_the_interpreter_and_what_is_warm() {
+    let done = python("import numpy").args(["-v", "--warm", "json"]).go();
+    done.says("Python 3.").says("json");
 }
 
 #[test]

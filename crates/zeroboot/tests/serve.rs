@@ -137,3 +137,39 @@ fn a_flood_of_connections_takes_no_descriptor_that_a_sandbox_needs() {
     assert!(words.contains("max_connections=40"), "{words}");
     assert!(!words.contains("cannot accept a connection"), "{words}");
 }
+
+#[test]
+fn what_a_crowd_of_half_sent_heads_took_is_given_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.toml");
+    zeroboot_server::KeyStore::new(&keys)
+        .create(zeroboot_server::NewKey { name: "a".into(), ..Default::default() })
+        .unwrap();
+    // This process opens as many.
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let nofile = rustix::process::Rlimit { current: most, maximum: most };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, nofile).unwrap();
+    let served = Served::start("ulimit -n $(ulimit -Hn)", &["--keys-file", keys.to_str().unwrap()]);
+    let memory = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", served.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().split(' ').next().unwrap().parse::<u64>().unwrap() / 1024
+    };
+    let before = memory();
+    let head = format!("POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nX-Long: {}", "x".repeat(60_000));
+    let mut crowd = Vec::new();
+    for at in 0..3000 {
+        let mut stream = TcpStream::connect(served.address).unwrap();
+        // Longer ones are cut before all is sent.
+        stream.write_all(&head.as_bytes()[..if at % 2 == 0 { 15_000 } else { head.len() }]).unwrap_or_default();
+        crowd.push(stream);
+    }
+    let most = memory();
+    assert!(most > before + 10 && most < before + 150, "{before} MiB before, {most} MiB with a crowd");
+    drop(crowd);
+    let begun = std::time::Instant::now();
+    while memory() > before + (most - before) / 4 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{before}, {most}, and {} MiB now", memory());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -217,7 +217,7 @@ fn apt(cache: &Path, suites: &[&str]) -> Result<Apt> {
 fn unpack(apt: &Apt, what: &str, packages: &[Package], into: &Path) -> Result<()> {
     eprintln!("nested lane: fetching {what} (once)");
     for file in explain(apt.fetch(packages))? {
-        explain(apt::unpack(&file, into, &[]))?;
+        explain(apt::unpack_to(&file, into))?;
         // The archive is of no more use: the unpacked files are the cache.
         fs::remove_file(&file)?;
     }

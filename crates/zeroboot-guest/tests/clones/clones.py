@@ -6,7 +6,6 @@ A fork alone would not do: the interpreter and OpenSSL notice one by hooks and b
 into a new pid namespace, which runs no hook and leaves the process id at 1.
 """
 import ctypes
-import importlib.util
 import json
 import os
 import signal
@@ -63,17 +62,16 @@ def main():
     runner_path, count = sys.argv[1], int(sys.argv[2])
     reseed = "--no-identity" not in sys.argv
     sys.path.insert(1, os.path.dirname(os.path.abspath(__file__)))
-    spec = importlib.util.spec_from_file_location("zeroboot_runner", runner_path)
-    runner = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = runner
-    spec.loader.exec_module(runner)
+    sys.path.insert(0, runner_path)
+    from zeroboot_runner import life, wire
+
     import ssl, tempfile, uuid, random
 
     # State that a warm-up may leave behind.
     ssl.RAND_bytes(1), uuid.uuid1(), uuid.getnode(), next(tempfile._get_candidate_names()), random.gauss(0, 1)
-    _, ready, generators = runner.prepare(["--warm", "premade,ssl"])
+    _, ready, generators, ipython = life.prepare(["--warm", "premade,ssl"])
     if not reseed:
-        runner.apply_identity = lambda payload, generators: None
+        life.apply_identity = lambda payload, generators: None
     assert os.getpid() == 1, "run this as the first process of a pid namespace"
     libc = ctypes.PyDLL(None, use_errno=True)
     sys.stdout.flush()
@@ -87,17 +85,17 @@ def main():
             front.close()
             os.dup2(out_write, 1)
             os.dup2(control.fileno(), 3)
-            runner.serve(ready, generators)
+            life.serve(ready, generators, ipython)
         control.close()
         os.close(out_write)
 
         def send(kind, payload=b""):
             front.sendall(struct.pack("<IB3x", len(payload), kind) + payload)
 
-        send(runner.IDENTITY, os.urandom(64) + bytes(24))
-        send(runner.ARG, b"-c")
-        send(runner.CODE, PROGRAM.encode())
-        send(runner.RUN)
+        send(wire.IDENTITY, os.urandom(64) + bytes(24))
+        send(wire.ARG, b"-c")
+        send(wire.CODE, PROGRAM.encode())
+        send(wire.RUN)
         with os.fdopen(out_read, "rb") as out:
             line = out.read().decode().strip()
         _, status = os.waitpid(pid, 0)

@@ -184,16 +184,15 @@ pub(crate) fn identity() -> Identity {
 
 impl Sandbox {
     pub(crate) fn python(warm: &str) -> Sandbox {
-        let runner = repository().join("runtimes/python/runner.py");
-        Sandbox::start(&[], &[&python(), "-E", "-s", "-X", "utf8", runner.to_str().unwrap(), "--warm", warm])
+        Sandbox::start(&[], &[&python(), "-E", "-s", "-X", "utf8", zeroboot_runtimes::PYTHON_PATH, "--warm", warm])
     }
 
     pub(crate) fn node(options: &[&str], arguments: &[&str]) -> Sandbox {
-        let (node, runner) = (node(), repository().join("runtimes/node/runner.cjs"));
+        let node = node();
         // The second is for import() in Node 18; later ones need it no more.
         let mut command = vec![node.as_str(), "--no-deprecation", "--experimental-vm-modules"];
         command.extend(options);
-        command.push(runner.to_str().unwrap());
+        command.push(zeroboot_runtimes::NODE_PATH);
         command.extend(arguments);
         Sandbox::start(&[], &command)
     }

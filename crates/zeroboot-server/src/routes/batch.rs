@@ -14,10 +14,12 @@ use tracing::Instrument as _;
 
 use crate::{
     answer::Finished,
-    app::{App, Asked},
+    app::App,
+    body::{json_response, read_body, serialize},
     budget::{Full, Share},
     error::{ApiError, ErrorBody},
-    routes::exec::{UnderWay, json_response, read_body, serialize},
+    peer::Asked,
+    under_way::UnderWay,
     wire::{self, ExecBody},
 };
 
@@ -102,7 +104,7 @@ async fn item(app: &Arc<App>, asked: &Asked, body: ExecBody, together: &Together
         return Err(ApiError::new("busy", text).retry_after(Duration::from_secs(1)));
     }
     let until = (now + app.config.limits.batch_wait).min(together.until);
-    let place = app.gate.wait_for_place(caller, until).await?;
+    let place = app.gate.wait_for_place(caller, request.limits.memory, until).await?;
     let share = loop {
         match app.budget.share(caller) {
             Ok(share) => break share,

@@ -15,10 +15,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    app::{App, Asked},
+    app::App,
+    body::{json_response, serialize},
     error::ApiError,
     metrics::Format,
-    routes::exec::{json_response, serialize},
+    peer::Asked,
 };
 
 /// Whether code can be run.
@@ -82,6 +83,8 @@ pub(crate) struct TemplateBody<'a> {
     forks: u64,
     /// Restarts of its zygote since the start.
     restarts: u64,
+    /// Sandboxes of it that live, apart from those that serve one exec.
+    sandboxes: usize,
     /// Age of the canary's result.
     canary_age_seconds: f64,
 }
@@ -100,6 +103,7 @@ pub(crate) async fn health(
     // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds.
     let canaries = app.canaries.results(&app.backend, app.config.canary_interval * 2).await;
     let statuses = app.backend.templates();
+    let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
     let mut templates = BTreeMap::new();
     let mut reasons = Vec::new();
     for (status, canary) in statuses.iter().zip(&canaries) {
@@ -126,6 +130,7 @@ pub(crate) async fn health(
             pool_target: status.pool_target,
             forks: status.forks,
             restarts: status.restarts,
+            sandboxes: sandboxes.iter().filter(|sandbox| sandbox.template() == status.name).count(),
             canary_age_seconds: (canary.at.elapsed().as_secs_f64() * 10.0).round() / 10.0,
         };
         templates.insert(status.name.as_str(), body);
@@ -160,6 +165,8 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> 
     let format = if accept.contains("application/openmetrics-text") { Format::OpenMetrics } else { Format::Text };
     let canaries = app.canaries.last().await;
     let templates: Vec<_> = app.backend.templates().into_iter().zip(canaries).collect();
+    let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
+    app.metrics.look_at_sandboxes(&templates, &sandboxes);
     let text = app.metrics.encode(&templates, app.backend.stats(), format);
     ([(header::CONTENT_TYPE, format.content_type())], text).into_response()
 }

@@ -1,39 +1,25 @@
 //! `POST /v1/exec` with `Accept: text/event-stream`.
 //!
-//! A task of its own moves events from the sandbox to the connection, so that a client that does not read cannot keep
-//! the sandbox: the task gives up after a bounded time, ends the sandbox, and cuts the connection.
+//! A client that does not read cannot keep the sandbox: see [`crate::sse`].
 
-use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::panic::AssertUnwindSafe;
 
-use axum::{
-    body::Body,
-    http::{HeaderValue, header},
-    response::{IntoResponse, Response},
-};
-use bytes::Bytes;
+use axum::response::Response;
 use futures_util::FutureExt as _;
 use serde::Serialize;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout_at},
-};
+use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 use zeroboot_engine::{Event, ExecRequest};
 
 use crate::{
     answer::{FileBody, Pieces, end_body, milliseconds},
-    app::Peer,
     backend::Run,
-    budget::{Full, Share},
     error::ApiError,
-    routes::exec::UnderWay,
+    peer::Peer,
+    sse::{self, KEEP_ALIVE, Sender, Unsent},
+    under_way::{UnderWay, lost},
 };
-
-/// Proxies close connections on which nothing comes for long.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Events that may wait for the connection. More would only be memory: the kernel has a buffer of its own.
-const WAITING: usize = 8;
 
 /// The event `start`.
 #[derive(Serialize, utoipa::ToSchema)]
@@ -63,83 +49,17 @@ pub(crate) async fn start(under_way: UnderWay, request: ExecRequest, peer: Peer)
     let run = under_way.begin(request).await?;
     // The engine ends the sandbox at its deadline. This bounds what a client can do that reads, but slowly.
     let until = Instant::now() + timeout + stall * 2;
-    let (events, mut receiver) = mpsc::channel::<Bytes>(WAITING);
     let request_id = under_way.request_id;
-    let sender = Sender { events, stall, until, peer, share: under_way.share.clone() };
+    let (sender, response) = sse::stream(peer, under_way.share.clone(), stall, Some(until));
     let pump = async move {
         // A panic must not leave the client with a stream that just stops.
         if AssertUnwindSafe(pump(&under_way, run, &sender)).catch_unwind().await.is_err() {
             tracing::error!(%request_id, "panic while streaming");
-            sender.last(&ApiError::internal(), request_id).await;
+            sender.last("error", &ApiError::internal(), request_id).await;
         }
     };
     tokio::spawn(pump.in_current_span());
-    let stream = futures_util::stream::poll_fn(move |context| {
-        receiver.poll_recv(context).map(|bytes| bytes.map(Ok::<_, Infallible>))
-    });
-    let headers = [
-        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
-        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
-        // nginx would hold the events back.
-        (header::HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
-    ];
-    Ok((headers, Body::from_stream(stream)).into_response())
-}
-
-/// Why an event was not sent.
-#[derive(Debug)]
-enum Unsent {
-    /// The client is gone, or was cut off.
-    Gone,
-    /// There is no room to hold it until it is taken.
-    Full(Full),
-}
-
-struct Sender {
-    events: mpsc::Sender<Bytes>,
-    stall: Duration,
-    until: Instant,
-    peer: Peer,
-    share: Arc<Share>,
-}
-
-impl Sender {
-    /// An event, which counts as held until the connection has written or dropped it, and has a clock of its own: also
-    /// after the last one was handed over.
-    async fn send(&self, name: &str, data: &impl Serialize) -> Result<(), Unsent> {
-        let held = self.share.part(&self.peer, event(name, data)?).map_err(Unsent::Full)?;
-        self.raw(held).await
-    }
-
-    async fn raw(&self, bytes: Bytes) -> Result<(), Unsent> {
-        let until = self.until.min(Instant::now() + self.stall);
-        match timeout_at(until, self.events.send(bytes)).await {
-            Ok(sent) => sent.map_err(|_| Unsent::Gone),
-            Err(_) => {
-                self.peer.cut.notify_one();
-                Err(Unsent::Gone)
-            }
-        }
-    }
-
-    /// The event `error`. It is small, and is sent whether there is room or not.
-    async fn last(&self, error: &ApiError, request_id: Uuid) {
-        let Ok(text) = event("error", &error.body(Some(request_id))) else { return };
-        let sent = match self.share.part(&self.peer, text.clone()) {
-            Ok(held) => self.raw(held).await,
-            Err(Full) => self.raw(text.into()).await,
-        };
-        if sent.is_err() {
-            tracing::debug!(%request_id, "the client left before the stream's last event");
-        }
-    }
-}
-
-fn event(name: &str, data: &impl Serialize) -> Result<Vec<u8>, Unsent> {
-    let mut text = format!("event: {name}\ndata: ").into_bytes();
-    serde_json::to_writer(&mut text, data).map_err(|_| Unsent::Gone)?;
-    text.extend_from_slice(b"\n\n");
-    Ok(text)
+    Ok(response)
 }
 
 /// Moves all events. Returning drops the run, which ends its sandbox.
@@ -150,9 +70,9 @@ async fn pump(under_way: &UnderWay, run: Run, sender: &Sender) {
             tracing::info!(request_id = %under_way.request_id, "the client left or read too slowly; sandbox ended");
         }
         Err(Stop::Unsent(Unsent::Full(full))) => {
-            sender.last(&under_way.refused(full.output_limit()), under_way.request_id).await;
+            sender.last("error", &under_way.refused(full.output_limit()), under_way.request_id).await;
         }
-        Err(Stop::Failed(error)) => sender.last(&error, under_way.request_id).await,
+        Err(Stop::Failed(error)) => sender.last("error", &error, under_way.request_id).await,
     }
 }
 
@@ -184,9 +104,9 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
     loop {
         let event = tokio::select! {
             event = run.next() => event.map_err(|error| Stop::Failed(under_way.failed(error)))?,
-            () = sender.events.closed() => return Err(Unsent::Gone.into()),
+            () = sender.closed() => return Err(Unsent::Gone.into()),
             _ = alive.tick() => {
-                sender.raw(Bytes::from_static(b": keep-alive\n\n")).await?;
+                sender.keep_alive().await?;
                 continue;
             }
         };
@@ -206,7 +126,7 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
                 sender.send("file", &FileEvent { path: &file.path, body: FileBody::of(&file) }).await?;
             }
             Some(Event::End(report)) if report.lost => {
-                return Err(Stop::Failed(under_way.failed(super::exec::lost())));
+                return Err(Stop::Failed(under_way.failed(lost())));
             }
             Some(Event::End(report)) => {
                 let (id, isolation) = (run.id(), run.isolation());

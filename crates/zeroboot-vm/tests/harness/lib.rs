@@ -179,6 +179,10 @@ impl Front for Caller {
         Ok(Received::Bytes)
     }
 
+    fn gone(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.decoder.feed(bytes);
         while let Some((kind, payload)) = self.decoder.next_frame().unwrap() {

@@ -35,9 +35,9 @@ pub(crate) const PYTHON: Program = Program {
     answer: |number| format!("{}\n", number * number),
 };
 
-struct Alive {
-    execution: Execution,
-    stdin: StdinWriter,
+pub(crate) struct Alive {
+    pub(crate) execution: Execution,
+    pub(crate) stdin: StdinWriter,
     fork: Duration,
 }
 
@@ -121,10 +121,15 @@ async fn gone(engine: &Engine, live: usize) {
 }
 
 async fn start(engine: &Engine, program: Program) -> anyhow::Result<Alive> {
+    start_with(engine, program, Duration::from_secs(600)).await
+}
+
+/// Starts the program in a fresh sandbox and waits until it says that it lives.
+pub(crate) async fn start_with(engine: &Engine, program: Program, timeout: Duration) -> anyhow::Result<Alive> {
     let begin = Instant::now();
     let mut request = ExecRequest::new("python", program.code);
     request.stdin = Stdin::Stream;
-    request.limits.timeout = Duration::from_secs(600);
+    request.limits.timeout = timeout;
     let mut execution = engine.exec(request).await?;
     let stdin = execution.stdin().context("a streamed stdin")?;
     loop {
@@ -139,7 +144,8 @@ async fn start(engine: &Engine, program: Program) -> anyhow::Result<Alive> {
     }
 }
 
-async fn answer(mut one: Alive, program: Program, number: usize) -> anyhow::Result<()> {
+/// Gives it its number and checks the answer.
+pub(crate) async fn answer(mut one: Alive, program: Program, number: usize) -> anyhow::Result<()> {
     ensure!(one.stdin.write(Bytes::from((program.input)(number))).await, "a sandbox takes no input");
     drop(one.stdin);
     let done = one.execution.collect().await?;

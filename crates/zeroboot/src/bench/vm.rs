@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context;
 use zeroboot_engine::{ExecRequest, TemplateConfig, ZygoteSpec, request_frames};
 use zeroboot_sys::memory::MiB;
-use zeroboot_vm::{Host, Prefault, Snapshot, WorkingSet, bench};
+use zeroboot_vm::{
+    Host, Prefault, Snapshot, WorkingSet,
+    bench::{self, StandIn},
+};
 
 use super::{
     Results,
@@ -14,31 +17,36 @@ use super::{
 use crate::cli::BenchArgs;
 
 /// Memory of the stand-in template, and how much of it is not zero: as the Python template has.
-const STAND_IN: (MiB, MiB) = (MiB(512), MiB(200));
+pub(crate) const STAND_IN: (MiB, MiB) = (MiB(512), MiB(200));
 /// Pages that `print(1)` writes and reads in the Python template (docs/adr/0010).
 const WORKING_SET: (u32, u32) = (855, 2335);
 
+/// What a stand-in does.
+pub(crate) const PROGRAM: Program =
+    Program { code: "not looked at", alive: bench::ALIVE, input: bench::input, answer: bench::answer };
+
 /// Keeps stand-ins alive at once: bare forks, and forks that have the pages of an exec ahead of it, as real ones do.
 pub(crate) async fn stand_in_density(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
-    let program = Program { code: "not looked at", alive: bench::ALIVE, input: bench::input, answer: bench::answer };
     for (label, (written, read)) in [("bare: ", (0, 0)), ("pages ahead: ", WORKING_SET)] {
-        let place = Place(std::env::temp_dir().join(format!("zeroboot-bench-{}", uuid::Uuid::now_v7())));
-        std::fs::create_dir(&place.0).context("make a directory for the stand-in")?;
         let pages = bench::strewn(STAND_IN.1, written, read);
-        bench::stand_in(&Host::open()?, STAND_IN.0, STAND_IN.1, pages)?.save(&place.0)?;
-        let template = TemplateConfig {
-            name: "python".into(),
-            language: "python".into(),
-            spec: ZygoteSpec::Vm { template: place.0.clone() },
-            pool: 0,
-        };
-        density::alive_at_once(args, &template, program, label, results).await?;
+        let (template, _place) =
+            stored(&bench::stand_in(&Host::open()?, StandIn::Program, STAND_IN.0, STAND_IN.1, pages)?)?;
+        density::alive_at_once(args, &template, PROGRAM, label, results).await?;
     }
     Ok(())
 }
 
+/// A stand-in as a template that an engine can be started with. Its files go with the second value.
+pub(crate) fn stored(snapshot: &Snapshot) -> anyhow::Result<(TemplateConfig, Place)> {
+    let place = Place(std::env::temp_dir().join(format!("zeroboot-bench-{}", uuid::Uuid::now_v7())));
+    std::fs::create_dir(&place.0).context("make a directory for the stand-in")?;
+    snapshot.save(&place.0)?;
+    let spec = ZygoteSpec::Vm { template: place.0.clone() };
+    Ok((TemplateConfig { name: "python".into(), language: "python".into(), spec, pool: 0 }, place))
+}
+
 /// A directory that goes with the value.
-struct Place(PathBuf);
+pub(crate) struct Place(PathBuf);
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -52,7 +60,7 @@ pub(crate) fn fork_path(args: &BenchArgs, stand_in: bool, results: &mut Results)
     let host = Host::open()?;
     let request = request_frames(&ExecRequest::new("python", "print(1)\n"), uuid::Uuid::now_v7())?;
     let snapshot = if stand_in {
-        bench::stand_in(&host, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
+        bench::stand_in(&host, StandIn::Program, STAND_IN.0, STAND_IN.1, WorkingSet::default())?
     } else {
         Snapshot::load(&host, &crate::template::ensure(None, "python")?.dir).context("load the python template")?
     };

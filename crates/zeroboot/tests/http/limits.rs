@@ -1,6 +1,11 @@
 //! What a key, a client address and all callers together may have.
 
-use std::{io::Write as _, net::TcpStream, path::PathBuf, time::Duration};
+use std::{
+    io::{BufReader, Read as _, Write as _},
+    net::TcpStream,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use zeroboot_server::{KeyStore, NewKey, ServerConfig};
@@ -107,6 +112,63 @@ fn a_key_has_its_concurrency() {
     let batch = json!({"executions": vec![json!({"code": "print(1)"}); 3]});
     let answer = keyed.post("/v1/exec/batch", &batch, &[]).json();
     assert!((0..3).all(|at| answer["results"][at]["stdout"] == "1\n"), "{answer}");
+}
+
+#[test]
+fn connections_without_a_key_keep_nobody_out() {
+    let most = 64;
+    let keyed = Keyed::new(NewKey::default(), |config| config.limits.max_connections = most);
+    let mut strangers = Vec::new();
+    for at in 0..3 * most {
+        let mut stream = client::connect(keyed.fixture.address);
+        let head = format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\nX-{at}: {}", "x".repeat(8 * 1024));
+        stream.write_all(head.as_bytes()).unwrap();
+        strangers.push(stream);
+        // They come from the same address as these.
+        if at % 16 == 0 {
+            let begun = Instant::now();
+            assert_eq!(keyed.fixture.get("/v1/health").status, 200);
+            assert_eq!(keyed.run(&[]).status, 200);
+            assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        }
+    }
+    // Each of those that are left is one of the address's share.
+    wait_for("end of the rest", Duration::from_secs(5), || {
+        let open = strangers.iter().filter(|stream| {
+            stream.set_nonblocking(true).unwrap();
+            stream.peek(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+        });
+        open.count() <= most / 2
+    });
+}
+
+#[test]
+fn a_connection_without_a_key_may_send_a_short_head_and_one_with_a_key_a_long_one() {
+    let keyed = Keyed::new(NewKey::default(), |_| {});
+    let long = format!("X-Long: {}", "x".repeat(50 * 1024));
+    let mut stream = client::connect(keyed.fixture.address);
+    // It may be ended before all is sent.
+    let head = client::request("GET", "/v1/health", &[&long], b"");
+    stream.write_all(&head[..head.len() - 4]).unwrap_or_default();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap_or_default();
+    assert!(rest.is_empty(), "{}", String::from_utf8_lossy(&rest));
+
+    let mut stream = BufReader::new(client::connect(keyed.fixture.address));
+    let key = format!("Authorization: Bearer {}", keyed.token);
+    for headers in [&[JSON, &key][..], &[JSON, &key, &long]] {
+        let request = client::request("POST", "/v1/exec", headers, br#"{"code": "print(1)"}"#);
+        stream.get_mut().write_all(&request).unwrap();
+        assert_eq!(client::read_answer(&mut stream).unwrap().status, 200);
+    }
+}
+
+#[test]
+fn a_large_body_without_a_key_is_told_so() {
+    let keyed = Keyed::new(NewKey::default(), |_| {});
+    let body = json!({"code": "x".repeat(1 << 20)});
+    let answer = keyed.fixture.post("/v1/exec", &body, &["Authorization: Bearer zb_live_wrong"]);
+    assert_eq!((answer.status, &answer.json()["code"]), (401, &json!("unauthorized")));
 }
 
 #[test]

@@ -12,7 +12,10 @@ use tower::ServiceExt as _;
 
 use super::*;
 use crate::{
+    backend::Backend,
+    config::ServerConfig,
     fake::Fake,
+    gate::Gate,
     keys::{KeyRing, KeyStore, NewKey},
 };
 
@@ -43,8 +46,9 @@ impl Answer {
 impl Fixture {
     pub(crate) fn new(config: ServerConfig, ring: Option<KeyRing>) -> Fixture {
         let fake = Arc::new(Fake::default());
-        let gate = Gate::new(ring, &config.limits);
-        let app = Arc::new(App::new(Backend::Fake(fake.clone()), config, gate));
+        let backend = Backend::Fake(fake.clone());
+        let gate = Gate::new(ring, &config.limits, backend.stats());
+        let app = Arc::new(App::new(backend, config, gate));
         Fixture { router: router(app.clone()), fake, app }
     }
 
@@ -275,6 +279,58 @@ async fn a_key_has_its_concurrency() {
     assert_eq!(fixture.send(keyed(post("/v1/exec/batch", &batch), &token)).await.status, 200);
     assert_eq!(fixture.fake.peak.load(Ordering::SeqCst), 2);
     second.abort();
+}
+
+#[tokio::test]
+async fn of_several_keys_one_has_half_of_the_sandboxes_and_of_the_memory() {
+    let mut config = ServerConfig::default();
+    config.limits.max_memory = 1 << 30;
+    let (fixture, first, store, folder) = with_key(config, NewKey::default());
+    let run = |token: &str, body: Value| {
+        let request = keyed(post("/v1/exec", &body), token);
+        tokio::spawn(fixture.router.clone().oneshot(request))
+    };
+    let fake = fixture.fake.clone();
+    let alive = async |count| wait_until("they hang", || fake.alive.load(Ordering::SeqCst) == count).await;
+    let most = fixture.app.backend.stats();
+    let refused = async |token: &str, body: Value| {
+        let answer = fixture.send(keyed(post("/v1/exec", &body), token)).await;
+        assert_eq!((answer.status, answer.code().as_str()), (429, "concurrency_limited"), "{}", answer.text);
+        assert_eq!(answer.header("retry-after"), "1");
+    };
+    let hang = json!({"code": "hang", "limits": {"memory_mb": 16}});
+    let all = |count| (0..count).map(|_| run(&first, hang.clone())).collect::<Vec<_>>();
+    // Alone it may have them all.
+    let hanging = all(most.max_live);
+    alive(most.max_live).await;
+    hanging.iter().for_each(tokio::task::JoinHandle::abort);
+    alive(0).await;
+
+    let (second, _) = store.create(NewKey { name: "second".into(), ..NewKey::default() }).unwrap();
+    let (third, _) = store.create(NewKey { name: "third".into(), concurrency: Some(20), ..NewKey::default() }).unwrap();
+    fixture.app.gate.reload(&folder.path().join("keys.toml")).unwrap();
+    let half = most.max_live / 2;
+    let hanging = all(half);
+    alive(half).await;
+    refused(&first, hang.clone()).await;
+    let other = fixture.send(keyed(post("/v1/exec", &json!({"code": "hi"})), &second)).await;
+    assert_eq!(other.status, 200, "{}", other.text);
+    hanging.iter().for_each(tokio::task::JoinHandle::abort);
+    alive(0).await;
+
+    // Half of the memory, in few sandboxes.
+    let large = json!({"code": "hang", "limits": {"memory_mb": 1024}});
+    let fit = ((most.max_memory / 2) >> 30) as usize;
+    let hanging: Vec<_> = (0..fit).map(|_| run(&first, large.clone())).collect();
+    alive(fit).await;
+    refused(&first, hang.clone()).await;
+    let batch = json!({"executions": [{"code": "hi"}]});
+    let answer = fixture.send(keyed(post("/v1/exec/batch", &batch), &second)).await;
+    assert_eq!(answer.json()["results"][0]["stdout"], "hi");
+    // What is configured is what a key has.
+    let more: Vec<_> = (0..fit + 1).map(|_| run(&third, large.clone())).collect();
+    alive(fit + fit + 1).await;
+    hanging.iter().chain(&more).for_each(tokio::task::JoinHandle::abort);
 }
 
 #[tokio::test]

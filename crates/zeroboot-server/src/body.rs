@@ -1,0 +1,69 @@
+//! Bodies of requests and answers.
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::body::Body as _;
+use serde::Serialize;
+
+use crate::{
+    budget::{Full, Share},
+    config::RequestLimits,
+    error::ApiError,
+};
+
+/// Whether the client asks for events.
+pub(crate) fn wants_stream(headers: &HeaderMap) -> bool {
+    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    accepts.flat_map(|line| line.split(',')).any(|word| {
+        let kind = word.split(';').next().unwrap_or_default().trim();
+        kind.eq_ignore_ascii_case("text/event-stream")
+    })
+}
+
+/// Reads a body: the right type, below the limit, in time, and as long as there is room for it.
+pub(crate) async fn read_body(
+    headers: &HeaderMap,
+    body: Body,
+    limits: &RequestLimits,
+    share: &Share,
+) -> Result<Vec<u8>, ApiError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    // Strict, because a web page can send a body of any other type to us without being asked by a preflight.
+    if !kind.eq_ignore_ascii_case("application/json") {
+        return Err(ApiError::new("unsupported_media_type", "The body must have Content-Type: application/json"));
+    }
+    let read = tokio::time::timeout(limits.body_timeout, read_frames(body, limits.max_body, share)).await;
+    read.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?
+}
+
+async fn read_frames(mut body: Body, most: usize, share: &Share) -> Result<Vec<u8>, ApiError> {
+    let too_large = || ApiError::new("body_too_large", format!("The body is larger than {most} bytes"));
+    if body.size_hint().lower() > most as u64 {
+        return Err(too_large());
+    }
+    let mut whole = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if whole.len() + data.len() > most {
+            return Err(too_large());
+        }
+        share.grow(data.len() as u64).map_err(Full::busy)?;
+        whole.extend_from_slice(&data);
+    }
+    Ok(whole)
+}
+
+pub(crate) fn serialize(value: &impl Serialize) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(value).map_err(|_| ApiError::internal())
+}
+
+pub(crate) fn json_response(text: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text).into_response()
+}

@@ -1,0 +1,98 @@
+//! What stands in a request's path and query.
+
+use axum::{
+    extract::{FromRequestParts, RawPathParams},
+    http::request::Parts,
+};
+use uuid::Uuid;
+
+use crate::error::ApiError;
+
+/// The parts of the path that are named in the route.
+#[derive(Debug)]
+pub(crate) struct InPath(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for InPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<InPath, ApiError> {
+        let params = RawPathParams::from_request_parts(parts, state).await;
+        let params = params.map_err(|_| ApiError::new("not_found", "The path is not UTF-8"))?;
+        Ok(InPath(params.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()))
+    }
+}
+
+impl InPath {
+    pub(crate) fn get(&self, name: &str) -> &str {
+        self.0.iter().find(|(known, _)| known == name).map_or("", |(_, value)| value)
+    }
+
+    /// `None`: it is no id, so nothing has it.
+    pub(crate) fn id(&self, name: &str) -> Option<Uuid> {
+        self.get(name).parse().ok()
+    }
+}
+
+/// What stands behind the question mark. Each is taken once; what is left at the end is a mistake.
+#[derive(Debug)]
+pub(crate) struct InQuery(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for InQuery {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<InQuery, ApiError> {
+        let query = parts.uri.query().unwrap_or_default();
+        Ok(InQuery(form_urlencoded::parse(query.as_bytes()).into_owned().collect()))
+    }
+}
+
+impl InQuery {
+    /// All values of this name.
+    pub(crate) fn all(&mut self, name: &str) -> Vec<String> {
+        let all = std::mem::take(&mut self.0);
+        let (found, rest) = all.into_iter().partition(|(known, _)| known == name);
+        self.0 = rest;
+        found.into_iter().map(|(_, value)| value).collect()
+    }
+
+    pub(crate) fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        let mut found = self.all(name);
+        if found.len() > 1 {
+            return Err(ApiError::new("invalid_request", format!("{name} stands in the query more than once")));
+        }
+        Ok(found.pop())
+    }
+
+    pub(crate) fn needed(&mut self, name: &str) -> Result<String, ApiError> {
+        let found = self.text(name)?;
+        found.ok_or_else(|| ApiError::new("invalid_request", format!("{name} is missing in the query")))
+    }
+
+    /// A whole number that is not negative, at most `most`.
+    pub(crate) fn number(&mut self, name: &str, most: u64) -> Result<Option<u64>, ApiError> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        let number = text.parse().ok().filter(|number| *number <= most && text.bytes().all(|b| b.is_ascii_digit()));
+        let wrong = || ApiError::new("invalid_request", format!("{name} must be a whole number from 0 to {most}"));
+        number.map(Some).ok_or_else(wrong)
+    }
+
+    /// `true`, `false`, or nothing, which is `false`.
+    pub(crate) fn flag(&mut self, name: &str) -> Result<bool, ApiError> {
+        match self.text(name)?.as_deref() {
+            None | Some("false" | "0") => Ok(false),
+            Some("true" | "1" | "") => Ok(true),
+            Some(_) => Err(ApiError::new("invalid_request", format!("{name} must be true or false"))),
+        }
+    }
+
+    /// Nothing else may stand there: a mistyped name would change nothing.
+    pub(crate) fn end(self) -> Result<(), ApiError> {
+        match self.0.first() {
+            None => Ok(()),
+            Some((name, _)) => {
+                let name: String = name.chars().take(60).collect();
+                Err(ApiError::new("invalid_request", format!("unknown name {name:?} in the query")))
+            }
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Server-sent events.
+//!
+//! A task of its own moves events to the connection, so that a client that does not read cannot keep what it reads from:
+//! the task gives up after a bounded time and cuts the connection.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
+use uuid::Uuid;
+
+use crate::{
+    budget::{Full, Share},
+    error::ApiError,
+    peer::Peer,
+};
+
+/// Proxies close connections on which nothing comes for long.
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Events that may wait for the connection. More would only be memory: the kernel has a buffer of its own.
+const WAITING: usize = 8;
+
+/// Why an event was not sent.
+#[derive(Debug)]
+pub(crate) enum Unsent {
+    /// The client is gone, or was cut off.
+    Gone,
+    /// There is no room to hold it until it is taken.
+    Full(Full),
+}
+
+/// The writing end of a stream of events.
+pub(crate) struct Sender {
+    events: mpsc::Sender<Bytes>,
+    stall: Duration,
+    /// Bounds what a client can do that reads, but slowly.
+    until: Option<Instant>,
+    peer: Peer,
+    share: Arc<Share>,
+}
+
+/// A stream of events, and the answer that it is.
+pub(crate) fn stream(peer: Peer, share: Arc<Share>, stall: Duration, until: Option<Instant>) -> (Sender, Response) {
+    let (events, mut receiver) = mpsc::channel::<Bytes>(WAITING);
+    let stream = futures_util::stream::poll_fn(move |context| {
+        receiver.poll_recv(context).map(|bytes| bytes.map(Ok::<_, Infallible>))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        // nginx would hold the events back.
+        (header::HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ];
+    (Sender { events, stall, until, peer, share }, (headers, Body::from_stream(stream)).into_response())
+}
+
+impl Sender {
+    /// An event, which counts as held until the connection has written or dropped it, and has a clock of its own: also
+    /// after the last one was handed over.
+    pub(crate) async fn send(&self, name: &str, data: &impl Serialize) -> Result<(), Unsent> {
+        self.held(event(name, None, data)?).await
+    }
+
+    /// The same, with the id that a client names when it comes back.
+    pub(crate) async fn send_at(&self, name: &str, id: u64, data: &impl Serialize) -> Result<(), Unsent> {
+        self.held(event(name, Some(id), data)?).await
+    }
+
+    async fn held(&self, bytes: Vec<u8>) -> Result<(), Unsent> {
+        let held = self.share.part(&self.peer, bytes).map_err(Unsent::Full)?;
+        self.raw(held).await
+    }
+
+    /// Something that keeps the connection open.
+    pub(crate) async fn keep_alive(&self) -> Result<(), Unsent> {
+        self.raw(Bytes::from_static(b": keep-alive\n\n")).await
+    }
+
+    async fn raw(&self, bytes: Bytes) -> Result<(), Unsent> {
+        let stalled = Instant::now() + self.stall;
+        let until = self.until.map_or(stalled, |until| until.min(stalled));
+        match timeout_at(until, self.events.send(bytes)).await {
+            Ok(sent) => sent.map_err(|_| Unsent::Gone),
+            Err(_) => {
+                self.peer.cut.notify_one();
+                Err(Unsent::Gone)
+            }
+        }
+    }
+
+    /// Returns when the client is gone.
+    pub(crate) async fn closed(&self) {
+        self.events.closed().await;
+    }
+
+    /// The last event, an error under this name. It is small, and is sent whether there is room or not.
+    pub(crate) async fn last(&self, name: &str, error: &ApiError, request_id: Uuid) {
+        let Ok(text) = event(name, None, &error.body(Some(request_id))) else { return };
+        let sent = match self.share.part(&self.peer, text.clone()) {
+            Ok(held) => self.raw(held).await,
+            Err(Full) => self.raw(text.into()).await,
+        };
+        if sent.is_err() {
+            tracing::debug!(%request_id, "the client left before the stream's last event");
+        }
+    }
+}
+
+fn event(name: &str, id: Option<u64>, data: &impl Serialize) -> Result<Vec<u8>, Unsent> {
+    let mut text = format!("event: {name}\n").into_bytes();
+    if let Some(id) = id {
+        text.extend_from_slice(format!("id: {id}\n").as_bytes());
+    }
+    text.extend_from_slice(b"data: ");
+    serde_json::to_writer(&mut text, data).map_err(|_| Unsent::Gone)?;
+    text.extend_from_slice(b"\n\n");
+    Ok(text)
+}

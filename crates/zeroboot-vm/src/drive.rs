@@ -1,0 +1,459 @@
+//! One fork and its front: frames from the front go into the mailbox, frames from the guest come out of it, and the host
+//! enforces what it was told to, whatever the guest does.
+//!
+//! ```text
+//!          Identity … Run               Exit
+//!   setup ───────────────▶ exec ────────────────────▶ over
+//!     │ │                   │ deadline, output limit, bad frame, guest gone: an Exit of our own
+//!     │ │  Identity … Live
+//!     │ └────────────────▶ live ────────────────────▶ over
+//!     │                         bad frame, guest gone: a Crash
+//!     └──▶ over: Failure
+//! ```
+//!
+//! An idle guest sleeps inside KVM_RUN and costs nothing. Bytes of the front kick it out (SIGIO); they are taken, the wake
+//! line is raised, and the guest comes for them with [`Ring::Want`].
+
+use std::{
+    collections::VecDeque,
+    io,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use zeroboot_proto::{
+    Decoder, Ending, Frame, FrameError, Identity, Kind, Limits, encode, encode_header,
+    mailbox::{AREA, Ring},
+};
+use zeroboot_sys::kick::{Kick, take_pending};
+
+use crate::{Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop, exec::Exec, live::Live};
+
+/// See [`Session::with_setup_timeout`].
+const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longer than any sandbox.
+pub(crate) const NEVER: Duration = Duration::from_secs(86_400 * 365);
+/// Bytes of a guest's console that are kept to explain its crash.
+const LAST_WORDS: usize = 4096;
+/// Bytes of frames that wait for the guest before the front is made to wait.
+const INPUT_WATERMARK: usize = 4 * AREA;
+
+/// How a session ended for the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionEnd {
+    /// The last frame is sent.
+    Done(Ending),
+    /// The guest said `Failure`, or broke before it took its request: the sandbox could not do what it was asked.
+    Failed,
+    /// A sandbox that lived broke. The front has the reason.
+    Crashed,
+    /// The front closed its end: nobody waits for an answer.
+    FrontGone,
+}
+
+/// Why a session could not be carried through. The front sees the socket close.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The front's socket broke.
+    #[error("the connection to the front failed")]
+    Front(#[source] io::Error),
+    /// The front sent what is no frame: a bug of ours.
+    #[error("the front sent a malformed frame")]
+    FrontFrame(#[from] FrameError),
+    /// The front sent a frame out of order: a bug of ours.
+    #[error("the front sent a {0:?} frame where it may not")]
+    FrontOrder(Kind),
+    /// KVM failed.
+    #[error("the virtual machine failed")]
+    Kvm(#[from] zeroboot_sys::kvm::KvmError),
+    /// The timer failed.
+    #[error("the deadline timer failed")]
+    Timer(#[source] io::Error),
+    /// The clocks could not be started.
+    #[error("cannot start the guest's clocks")]
+    Clocks(#[from] crate::ForkError),
+}
+
+/// Counters of a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SessionStats {
+    /// Exits to user space.
+    pub exits: Exits,
+    /// How often the wake line was raised.
+    pub raised: u64,
+    /// From the first entry to the last exit.
+    pub run: Duration,
+}
+
+/// Drives one fork for one front.
+pub struct Session<'a, F> {
+    snapshot: &'a Snapshot,
+    fork: &'a mut Fork,
+    front: &'a mut F,
+    kick: &'a Kick,
+    from_front: Decoder,
+    /// Bytes of frames that wait for the guest.
+    to_guest: VecDeque<u8>,
+    /// The wake line was raised, and the guest has not rung [`Ring::Want`] since.
+    raised: bool,
+    from_guest: Decoder,
+    phase: Phase,
+    setup_timeout: Duration,
+    stats: SessionStats,
+}
+
+/// What the sandbox is for, as far as the front has said it.
+enum Phase {
+    Setup(Setup),
+    Exec(Exec),
+    Live(Live),
+}
+
+/// Before `Run` or `Live`: no code of the user's runs.
+struct Setup {
+    limits: Option<Limits>,
+    identified: bool,
+    deadline: Instant,
+}
+
+impl Setup {
+    /// Takes what has to be known. No user code without an identity of its own and limits.
+    fn front_says(&mut self, frame: &Frame<'_>) -> Result<(), SessionError> {
+        let order = || SessionError::FrontOrder(frame.kind);
+        match (frame.channel, frame.kind) {
+            (0, Kind::Identity) => self.identified = true,
+            (0, Kind::Limits) => self.limits = Some(Limits::decode(frame.payload).map_err(|_| order())?),
+            (0, Kind::Run | Kind::Live) if self.identified && self.limits.is_some() => {}
+            (0, Kind::Code | Kind::Arg | Kind::Env | Kind::Put | Kind::Get | Kind::Stdin | Kind::StdinEnd) => {}
+            _ => return Err(order()),
+        }
+        Ok(())
+    }
+
+    fn guest_says(&self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
+        match (frame.channel, frame.kind) {
+            (0, Kind::Failure) if std::str::from_utf8(frame.payload).is_ok() => {
+                encode(out, Kind::Failure, frame.payload);
+                Verdict::Over(SessionEnd::Failed)
+            }
+            // Nothing can have begun.
+            (_, kind) => Verdict::out_of_order(kind),
+        }
+    }
+}
+
+/// What a frame of the guest's leads to.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Verdict {
+    /// On to the next.
+    Go,
+    /// The same, and the setup of a sandbox that lives is over.
+    Lives,
+    /// It was the last.
+    Over(SessionEnd),
+    /// The host ends the exec.
+    Ended(Ending),
+    /// The host calls the guest crashed.
+    Crashed(String),
+}
+
+impl Verdict {
+    pub(crate) fn out_of_order(kind: Kind) -> Verdict {
+        Verdict::Crashed(format!("a {kind:?} frame out of order"))
+    }
+}
+
+impl Phase {
+    /// When the host ends what it is in.
+    fn deadline(&self) -> Option<Instant> {
+        match self {
+            Phase::Setup(setup) => Some(setup.deadline),
+            Phase::Exec(exec) => Some(exec.deadline),
+            Phase::Live(live) => live.setup_ends,
+        }
+    }
+}
+
+impl<'a, F: Front> Session<'a, F> {
+    /// A session that has not begun. `kick` belongs to this thread.
+    pub fn new(snapshot: &'a Snapshot, fork: &'a mut Fork, front: &'a mut F, kick: &'a Kick) -> Session<'a, F> {
+        let setup = Setup { limits: None, identified: false, deadline: Instant::now() + NEVER };
+        Session {
+            snapshot,
+            fork,
+            front,
+            kick,
+            from_front: Decoder::new(),
+            to_guest: VecDeque::new(),
+            raised: false,
+            from_guest: Decoder::new(),
+            phase: Phase::Setup(setup),
+            setup_timeout: SETUP_TIMEOUT,
+            stats: SessionStats::default(),
+        }
+    }
+
+    /// How long a guest may take from its first instruction to the end of taking its request, and from there, if it is to
+    /// live, to its `Started`. A minute else.
+    pub fn with_setup_timeout(mut self, timeout: Duration) -> Session<'a, F> {
+        self.setup_timeout = timeout;
+        self
+    }
+
+    /// Takes the request, runs it, and sends everything up to the last frame.
+    pub fn run(mut self) -> Result<(SessionEnd, SessionStats), SessionError> {
+        let end = self.drive()?;
+        Ok((end, self.stats))
+    }
+
+    fn drive(&mut self) -> Result<SessionEnd, SessionError> {
+        // Nothing of the guest runs before a request is there: its clocks start then.
+        if self.fill(true)? {
+            return Ok(SessionEnd::FrontGone);
+        }
+        let entered = Instant::now();
+        if let Phase::Setup(setup) = &mut self.phase {
+            setup.deadline = entered + self.setup_timeout;
+        }
+        self.snapshot.start_clocks(self.fork)?;
+        self.hand_over()?;
+        let result = self.run_guest();
+        self.stats.run = entered.elapsed();
+        self.kick.disarm().map_err(SessionError::Timer)?;
+        result
+    }
+
+    fn run_guest(&mut self) -> Result<SessionEnd, SessionError> {
+        let mut console = Console::new(LAST_WORDS);
+        let mut bytes = Vec::with_capacity(AREA);
+        self.arm()?;
+        loop {
+            self.wake()?;
+            let stop = self.fork.machine.run(&mut console, &mut self.stats.exits)?;
+            let (ring, len) = match stop {
+                Stop::Ring(ring, len) => (ring, len),
+                // Also of a guest that rings all the time: bytes of the front are taken whatever it does.
+                Stop::Kicked => {
+                    if self.fill(false)? {
+                        return Ok(SessionEnd::FrontGone);
+                    }
+                    // After `fill`, which forgets pending kicks: one that came before it is seen here.
+                    if self.is_late() {
+                        return self.finish(Ending::DeadlinePassed, None);
+                    }
+                    continue;
+                }
+                Stop::Shutdown => {
+                    let said = console.text();
+                    // A panic's reason stands ahead of its trace.
+                    let words = said.find("Kernel panic").and_then(|at| said.get(at..)).unwrap_or(&said);
+                    return self.crashed(format!("it shut down, saying {words:?}"));
+                }
+                Stop::Broken { reason, detail } => {
+                    return self.crashed(format!("it broke (KVM exit reason {reason}, {detail:#x})"));
+                }
+            };
+            // A fork rings `Ready` never again.
+            let taken = match ring {
+                Ring::Ready => Err(MailboxError::TooLong(len)),
+                _ => self.fork.mailbox.take(&self.fork.machine.memory, len, &mut bytes),
+            };
+            if let Err(error) = taken {
+                return self.crashed(format!("{ring:?} with {error}"));
+            }
+            self.from_guest.feed(&bytes);
+            if let Some(end) = self.forward()? {
+                return Ok(end);
+            }
+            match ring {
+                Ring::Want => {
+                    self.raised = false;
+                    // Until `Run` or `Live` the guest has nothing to do but wait for us; after it, it has.
+                    let wait = matches!(self.phase, Phase::Setup(_)) && self.to_guest.is_empty();
+                    if self.fill(wait)? {
+                        return Ok(SessionEnd::FrontGone);
+                    }
+                    self.hand_over()?;
+                }
+                Ring::Output => self.put(&[], !self.to_guest.is_empty())?,
+                // The last bytes held no last frame.
+                Ring::Done | Ring::Ready => return self.crashed("its last frames held no end".into()),
+            }
+            // A guest that rings all the time is never kicked out by the timer: look at the clock here too. After
+            // `fill`, which forgets pending kicks.
+            if self.is_late() {
+                return self.finish(Ending::DeadlinePassed, None);
+            }
+        }
+    }
+
+    /// Raises the wake line where bytes wait for a guest that may sleep. Until `Run` or `Live` it asks by itself. Once is
+    /// enough: the agent forgets the line before it rings [`Ring::Want`], not after, and is given what waits at that ring.
+    fn wake(&mut self) -> Result<(), SessionError> {
+        if !matches!(self.phase, Phase::Setup(_)) && !self.raised && !self.to_guest.is_empty() {
+            // A guest that turned its local APIC off sleeps on: it harms itself.
+            let _heard = self.fork.wake()?;
+            self.raised = true;
+            self.stats.raised += 1;
+        }
+        Ok(())
+    }
+
+    /// Sets the timer to the deadline.
+    fn arm(&self) -> Result<(), SessionError> {
+        match self.phase.deadline() {
+            Some(at) => self.kick.after(at.saturating_duration_since(Instant::now())),
+            None => self.kick.disarm(),
+        }
+        .map_err(SessionError::Timer)
+    }
+
+    /// Whether the deadline has passed.
+    fn is_late(&self) -> bool {
+        self.phase.deadline().is_some_and(|at| Instant::now() >= at)
+    }
+
+    /// Takes what the front has sent. `true`: the front is gone.
+    fn fill(&mut self, wait: bool) -> Result<bool, SessionError> {
+        // What has come by now is read below, so its kick has done its work; and the caller looks at the
+        // deadline afterwards.
+        take_pending();
+        let mut bytes = Vec::new();
+        let mut wait = wait;
+        while self.to_guest.len() < INPUT_WATERMARK {
+            match self.front.receive(&mut bytes, wait).map_err(SessionError::Front)? {
+                Received::Gone => return Ok(true),
+                Received::Nothing => return Ok(false),
+                Received::Bytes => {}
+            }
+            self.from_front.feed(&bytes);
+            bytes.clear();
+            self.take_frames()?;
+            // Part of a frame is not enough to go on with.
+            wait = wait && self.to_guest.is_empty();
+        }
+        // The front's end lies behind bytes that are not received while the guest takes none, perhaps never.
+        self.front.gone().map_err(SessionError::Front)
+    }
+
+    /// Checks the front's frames and lets them wait for the guest.
+    fn take_frames(&mut self) -> Result<(), SessionError> {
+        while let Some(frame) = self.from_front.next_on_any()? {
+            let wanted = match &mut self.phase {
+                Phase::Setup(setup) => setup.front_says(&frame).map(|()| true),
+                Phase::Exec(exec) => exec.front_says(&frame).map(|()| true),
+                Phase::Live(live) => live.front_says(&frame),
+            }?;
+            if !wanted {
+                continue;
+            }
+            let Frame { channel, kind, payload } = frame;
+            self.to_guest.extend(encode_header(channel, kind, payload.len()));
+            if kind == Kind::Identity {
+                let mut identity = Identity::decode(payload).map_err(|_| SessionError::FrontOrder(kind))?;
+                // The time of now, not of when the request was written: it may have waited.
+                identity.realtime_ns = realtime_ns();
+                self.to_guest.extend(identity.encode());
+            } else {
+                self.to_guest.extend(payload);
+            }
+            if let Phase::Setup(Setup { limits: Some(limits), .. }) = self.phase {
+                match kind {
+                    Kind::Run => self.phase = Phase::Exec(Exec::begin(limits)),
+                    Kind::Live => self.phase = Phase::Live(Live::begin(Instant::now() + self.setup_timeout)),
+                    _ => continue,
+                }
+                // Whatever brought us here: until now the timer was at the end of the setup.
+                self.arm()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the next bytes into the mailbox.
+    fn hand_over(&mut self) -> Result<(), SessionError> {
+        let n = self.to_guest.len().min(AREA);
+        let bytes: Vec<u8> = self.to_guest.drain(..n).collect();
+        if self.to_guest.is_empty() {
+            // A sandbox that lives may wait for long with nothing in it.
+            self.to_guest.shrink_to(AREA);
+        }
+        let more = !self.to_guest.is_empty() || self.from_front.is_mid_frame();
+        self.put(&bytes, more)
+    }
+
+    fn put(&mut self, bytes: &[u8], more: bool) -> Result<(), SessionError> {
+        match self.fork.mailbox.put(&self.fork.machine.memory, bytes, more) {
+            Ok(()) => Ok(()),
+            // Checked when the snapshot was loaded.
+            Err(error) => Err(SessionError::Front(io::Error::other(error))),
+        }
+    }
+
+    /// Checks and sends on the guest's frames.
+    fn forward(&mut self) -> Result<Option<SessionEnd>, SessionError> {
+        let mut out = Vec::new();
+        let verdict = loop {
+            let frame = match self.from_guest.next_on_any() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break Verdict::Go,
+                Err(error) => break Verdict::Crashed(error.to_string()),
+            };
+            let verdict = match &mut self.phase {
+                Phase::Setup(setup) => setup.guest_says(&frame, &mut out),
+                Phase::Exec(exec) => exec.guest_says(&frame, &mut out),
+                Phase::Live(live) => live.guest_says(&frame, &mut out),
+            };
+            match verdict {
+                Verdict::Go => {}
+                // Its deadline is gone.
+                Verdict::Lives => self.arm()?,
+                last => break last,
+            }
+        };
+        if !out.is_empty() {
+            self.send(&out)?;
+        }
+        match verdict {
+            Verdict::Go | Verdict::Lives => Ok(None),
+            Verdict::Over(end) => Ok(Some(end)),
+            Verdict::Ended(ending) => self.finish(ending, None).map(Some),
+            Verdict::Crashed(why) => self.crashed(why).map(Some),
+        }
+    }
+
+    fn crashed(&mut self, why: String) -> Result<SessionEnd, SessionError> {
+        self.finish(Ending::Crashed, Some(why))
+    }
+
+    /// Ends the session from the host's side.
+    fn finish(&mut self, ending: Ending, why: Option<String>) -> Result<SessionEnd, SessionError> {
+        let mut out = Vec::new();
+        if let Some(why) = why {
+            encode(&mut out, Kind::Crash, why.as_bytes());
+        }
+        let end = match &self.phase {
+            Phase::Exec(exec) => {
+                exec.end(ending, &mut out);
+                SessionEnd::Done(ending)
+            }
+            Phase::Live(Live { setup_ends: None, .. }) => SessionEnd::Crashed,
+            // Nothing of the user's has run: that the sandbox broke is our failure, not an outcome.
+            Phase::Setup(_) | Phase::Live(_) => {
+                encode(&mut out, Kind::Failure, b"the sandbox ended before it took its request");
+                SessionEnd::Failed
+            }
+        };
+        self.send(&out)?;
+        Ok(end)
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
+        self.front.send(bytes).map_err(SessionError::Front)
+    }
+}
+
+fn realtime_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,1 @@
+"""The Python runner. See README.md beside this package for the whole contract."""

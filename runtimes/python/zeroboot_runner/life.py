@@ -1,0 +1,185 @@
+"""From the start of the runner to the program or the context that it becomes."""
+
+import functools
+import gc
+import json
+import os
+import sys
+
+from . import streams
+from .context import Context, set_environment, warm_cells
+from .identity import Generators, apply_identity
+from .program import Program
+from .streams import ctypes
+from .warm import plug_holes, warm
+from .wire import (
+    ARG,
+    CODE,
+    CONTROL_FD,
+    CWD,
+    ENV,
+    IDENTITY,
+    IDENTITY_LEN,
+    READY,
+    RUN,
+    SERVE,
+    STARTED,
+    Frames,
+    RunnerError,
+    fail,
+    send,
+)
+
+PLUGS = []
+
+
+def serve(ready, generators, ipython):
+    """Waits for what to be, a program or a context, and becomes it; never returns."""
+    try:
+        # Before Ready: in a pool of waiting forks this costs nobody anything.
+        streams.open_stdio()
+        send(CONTROL_FD, READY, ready)
+        work = read_request(generators, ipython)
+    except RunnerError as error:
+        fail(error)
+    except BaseException as error:
+        fail("%s: %s" % (type(error).__name__, error))
+    work()
+
+
+def read_request(generators, ipython):
+    import fcntl
+
+    # Out of the way of what runs here, and not inherited by what that executes.
+    private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
+    control = Frames(private)
+    argv, code, environment, identified, directory, serves = [], [], [], False, None, False
+    for kind, payload in control:
+        if kind == IDENTITY:
+            apply_identity(payload, generators)
+            identified = True
+        elif kind == CODE:
+            code.append(payload)
+        elif kind == ARG:
+            argv.append(os.fsdecode(payload))
+        elif kind == ENV:
+            environment.append(payload)
+        elif kind == CWD:
+            directory = payload
+        elif kind in (RUN, SERVE):
+            serves = kind == SERVE
+            break
+        else:
+            raise RunnerError("unexpected frame kind %#04x" % kind)
+    else:
+        # The agent went away without a request: an unused fork.
+        os._exit(0)
+    if not identified:
+        raise RunnerError("a run without an identity")
+    for payload in environment:
+        set_environment(payload)
+    if directory is not None:
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
+    if serves:
+        work = Context(control, private, generators, ipython).run
+    else:
+        # Code and argv are the program's; everything else of this function goes.
+        program = Program(b"".join(code), argv or ["-c"])
+        program.hook_multiprocessing()
+        work = functools.partial(program.run, private)
+    os.close(CONTROL_FD)
+    send(private, STARTED)
+    return work
+
+
+def fork_server(path, fd):
+    """Hands the process to the cdylib, which forks it on demand; returns in each child."""
+    if ctypes is None:
+        raise RunnerError("this interpreter has no ctypes module, which the fork server needs")
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RunnerError(
+            "the warmed interpreter has %d threads and cannot be forked safely; do not warm the module that starts them" % threads
+        )
+    library = ctypes.PyDLL(path)
+    library.zb_serve.argtypes = [ctypes.c_int]
+    library.zb_serve.restype = ctypes.c_int
+    ctypes.pythonapi.PyOS_BeforeFork.restype = None
+    ctypes.pythonapi.PyOS_AfterFork_Child.restype = None
+    # Resolved before the fork, so that a child does not look symbols up.
+    before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Child
+    serve_forks = library.zb_serve
+    before()
+    status = serve_forks(fd)
+    after()
+    if status != 0:
+        raise RunnerError("the fork server returned %d" % status)
+
+
+def parse(arguments):
+    options = {"--warm": "", "--fork-server": None, "--fork-fd": None, "--context": False}
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if name == "--frozen":
+            continue  # said to every runner whose memory gets snapshotted; Python's identity needs no other treatment
+        if name == "--context":
+            options[name] = True
+            continue
+        if name not in options or not rest:
+            raise RunnerError("unknown or incomplete argument %r" % name)
+        options[name] = rest.pop(0)
+    if (options["--fork-server"] is None) != (options["--fork-fd"] is None):
+        raise RunnerError("--fork-server and --fork-fd go together")
+    return options
+
+
+def prepare(arguments):
+    """Everything up to the ready point: the options, what `Ready` says, the generators, and IPython's shell if it is warm."""
+    options = parse(arguments)
+    # Ours while we start; what runs here gets its own first entry.
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if sys.path and os.path.abspath(sys.path[0] or ".") == here:
+        del sys.path[0]
+        sys.path_importer_cache.pop(here, None)
+    streams.find_fflush()
+    ready = {"version": "Python " + sys.version.split()[0], "warmed": []}
+    if options["--context"]:
+        # Started cold for one context: nobody copies it, so there is nothing to warm and nothing that a copy froze.
+        return options, json.dumps(ready).encode(), Generators(walk=False), None
+    ready["warmed"], skipped = warm(options["--warm"])
+    if skipped:
+        ready["skipped"] = skipped
+    warm_cells()
+    ipython = None
+    if "IPython" in sys.modules:
+        from .ipython import IPythonShell
+
+        ipython = IPythonShell()
+    gc.collect()
+    generators = Generators()
+    # Once for practice: OpenSSL makes its generators at the first use, which takes a millisecond.
+    apply_identity(os.urandom(IDENTITY_LEN), generators)
+    ready = json.dumps(ready).encode()
+    # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
+    gc.collect()
+    PLUGS.append(plug_holes())
+    gc.freeze()
+    return options, ready, generators, ipython
+
+
+def main():
+    try:
+        options, ready, generators, ipython = prepare(sys.argv[1:])
+        if options["--fork-server"] is not None:
+            fork_server(options["--fork-server"], int(options["--fork-fd"]))
+            # The pages that the identity writes to get copied now, while this fork waits in a pool.
+            apply_identity(os.urandom(IDENTITY_LEN), generators)
+    except RunnerError as error:
+        fail(error)
+    except BaseException as error:
+        fail("%s: %s" % (type(error).__name__, error))
+    serve(ready, generators, ipython)

@@ -1,0 +1,118 @@
+"""What is paid for once, before a snapshot or a fork."""
+
+import importlib
+import io
+import linecache
+import os
+import sys
+
+from .report import print_exception, register_source
+from .wire import RunnerError
+
+# What most programs import, paid for once. Names only: user code still has to import them.
+STDLIB_WARM = (
+    "asyncio base64 collections concurrent.futures contextlib copy csv dataclasses datetime decimal enum fractions "
+    "functools glob heapq inspect itertools logging math multiprocessing multiprocessing.spawn operator pathlib pickle "
+    "platform queue re shutil socket ssl statistics string subprocess tempfile textwrap typing urllib.parse uuid zlib"
+).split()
+
+# A warm runtime that is going to be forked may have one thread only, so numeric libraries must not start theirs.
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def warm(spec):
+    """Imports what the template names. Returns ("name version" list, skipped list)."""
+    for name in STDLIB_WARM:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            # A trimmed interpreter (no ssl, say): the program gets the same ImportError that it would get anyway.
+            pass
+    ours = [name for name in ONE_THREAD if name not in os.environ]
+    for name in ours:
+        os.environ[name] = "1"
+    warmed, skipped = [], []
+    try:
+        for item in spec.split(","):
+            name = item.strip()
+            optional = name.endswith("?")
+            name = name.rstrip("?")
+            if not name:
+                continue
+            try:
+                module = importlib.import_module(name)
+            except BaseException as error:
+                reason = "%s: %s" % (type(error).__name__, error)
+                if not optional:
+                    raise RunnerError("cannot warm module %r: %s" % (name, reason)) from None
+                skipped.append("%s: %s" % (name, " ".join(reason.split())[:200]))
+                continue
+            version = getattr(module, "__version__", None)
+            warmed.append("%s %s" % (name, version) if isinstance(version, str) else name)
+        first_uses()
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+    return warmed, skipped
+
+
+def first_uses():
+    """Runs a program in the way that a real one will be run, so that first-use costs are paid before the snapshot."""
+    saved = sys.stdout, sys.stderr, sys.stdin
+    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"1\n"), encoding="utf-8")
+    try:
+        code = b"import sys\ndef f(a, *b, c=1):\n    return [x for x in (a, c)]\nprint(1, 'x', 1.5, f(1), f'{2:>3}')\ninput()\n1/0\n"
+        program = compile(code, "<string>", "exec", dont_inherit=True)
+        register_source("<string>", code)
+        try:
+            exec(program, {"__name__": "__main__"})
+        except ZeroDivisionError as error:
+            print_exception(error)
+        try:
+            compile(b"x ==", "<string>", "exec", dont_inherit=True)
+        except SyntaxError as error:
+            print_exception(error)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            a = numpy.arange(6.0).reshape(2, 3)
+            repr(a @ numpy.ones(3)), str(a.sum(axis=0)), (a * 2 + 1).mean()
+            numpy.random.rand(2), numpy.random.default_rng().random(2)
+            try:
+                numpy.linalg.inv(numpy.eye(2))
+            except Exception:
+                # Only a warm-up; a numpy without a working LAPACK is the program's business.
+                pass
+        pandas = sys.modules.get("pandas")
+        if pandas is not None:
+            frame = pandas.DataFrame({"a": [1, 2], "b": [0.5, 1.5]})
+            repr(frame), frame.groupby("a").sum(), frame.describe()
+    finally:
+        sys.stdout, sys.stderr, sys.stdin = saved
+        linecache.clearcache()
+
+
+def plug_holes():
+    """Fills the holes that warming left in CPython's small-object pools, for good.
+
+    A fork's objects would go into them, one here and one there, and each copies a page. Once they are full, new objects
+    lie side by side in fresh pools. Returns what fills them: to be kept alive.
+    """
+    pool = 16384 if sys.version_info >= (3, 10) else 4096
+    plugs = []
+    for size in range(16, 513, 16):
+        # What an object of this size class is made of; a number has 28 bytes, an object 16, and bytes 33 and their length.
+        make = object if size == 16 else (lambda: int("1000")) if size == 32 else (lambda size=size: bytes(size - 33))
+        following = run = 0
+        # The bound is for an allocator that has no pools.
+        for _ in range((2 << 20) // size):
+            plug = make()
+            plugs.append(plug)
+            at = id(plug)
+            # A pool is taken only when all others of its class are full; its first block comes after a header of 48 bytes.
+            run = 1 if at % pool == 48 else run + 1 if run and at == following else 0
+            following = at + size
+            if run == 3:
+                break
+    return plugs

@@ -1,0 +1,80 @@
+"""Frames of crates/zeroboot-proto/src/frame.rs on the control descriptor."""
+
+import os
+import struct
+
+CODE, ARG, ENV, IDENTITY, RUN, CWD, SERVE, CELL = 0x01, 0x02, 0x03, 0x09, 0x0A, 0x0B, 0x0C, 0x0D
+READY, STARTED, FAILURE, NOTE, RESULT, ERROR, DONE = 0x81, 0x82, 0x87, 0x88, 0x8A, 0x8B, 0x8C
+NOTE_OUT_OF_MEMORY = b"\x01"
+NOTE_ENDED = b"\x02"
+HEADER = struct.Struct("<IB3x")
+MAX_PAYLOAD = 64 * 1024 - 8
+IDENTITY_LEN = 64 + 8 + 16
+
+CONTROL_FD = 3
+# EX_SOFTWARE: the status of a runner that could not do its work. The agent reads the Failure frame, not this.
+STATUS_FAILURE = 70
+# What the file names of our own code begin with.
+OURS = (lambda: None).__code__.co_filename.rpartition("/")[0] + "/"
+
+
+class RunnerError(Exception):
+    """The runner cannot do its work; the text goes into a Failure frame."""
+
+
+def send(fd, kind, payload=b""):
+    data = memoryview(HEADER.pack(len(payload), kind) + payload)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def fail(text, fd=CONTROL_FD):
+    """Tells the agent why no user code will run, and ends."""
+    line = " ".join(str(text).split())
+    try:
+        send(fd, FAILURE, line.encode("utf-8", "replace")[:MAX_PAYLOAD])
+    except OSError:
+        # Nobody listens; the agent keeps what is on stderr.
+        pass
+    try:
+        os.write(2, ("zeroboot runner: " + line + "\n").encode("utf-8", "replace"))
+    except OSError:
+        pass
+    os._exit(STATUS_FAILURE)
+
+
+class Frames:
+    """Frames as they come: (kind, payload) until the other side closes."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.held = bytearray()
+        # Called before a read that may wait long.
+        self.wait = lambda: None
+
+    def take(self, size, inside):
+        """`size` bytes, or none at the end between two frames."""
+        while len(self.held) < size:
+            if not self.held:
+                self.wait()
+            more = os.read(self.fd, MAX_PAYLOAD)
+            if not more:
+                if self.held or inside:
+                    raise RunnerError("the control channel ended inside a frame")
+                return b""
+            self.held += more
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        header = self.take(HEADER.size, False)
+        if not header:
+            raise StopIteration
+        length, kind = HEADER.unpack(header)
+        if length > MAX_PAYLOAD:
+            raise RunnerError("a control frame of %d bytes is above the limit" % length)
+        return kind, self.take(length, True) if length else b""
