@@ -22,6 +22,7 @@ mod logging;
 mod metrics;
 mod notify;
 mod openapi;
+mod openapi_sandboxes;
 mod otlp;
 mod overhead;
 mod params;

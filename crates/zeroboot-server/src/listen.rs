@@ -31,7 +31,7 @@ use crate::{
     config::{Listen, RequestLimits, TlsFiles},
     metrics::Metrics,
     peer::Peer,
-    places::{Heads, Place, Places},
+    places::{Heads, Places},
 };
 
 /// How long a TLS handshake may take.
@@ -232,8 +232,9 @@ impl Connections {
                     let ip = peer.ip.filter(|ip| !proxies.iter().any(|network| network.contains(&ip.to_canonical())));
                     // Without a place it is closed at once: its address has all that it may have.
                     if let Some(place) = room.enter(ip.map(|ip| limit_name(Some(ip)))) {
-                        let peer = Peer { visit: place.visit.clone(), ..peer };
-                        tokio::spawn(self.clone().connection(stream, peer, place));
+                        let place = Arc::new(place);
+                        let peer = Peer { visit: place.visit.clone(), _place: Some(place), ..peer };
+                        tokio::spawn(self.clone().connection(stream, peer));
                     }
                 }
                 Err(error) => {
@@ -245,9 +246,9 @@ impl Connections {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: Stream, peer: Peer, place: Place) {
+    async fn connection(self: Arc<Self>, stream: Stream, peer: Peer) {
         let _entered = self.metrics().connection();
-        let visit = place.visit.clone();
+        let visit = peer.visit.clone();
         tokio::select! {
             () = self.connected(stream, peer) => {}
             () = visit.ended() => tracing::debug!("a connection without a key is ended"),
@@ -350,7 +351,7 @@ impl Connections {
         } else {
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout).max_buf_size(MOST_HEAD);
-            drive!(builder.serve_connection(io, service))
+            drive!(builder.serve_connection(io, service).with_upgrades())
         };
         drop(open);
         if let Err(error) = result {

@@ -369,7 +369,7 @@ impl Metrics {
     }
 
     /// What lives now, of every template.
-    pub(crate) fn look_at_sandboxes(&self, templates: &[(TemplateStatus, bool)], sandboxes: &[Sandbox]) {
+    fn look_at_sandboxes(&self, templates: &[(TemplateStatus, bool)], sandboxes: &[Sandbox]) {
         for (status, _) in templates {
             let own = || sandboxes.iter().filter(|sandbox| sandbox.template() == status.name);
             let labels = Lives { isolation: status.isolation.as_str(), template: status.name.clone() };
@@ -394,7 +394,14 @@ impl Metrics {
     }
 
     /// The exposition, after what the engine counts has been taken over.
-    pub(crate) fn encode(&self, templates: &[(TemplateStatus, bool)], stats: EngineStats, format: Format) -> String {
+    pub(crate) fn encode(
+        &self,
+        templates: &[(TemplateStatus, bool)],
+        sandboxes: &[Sandbox],
+        stats: EngineStats,
+        format: Format,
+    ) -> String {
+        self.look_at_sandboxes(templates, sandboxes);
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let set = |family: &PerTemplate<Gauge<i64, AtomicI64>>, template: &str, value: u64| {
             family.get_or_create(&Template { template: template.into() }).set(number(value));

@@ -41,7 +41,7 @@ fn the_originals_names_and_buckets_are_kept() {
     metrics.failed("busy");
     let _entered = metrics.enter();
     for format in [Format::OpenMetrics, Format::Text] {
-        let text = metrics.encode(&[(status(), true)], EngineStats::default(), format);
+        let text = metrics.encode(&[(status(), true)], &[], EngineStats::default(), format);
         for line in [
             "zeroboot_total_executions{status=\"success\"} 1",
             "zeroboot_total_executions{status=\"error\"} 2",
@@ -68,7 +68,7 @@ fn the_originals_names_and_buckets_are_kept() {
 fn the_older_format_names_each_family_as_its_samples() {
     let metrics = Metrics::new();
     metrics.failed("busy");
-    let text = metrics.encode(&[], EngineStats::default(), Format::Text);
+    let text = metrics.encode(&[], &[], EngineStats::default(), Format::Text);
     assert!(text.contains("# TYPE zeroboot_exec_errors_total counter\n"), "{text}");
     assert!(text.contains("# TYPE zeroboot_total_executions untyped\n"), "{text}");
 }
@@ -81,7 +81,7 @@ fn a_panic_lowers_the_gauge_again() {
         panic!("on purpose");
     }));
     assert!(caught.is_err());
-    let text = metrics.encode(&[], EngineStats::default(), Format::Text);
+    let text = metrics.encode(&[], &[], EngineStats::default(), Format::Text);
     assert!(text.contains("\nzeroboot_concurrent_forks 0\n"));
 }
 
@@ -92,7 +92,9 @@ fn the_dashboard_asks_only_for_metrics_that_exist() {
     metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 0 }));
     metrics.failed("busy");
     metrics.answered("/v1/exec", 200, Duration::ZERO);
-    let text = metrics.encode(&[(status(), true)], EngineStats::default(), Format::Text);
+    metrics.sandbox_made("python", Isolation::Process);
+    metrics.sandbox_ended("python", Isolation::Process, EndReason::Idle, Duration::from_secs(1));
+    let text = metrics.encode(&[(status(), true)], &[], EngineStats::default(), Format::Text);
     let words = |text: &str| -> HashSet<String> {
         let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
         text.split(word).filter(|word| word.starts_with("zeroboot_")).map(str::to_owned).collect()
@@ -132,7 +134,9 @@ fn every_name_is_documented_and_every_documented_name_exists() {
     metrics.finished("python", Isolation::Process, &report(Outcome::Exited { code: 0 }));
     metrics.failed("busy");
     metrics.answered("/v1/exec", 200, Duration::ZERO);
-    let text = metrics.encode(&[(status(), true)], EngineStats::default(), Format::Text);
+    metrics.sandbox_made("python", Isolation::Process);
+    metrics.sandbox_ended("python", Isolation::Process, EndReason::Idle, Duration::from_secs(1));
+    let text = metrics.encode(&[(status(), true)], &[], EngineStats::default(), Format::Text);
     let reference = include_str!("../../../docs/api.md");
     let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
     for family in families.clone() {

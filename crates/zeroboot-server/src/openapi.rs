@@ -13,14 +13,14 @@ use utoipa::{
     },
 };
 
-use crate::{answer, error, routes, wire};
+use crate::{answer, error, openapi_sandboxes, routes, sandbox_answer, sandbox_wire, wire};
 
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "Zeroboot",
-        description = "Sandboxes in well under a millisecond for code that nobody vouches for. One request, one fresh \
-                       sandbox. 200 means that the code came to an outcome, whatever that is; errors are 4xx for the \
+        description = "Sandboxes in well under a millisecond for code that nobody vouches for. One exec, one fresh \
+                       sandbox; or a sandbox that lives, for many runs. 200 means that the code came to an outcome, whatever that is; errors are 4xx for the \
                        caller's mistakes and 5xx for the server's.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
@@ -46,6 +46,40 @@ use crate::{answer, error, routes, wire};
         routes::status::HealthStatus,
         routes::status::TemplateBody<'static>,
         routes::StartBody<'static>,
+        sandbox_wire::CreateBody,
+        sandbox_wire::ExtendBody,
+        sandbox_wire::RunBody,
+        sandbox_wire::CommandBody,
+        sandbox_wire::SizeBody,
+        sandbox_wire::SignalBody,
+        sandbox_wire::SignalName,
+        sandbox_wire::ContextBody,
+        sandbox_wire::PathBody,
+        sandbox_wire::MoveBody,
+        sandbox_wire::ChmodBody,
+        sandbox_answer::SandboxBody<'static>,
+        sandbox_answer::SandboxState,
+        sandbox_answer::EndReasonName,
+        sandbox_answer::SandboxLimitsBody,
+        sandbox_answer::SandboxList<'static>,
+        sandbox_answer::ResultSchema,
+        sandbox_answer::CellErrorBody<'static>,
+        sandbox_answer::RunEndBody,
+        sandbox_answer::RunOutcomeName,
+        sandbox_answer::OutputBody<'static>,
+        sandbox_answer::CellAnswer<'static>,
+        sandbox_answer::CommandAnswer<'static>,
+        sandbox_answer::CommandBodyOut<'static>,
+        sandbox_answer::CommandState,
+        sandbox_answer::CommandList<'static>,
+        sandbox_answer::ContextBodyOut<'static>,
+        sandbox_answer::ContextList<'static>,
+        sandbox_answer::EntryBody<'static>,
+        sandbox_answer::EntryKindName,
+        sandbox_answer::EntryList<'static>,
+        sandbox_answer::ChangeBody<'static>,
+        sandbox_answer::StartedBody,
+        sandbox_answer::LostBody,
     )),
     modifiers(&Paths)
 )]
@@ -75,6 +109,7 @@ impl Modify for Paths {
         document.components.get_or_insert_with(Components::default).add_security_scheme("key", key);
         document.tags = Some(vec![
             TagBuilder::new().name("exec").description(Some("Running code")).build(),
+            TagBuilder::new().name("sandboxes").description(Some("Sandboxes that live: many runs in one")).build(),
             TagBuilder::new().name("service").description(Some("The service itself")).build(),
         ]);
         let stream = "Events: `start` (schema Start), `stdout` and `stderr` (schema Chunk), `file` (schema File and a \
@@ -119,14 +154,14 @@ impl Modify for Paths {
         );
         let path =
             |method, operation: OperationBuilder| PathItemBuilder::new().operation(method, operation.build()).build();
-        document.paths = PathsBuilder::new()
+        let paths = PathsBuilder::new()
             .path("/v1/exec", path(HttpMethod::Post, exec))
             .path("/v1/exec/batch", path(HttpMethod::Post, batch))
             .path("/v1/health", path(HttpMethod::Get, health))
             .path("/v1/metrics", path(HttpMethod::Get, metrics))
             .path("/openapi.json", path(HttpMethod::Get, openapi))
-            .path("/docs", path(HttpMethod::Get, docs))
-            .build();
+            .path("/docs", path(HttpMethod::Get, docs));
+        document.paths = openapi_sandboxes::add(paths).build();
     }
 }
 
@@ -150,15 +185,15 @@ fn post(id: &str, summary: &str, body: &str, failures: &[&str]) -> OperationBuil
         .fold(start, |operation, status| operation.response(*status, failure(status)))
 }
 
-fn content(schema: &str) -> utoipa::openapi::Content {
+pub(crate) fn content(schema: &str) -> utoipa::openapi::Content {
     ContentBuilder::new().schema(Some(Ref::from_schema_name(schema))).build()
 }
 
-fn text() -> Object {
+pub(crate) fn text() -> Object {
     utoipa::openapi::ObjectBuilder::new().schema_type(Type::String).build()
 }
 
-fn response(description: &str) -> ResponseBuilder {
+pub(crate) fn response(description: &str) -> ResponseBuilder {
     let id = utoipa::openapi::ObjectBuilder::new()
         .schema_type(Type::String)
         .format(Some(SchemaFormat::KnownFormat(utoipa::openapi::KnownFormat::Uuid)))
@@ -168,7 +203,7 @@ fn response(description: &str) -> ResponseBuilder {
 }
 
 /// An error answer with the codes that this status can carry.
-fn failure(status: &str) -> RefOr<utoipa::openapi::Response> {
+pub(crate) fn failure(status: &str) -> RefOr<utoipa::openapi::Response> {
     let codes = error::ERROR_CODES.iter().filter(|(_, known, _)| known.to_string() == status);
     let words: Vec<String> = codes.map(|(code, _, meaning)| format!("`{code}`: {meaning}")).collect();
     let mut built = response(&words.join("; ")).content("application/json", content("Error"));

@@ -5,7 +5,11 @@ use std::{net::IpAddr, sync::Arc};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::{gate::Caller, logging::Afterwards, places::Visit};
+use crate::{
+    gate::Caller,
+    logging::Afterwards,
+    places::{Place, Visit},
+};
 
 /// The other end of a connection.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +20,8 @@ pub(crate) struct Peer {
     pub(crate) cut: Arc<Notify>,
     pub(crate) after: Afterwards,
     pub(crate) visit: Arc<Visit>,
+    /// A WebSocket keeps it when its connection is one no more.
+    pub(crate) _place: Option<Arc<Place>>,
 }
 
 /// What is known of a request besides what it says.

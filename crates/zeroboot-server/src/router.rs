@@ -50,6 +50,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/sandboxes/{id}/commands/{run}/stdin", post(routes::runs::stdin))
         .route("/v1/sandboxes/{id}/commands/{run}/signal", post(routes::runs::signal))
         .route("/v1/sandboxes/{id}/commands/{run}/resize", post(routes::runs::resize))
+        .route("/v1/sandboxes/{id}/commands/{run}/terminal", get(routes::terminal::attach))
+        .route("/v1/sandboxes/{id}/terminal", get(routes::terminal::start))
         .route(
             "/v1/sandboxes/{id}/files",
             get(routes::files::read).put(routes::files::write).delete(routes::files::remove),

@@ -10,5 +10,6 @@ pub(crate) mod runs;
 pub(crate) mod sandboxes;
 pub(crate) mod status;
 mod stream;
+pub(crate) mod terminal;
 
 pub(crate) use stream::StartBody;

@@ -166,7 +166,6 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> 
     let canaries = app.canaries.last().await;
     let templates: Vec<_> = app.backend.templates().into_iter().zip(canaries).collect();
     let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
-    app.metrics.look_at_sandboxes(&templates, &sandboxes);
-    let text = app.metrics.encode(&templates, app.backend.stats(), format);
+    let text = app.metrics.encode(&templates, &sandboxes, app.backend.stats(), format);
     ([(header::CONTENT_TYPE, format.content_type())], text).into_response()
 }
