@@ -119,7 +119,7 @@ print(",".join(sorted(picked | {"process"})))')
     export ZEROBOOT_TEST_ENGINES
     step "python: against $ZEROBOOT_BIN ($ZEROBOOT_TEST_ENGINES)"
     cd "$scratch/sdk/python"
-    ZEROBOOT_REQUIRE_SERVER=1 "$venv/pytest" -p no:cacheprovider tests/test_contract.py
+    ZEROBOOT_REQUIRE_SERVER=1 "$venv/pytest" -p no:cacheprovider tests/test_contract.py tests/test_live_contract.py
     step "typescript: against $ZEROBOOT_BIN"
     cd "$scratch/sdk/typescript"
     for engine in ${ZEROBOOT_TEST_ENGINES//,/ }; do

@@ -69,13 +69,6 @@ async fn command(client: &Client, command: SandboxCommand) -> anyhow::Result<u8>
 }
 
 async fn create(client: &Client, args: &CreateArgs) -> anyhow::Result<()> {
-    let mut limits = Map::new();
-    if let Some(memory) = args.memory {
-        limits.insert("memory_mb".into(), memory.div_ceil(1 << 20).into());
-    }
-    if let Some(processes) = args.processes {
-        limits.insert("processes".into(), processes.into());
-    }
     let labels: Map<String, Value> =
         args.labels.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
     let body = present([
@@ -85,7 +78,8 @@ async fn create(client: &Client, args: &CreateArgs) -> anyhow::Result<()> {
         ("idle_timeout_seconds", args.idle_timeout.map(|time| time.as_secs_f64().into())),
         ("env", environment(&args.env)?),
         ("metadata", (!labels.is_empty()).then(|| labels.into())),
-        ("limits", (!limits.is_empty()).then(|| limits.into())),
+        ("memory_mb", args.memory.map(|bytes| bytes.div_ceil(1 << 20).into())),
+        ("processes", args.processes.map(Value::from)),
     ]);
     let sandbox = client.json(Method::POST, "/v1/sandboxes", Some(&body)).await?;
     if args.json {
@@ -140,7 +134,11 @@ fn ends_in(sandbox: &Value) -> String {
 
 /// One line a field.
 fn show(sandbox: &Value) -> io::Result<()> {
-    for (name, value) in sandbox.as_object().into_iter().flatten() {
+    let first = ["id", "template", "language", "isolation", "state", "created_at", "expires_at"];
+    let place = |name: &str| first.iter().position(|known| *known == name).unwrap_or(first.len());
+    let mut fields: Vec<_> = sandbox.as_object().into_iter().flatten().collect();
+    fields.sort_by_key(|(name, _)| place(name));
+    for (name, value) in fields {
         let text = match value {
             Value::Null => "-".to_owned(),
             Value::Object(fields) => {

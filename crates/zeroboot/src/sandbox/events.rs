@@ -60,8 +60,8 @@ impl<'a> Events<'a> {
     pub(crate) async fn next(&mut self) -> anyhow::Result<Option<Event>> {
         loop {
             if let Some(event) = self.parser.next()? {
-                // The sandbox is gone, say. A cell's own error has a name and no code.
-                if event.name == "error" && event.fields.get("code").is_some() {
+                // The sandbox is gone, say. A cell's own error is an event like the others.
+                if event.name == "failure" {
                     return Err(Refused::of(0, &event.fields).into());
                 }
                 return Ok(Some(event));

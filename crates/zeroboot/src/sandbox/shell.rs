@@ -32,7 +32,7 @@ pub(super) async fn shell(client: &Client, args: &ShellArgs) -> anyhow::Result<u
     }
     let (columns, rows) = size();
     let (columns, rows) = (columns.to_string(), rows.to_string());
-    let mut pairs = vec![("columns", columns.as_str()), ("rows", rows.as_str())];
+    let mut pairs = vec![("columns", columns.as_str()), ("rows", rows.as_str()), ("end_with_client", "true")];
     pairs.extend(args.command.as_deref().map(|command| ("command", command)));
     pairs.extend(args.cwd.as_deref().map(|cwd| ("cwd", cwd)));
     let socket = open(client, &query(&path(&args.id, &["terminal"]), &pairs)).await?;
@@ -87,7 +87,7 @@ fn accepted(answer: &Response<Incoming>) -> Option<&str> {
 
 /// Prints what the terminal shows; gives the exit status of its program.
 async fn follow(mut stream: SplitStream<Socket>) -> anyhow::Result<u8> {
-    let mut exit = None;
+    let (mut exit, mut failed) = (None, None);
     loop {
         match stream.next().await {
             Some(Ok(Message::Binary(bytes))) => printer::stdout(&bytes)?,
@@ -96,15 +96,15 @@ async fn follow(mut stream: SplitStream<Socket>) -> anyhow::Result<u8> {
                 if let Some(end) = word.get("exit") {
                     exit = Some(status(end));
                 } else if let Some(error) = word.get("error") {
-                    let fields = if error.is_object() { error } else { &word };
-                    return Err(Refused::of(0, fields).into());
+                    // What matters of it is seen at the end: the program may go on.
+                    failed = Some(anyhow::Error::from(Refused::of(0, error)));
                 }
             }
             Some(Ok(_)) => {}
             Some(Err(Error::ConnectionClosed | Error::AlreadyClosed)) | None => {
-                return exit.ok_or_else(|| broke("the server closed it"));
+                return exit.ok_or_else(|| failed.unwrap_or_else(|| broke("the server closed it")));
             }
-            Some(Err(error)) => return exit.ok_or_else(|| broke(&error.to_string())),
+            Some(Err(error)) => return exit.ok_or_else(|| failed.unwrap_or_else(|| broke(&error.to_string()))),
         }
     }
 }

@@ -232,12 +232,13 @@ SERVER_CODES = frozenset(
         "busy",
         "internal",
         "not_ready",
+        "operation_failed",
         "sandbox_failed",
         "server_output_limit",
         "shutting_down",
     }
 )
-RATE_CODES = frozenset({"concurrency_limited", "rate_limited"})
+RATE_CODES = frozenset({"concurrency_limited", "rate_limited", "too_many_runs", "too_many_streams"})
 
 
 def error_class(status: Optional[int], code: Optional[str]) -> type[ZerobootError]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -39,6 +40,7 @@ from ._live_types import (
     Entry,
     RichResult,
     SandboxInfo,
+    Started,
     TerminalExit,
 )
 from ._types import Data, Isolation
@@ -147,7 +149,8 @@ class AsyncLiveSandbox:
     ) -> AsyncRunStream[CellEvent, CellResult]:
         """Run a cell and iterate over what happens, as it happens.
 
-        The request is sent when the iteration begins.
+        The request is sent when the iteration begins. The cell goes on when you leave early:
+        `contexts.interrupt()` stops it.
         """
         body, budget = self._cell(code, context, timeout, request_timeout)
         return AsyncRunStream(self._cell_events(body, budget))
@@ -161,7 +164,14 @@ class AsyncLiveSandbox:
         cwd: Optional[str] = None,
     ) -> AsyncTerminal:
         """Start a program (a shell if None) on a new terminal. Closing it ends the program."""
-        path = self._path("terminal", columns=columns, rows=rows, command=command, cwd=cwd)
+        path = self._path(
+            "terminal",
+            columns=columns,
+            rows=rows,
+            command=command,
+            cwd=cwd,
+            end_with_client="true",
+        )
         return await AsyncTerminal._open(self._client, path)
 
     async def refresh(self) -> SandboxInfo:
@@ -236,7 +246,8 @@ class AsyncLiveSandbox:
         response = await self._client._opened(
             "POST", self._path("run"), _core.dump(body), attempts, _SSE
         )
-        reader = CellReader(response.headers.get("x-request-id"))
+        context = str(body.get("context", "default"))
+        reader = CellReader(response.headers.get("x-request-id"), context)
         try:
             async for chunk in response.aiter_bytes():
                 if not reader.ended:
@@ -321,17 +332,17 @@ class AsyncContexts:
         """Interrupt the cell that runs: `KeyboardInterrupt` in Python. The state stays."""
         await self._do("POST", context, "interrupt")
 
-    async def restart(self, context: Union[str, Context] = "default") -> None:
+    async def restart(self, context: Union[str, Context] = "default") -> Context:
         """A new interpreter in the place of this one. What it ran is over, its state is gone."""
-        await self._do("POST", context, "restart")
+        return Context.of((await self._do("POST", context, "restart")).fields())
 
     async def delete(self, context: Union[str, Context]) -> None:
         """End the interpreter."""
         await self._do("DELETE", context)
 
-    async def _do(self, method: str, context: Union[str, Context], *what: str) -> None:
+    async def _do(self, method: str, context: Union[str, Context], *what: str) -> _core.Answer:
         name = context.name if isinstance(context, Context) else context
-        await self._ask(method, self._sandbox._path("contexts", name, *what))
+        return await self._ask(method, self._sandbox._path("contexts", name, *what))
 
     async def _ask(
         self, method: str, path: str, body: Optional[Mapping[str, Any]] = None
@@ -547,15 +558,9 @@ class AsyncCommand:
         """Send a signal, by number or name."""
         await self._ask("POST", "signal", body=_live_core.signal_body(signal))
 
-    async def kill(self) -> bool:
-        """End it and its children now. False if it had ended already."""
-        answer = await self._sandbox._client._ask("DELETE", self._path())
-        if answer.good:
-            return True
-        error = answer.error()
-        if error.code in ("run_ended", "run_not_found"):
-            return False
-        raise error
+    async def kill(self) -> None:
+        """End it and its children now. One that has ended is forgotten by the server."""
+        await self._ask("DELETE")
 
     async def resize(self, columns: int, rows: int) -> None:
         """The new size of its terminal."""
@@ -694,21 +699,23 @@ class AsyncFiles:
             return False
         return True
 
-    async def mkdir(self, path: str) -> None:
+    async def mkdir(self, path: str) -> Entry:
         """Make a directory and its parents. It may be there."""
-        await self._ask("POST", "mkdir", {"path": path})
+        return Entry.of((await self._ask("POST", "mkdir", {"path": path})).fields())
 
-    async def move(self, source: str, target: str) -> None:
+    async def move(self, source: str, target: str) -> Entry:
         """Give a file or a directory another name. A file of that name is replaced."""
-        await self._ask("POST", "move", {"from": source, "to": target})
+        answer = await self._ask("POST", "move", {"from": source, "to": target})
+        return Entry.of(answer.fields())
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, or a directory; with `recursive` with all that is in it."""
         await self._ask("DELETE", path=path, recursive="true" if recursive else None)
 
-    async def chmod(self, path: str, mode: Union[int, str]) -> None:
+    async def chmod(self, path: str, mode: Union[int, str]) -> Entry:
         """Set the permission bits: 0o755, or "755"."""
-        await self._ask("POST", "chmod", {"path": path, "mode": _live_core.mode_text(mode)})
+        body = {"path": path, "mode": _live_core.mode_text(mode)}
+        return Entry.of((await self._ask("POST", "chmod", body)).fields())
 
     async def watch(self, path: str = ".", *, recursive: bool = False) -> AsyncStream[Change]:
         """What changes in a directory from now on. Close it, or leave the `with` block, to stop."""
@@ -803,15 +810,23 @@ class AsyncTerminal(AsyncIterator[bytes]):
         return cls(response, wire)
 
     @property
+    def started(self) -> Optional[Started]:
+        """The command's id and pid, once something was read."""
+        return self._wire.started
+
+    @property
     def exit(self) -> Optional[TerminalExit]:
         """How the program ended, after the last bytes; None before, or if nobody could say."""
         return self._wire.exit
 
     async def read(self, timeout: Optional[float] = None) -> bytes:
         """What it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
+        # The server asks now and then whether we are there, so each read alone may be short.
+        end = None if timeout is None else time.monotonic() + timeout
         while not self._wire.over:
+            left = None if end is None else max(end - time.monotonic(), 0.001)
             try:
-                data = await self._stream.read(_live_core.CHUNK, timeout=timeout)
+                data = await self._stream.read(_live_core.CHUNK, timeout=left)
             except Exception as e:  # httpcore's, which httpx does not translate here
                 if "Timeout" in type(e).__name__:
                     raise TimeoutError(f"nothing within {timeout:g} s", may_have_run=True) from e

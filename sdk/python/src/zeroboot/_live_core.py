@@ -80,7 +80,7 @@ def create_body(
         idle_timeout_seconds=idle_timeout,
         env=dict(env) if env else None,
         metadata=dict(metadata) if metadata else None,
-        limits=dict(limits) if limits else None,
+        **(limits or {}),
     )
 
 
@@ -192,7 +192,7 @@ class _RunReader:
     def _events(self, chunk: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, data in self._sse.feed(chunk):
             fields = json_event(name, data, self.request_id)
-            if name == "error" and "code" in fields:
+            if name == "failure":
                 raise error_of(None, fields, self.request_id, may_have_run=True)
             yield name, fields
 
@@ -225,14 +225,16 @@ class _RunReader:
                 whole[name] = codecs.encode(data, "base64").decode("ascii").replace("\n", "")
                 encoding[name] = "base64"
         whole["encoding"] = encoding
+        whole["truncated"] = self._lost > 0
         return whole
 
 
 class CellReader(_RunReader):
     """A cell's stream."""
 
-    def __init__(self, request_id: Optional[str]) -> None:
+    def __init__(self, request_id: Optional[str], context: str) -> None:
         super().__init__(request_id)
+        self._context = context
         self._results: list[dict[str, Any]] = []
         self._error: Optional[dict[str, Any]] = None
         self.result: Optional[CellResult] = None
@@ -257,7 +259,12 @@ class CellReader(_RunReader):
         if name == "lost":
             return self._fell_out(fields)
         if name == "end":
-            whole = {"results": self._results, "error": self._error, **self._whole(fields)}
+            whole = {
+                "context": self._context,
+                "results": self._results,
+                "error": self._error,
+                **self._whole(fields),
+            }
             self.result = CellResult.of(whole, self.request_id)
             return CellEnd(self.result)
         return None  # an event of a newer server
@@ -282,7 +289,7 @@ class CommandReader(_RunReader):
         if name == "lost":
             return self._fell_out(fields)
         if name == "end":
-            self.result = CommandResult.of(self._whole(fields), self.request_id, self._lost)
+            self.result = CommandResult.of(self._whole(fields), self.request_id)
             return CommandEnd(self.result)
         return None
 
@@ -297,7 +304,7 @@ class WatchReader:
     def feed(self, chunk: bytes) -> Iterator[Change]:
         for name, data in self._sse.feed(chunk):
             fields = json_event(name, data, self._request_id)
-            if name == "error":
+            if name == "failure":
                 raise error_of(None, fields, self._request_id, may_have_run=True)
             if name in ("created", "modified", "removed", "overflow"):
                 yield Change(name, fields.get("path", ""))  # type: ignore[arg-type]
@@ -327,6 +334,8 @@ class TerminalWire:
         self._key = base64.b64encode(secrets.token_bytes(16)).decode("ascii")
         self._connection = Connection(ConnectionType.CLIENT)
         self._text: list[str] = []
+        #: What runs, once the server has said so.
+        self.started: Optional[Started] = None
         #: Set by the server's last word.
         self.exit: Optional[TerminalExit] = None
         self.error: Optional[ZerobootError] = None
@@ -396,8 +405,11 @@ class TerminalWire:
 
     def _word(self, text: str) -> None:
         fields = json_event("terminal", text, None)
-        ended = fields.get("exit")
-        if isinstance(ended, dict):
+        begun, ended = fields.get("started"), fields.get("exit")
+        if isinstance(begun, dict):
+            self.started = Started(begun.get("id", ""), begun.get("pid") or 0)
+        elif isinstance(ended, dict):
+            self.error = None  # of something on the way, such as input that came too late
             self.exit = TerminalExit(ended.get("exit_code", 0), ended.get("outcome", "exited"))
         elif "error" in fields:
             failed = fields["error"]

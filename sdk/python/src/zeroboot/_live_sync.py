@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -39,6 +40,7 @@ from ._live_types import (
     Entry,
     RichResult,
     SandboxInfo,
+    Started,
     TerminalExit,
 )
 from ._types import Data, Isolation
@@ -147,7 +149,8 @@ class LiveSandbox:
     ) -> RunStream[CellEvent, CellResult]:
         """Run a cell and iterate over what happens, as it happens.
 
-        The request is sent when the iteration begins.
+        The request is sent when the iteration begins. The cell goes on when you leave early:
+        `contexts.interrupt()` stops it.
         """
         body, budget = self._cell(code, context, timeout, request_timeout)
         return RunStream(self._cell_events(body, budget))
@@ -161,7 +164,14 @@ class LiveSandbox:
         cwd: Optional[str] = None,
     ) -> Terminal:
         """Start a program (a shell if None) on a new terminal. Closing it ends the program."""
-        path = self._path("terminal", columns=columns, rows=rows, command=command, cwd=cwd)
+        path = self._path(
+            "terminal",
+            columns=columns,
+            rows=rows,
+            command=command,
+            cwd=cwd,
+            end_with_client="true",
+        )
         return Terminal._open(self._client, path)
 
     def refresh(self) -> SandboxInfo:
@@ -232,7 +242,8 @@ class LiveSandbox:
     def _cell_events(self, body: Mapping[str, Any], budget: float) -> Iterator[CellEvent]:
         attempts = Attempts(self._client._config, budget, silence=_core.STREAM_SILENCE)
         response = self._client._opened("POST", self._path("run"), _core.dump(body), attempts, _SSE)
-        reader = CellReader(response.headers.get("x-request-id"))
+        context = str(body.get("context", "default"))
+        reader = CellReader(response.headers.get("x-request-id"), context)
         try:
             for chunk in response.iter_bytes():
                 if not reader.ended:
@@ -317,17 +328,17 @@ class Contexts:
         """Interrupt the cell that runs: `KeyboardInterrupt` in Python. The state stays."""
         self._do("POST", context, "interrupt")
 
-    def restart(self, context: Union[str, Context] = "default") -> None:
+    def restart(self, context: Union[str, Context] = "default") -> Context:
         """A new interpreter in the place of this one. What it ran is over, its state is gone."""
-        self._do("POST", context, "restart")
+        return Context.of((self._do("POST", context, "restart")).fields())
 
     def delete(self, context: Union[str, Context]) -> None:
         """End the interpreter."""
         self._do("DELETE", context)
 
-    def _do(self, method: str, context: Union[str, Context], *what: str) -> None:
+    def _do(self, method: str, context: Union[str, Context], *what: str) -> _core.Answer:
         name = context.name if isinstance(context, Context) else context
-        self._ask(method, self._sandbox._path("contexts", name, *what))
+        return self._ask(method, self._sandbox._path("contexts", name, *what))
 
     def _ask(
         self, method: str, path: str, body: Optional[Mapping[str, Any]] = None
@@ -543,15 +554,9 @@ class Command:
         """Send a signal, by number or name."""
         self._ask("POST", "signal", body=_live_core.signal_body(signal))
 
-    def kill(self) -> bool:
-        """End it and its children now. False if it had ended already."""
-        answer = self._sandbox._client._ask("DELETE", self._path())
-        if answer.good:
-            return True
-        error = answer.error()
-        if error.code in ("run_ended", "run_not_found"):
-            return False
-        raise error
+    def kill(self) -> None:
+        """End it and its children now. One that has ended is forgotten by the server."""
+        self._ask("DELETE")
 
     def resize(self, columns: int, rows: int) -> None:
         """The new size of its terminal."""
@@ -688,21 +693,23 @@ class Files:
             return False
         return True
 
-    def mkdir(self, path: str) -> None:
+    def mkdir(self, path: str) -> Entry:
         """Make a directory and its parents. It may be there."""
-        self._ask("POST", "mkdir", {"path": path})
+        return Entry.of((self._ask("POST", "mkdir", {"path": path})).fields())
 
-    def move(self, source: str, target: str) -> None:
+    def move(self, source: str, target: str) -> Entry:
         """Give a file or a directory another name. A file of that name is replaced."""
-        self._ask("POST", "move", {"from": source, "to": target})
+        answer = self._ask("POST", "move", {"from": source, "to": target})
+        return Entry.of(answer.fields())
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, or a directory; with `recursive` with all that is in it."""
         self._ask("DELETE", path=path, recursive="true" if recursive else None)
 
-    def chmod(self, path: str, mode: Union[int, str]) -> None:
+    def chmod(self, path: str, mode: Union[int, str]) -> Entry:
         """Set the permission bits: 0o755, or "755"."""
-        self._ask("POST", "chmod", {"path": path, "mode": _live_core.mode_text(mode)})
+        body = {"path": path, "mode": _live_core.mode_text(mode)}
+        return Entry.of((self._ask("POST", "chmod", body)).fields())
 
     def watch(self, path: str = ".", *, recursive: bool = False) -> Stream[Change]:
         """What changes in a directory from now on. Close it, or leave the `with` block, to stop."""
@@ -797,15 +804,23 @@ class Terminal(Iterator[bytes]):
         return cls(response, wire)
 
     @property
+    def started(self) -> Optional[Started]:
+        """The command's id and pid, once something was read."""
+        return self._wire.started
+
+    @property
     def exit(self) -> Optional[TerminalExit]:
         """How the program ended, after the last bytes; None before, or if nobody could say."""
         return self._wire.exit
 
     def read(self, timeout: Optional[float] = None) -> bytes:
         """What it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
+        # The server asks now and then whether we are there, so each read alone may be short.
+        end = None if timeout is None else time.monotonic() + timeout
         while not self._wire.over:
+            left = None if end is None else max(end - time.monotonic(), 0.001)
             try:
-                data = self._stream.read(_live_core.CHUNK, timeout=timeout)
+                data = self._stream.read(_live_core.CHUNK, timeout=left)
             except Exception as e:  # httpcore's, which httpx does not translate here
                 if "Timeout" in type(e).__name__:
                     raise TimeoutError(f"nothing within {timeout:g} s", may_have_run=True) from e

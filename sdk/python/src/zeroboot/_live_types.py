@@ -18,20 +18,25 @@ from ._events import Stderr, Stdout
 from ._result import stream_of, unbase64
 from ._types import Isolation
 
+#: The last five: the interpreter itself ended (`context_lost`).
 CellOutcome = Literal[
     "ok",
     "error",
     "interrupted",
-    "deadline_passed",
-    "context_lost",
-    "out_of_memory",
+    "exited",
     "signaled",
+    "deadline_passed",
+    "out_of_memory",
     "closed",
 ]
 CommandOutcome = Literal["exited", "signaled", "deadline_passed", "out_of_memory", "closed"]
 EntryKind = Literal["file", "directory", "link", "other"]
 ChangeKind = Literal["created", "modified", "removed", "overflow"]
 EndReason = Literal["lease_ended", "idle", "requested", "lost", "out_of_memory", "shutting_down"]
+
+
+#: The server sends JSON of more characters as text.
+LONG_JSON = 1024 * 1024
 
 
 class SandboxLimits(TypedDict, total=False):
@@ -59,6 +64,8 @@ class SandboxInfo:
     limits: Mapping[str, Any]
     pooled: bool
     fork_time_ms: float
+    #: Runs that have not ended.
+    runs: int
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
@@ -77,6 +84,7 @@ class SandboxInfo:
                 limits=raw.get("limits") or {},
                 pooled=raw.get("pooled", False),
                 fork_time_ms=raw.get("fork_time_ms") or 0.0,
+                runs=raw.get("runs", 0),
                 raw=raw,
             )
         except KeyError as e:
@@ -149,7 +157,9 @@ class RichResult:
     def json(self) -> Any:
         """The value of `application/json`."""
         value = self.data.get("application/json")
-        return json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, str) and len(value) > LONG_JSON:
+            return json.loads(value)
+        return value
 
     def __str__(self) -> str:
         return self.text or ""
@@ -206,6 +216,8 @@ class CellResult:
     #: The streams as bytes, exact even where they are not UTF-8.
     stdout_bytes: bytes = field(repr=False)
     stderr_bytes: bytes = field(repr=False)
+    #: There was more output than one answer brings.
+    truncated: bool
     #: The context's interpreter is gone, and its state with it; the next run has a new one.
     context_lost: bool
     wall_time_ms: float
@@ -233,6 +245,7 @@ class CellResult:
                 stderr=stderr,
                 stdout_bytes=stdout_bytes,
                 stderr_bytes=stderr_bytes,
+                truncated=raw.get("truncated", False),
                 context_lost=raw.get("context_lost", False),
                 wall_time_ms=raw.get("wall_time_ms", 0.0),
                 request_id=request_id,
@@ -274,13 +287,15 @@ class CommandResult:
     stdout_bytes: bytes = field(repr=False)
     stderr_bytes: bytes = field(repr=False)
     wall_time_ms: float
-    #: Bytes of output that fell out of the server's buffer before they were asked for.
-    lost: int
+    #: The signal that ended it.
+    signal: Optional[int]
+    #: There was more output than one answer brings, or some fell out of the server's buffer.
+    truncated: bool
     request_id: Optional[str] = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def of(cls, raw: Mapping[str, Any], request_id: Optional[str], lost: int = 0) -> CommandResult:
+    def of(cls, raw: Mapping[str, Any], request_id: Optional[str]) -> CommandResult:
         encoding = raw.get("encoding") or {}
         stdout_bytes, stdout = stream_of(raw, "stdout", encoding)
         stderr_bytes, stderr = stream_of(raw, "stderr", encoding)
@@ -295,7 +310,8 @@ class CommandResult:
                 stdout_bytes=stdout_bytes,
                 stderr_bytes=stderr_bytes,
                 wall_time_ms=raw.get("wall_time_ms", 0.0),
-                lost=raw.get("lost_bytes", lost),
+                signal=raw.get("signal"),
+                truncated=raw.get("truncated", False),
                 request_id=request_id,
                 raw=raw,
             )
@@ -327,8 +343,12 @@ class CommandInfo:
     state: Literal["running", "ended"]
     outcome: Optional[CommandOutcome]
     exit_code: Optional[int]
-    #: Bytes of output so far.
+    #: It has a terminal.
+    terminal: bool
+    #: Where its output ends.
     output_offset: int
+    #: Where the output that the server still holds begins.
+    first_offset: int
     started_at: Optional[datetime]
     raw: Mapping[str, Any] = field(repr=False)
 
@@ -343,7 +363,9 @@ class CommandInfo:
                 state=raw.get("state", "running"),
                 outcome=raw.get("outcome"),
                 exit_code=raw.get("exit_code"),
+                terminal=raw.get("terminal", False),
                 output_offset=raw.get("output_offset") or 0,
+                first_offset=raw.get("first_offset") or 0,
                 started_at=moment(raw["started_at"]) if raw.get("started_at") else None,
                 raw=raw,
             )
