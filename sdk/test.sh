@@ -73,10 +73,11 @@ python_unit() {
     "$venv/ruff" check --no-cache .
     "$venv/ruff" check --no-cache --config pyproject.toml --extend-ignore S,EXE ../with_server.py
     "$venv/ruff" format --no-cache --check .
+    "$venv/python" tools/sync.py --check
     rm -r src # from here on it is the installed package that counts
     "$venv/mypy" --cache-dir=/dev/null tests
     ZEROBOOT_OPENAPI=$root/openapi/zeroboot.json "$venv/pytest" -p no:cacheprovider \
-        tests/test_client.py tests/test_result.py tests/test_openapi.py
+        tests/test_client.py tests/test_live.py tests/test_result.py tests/test_openapi.py
 }
 node_unit() {
     cd "$scratch/sdk/typescript"
@@ -118,7 +119,7 @@ print(",".join(sorted(picked | {"process"})))')
     export ZEROBOOT_TEST_ENGINES
     step "python: against $ZEROBOOT_BIN ($ZEROBOOT_TEST_ENGINES)"
     cd "$scratch/sdk/python"
-    ZEROBOOT_REQUIRE_SERVER=1 "$venv/pytest" -p no:cacheprovider tests/test_contract.py
+    ZEROBOOT_REQUIRE_SERVER=1 "$venv/pytest" -p no:cacheprovider tests/test_contract.py tests/test_live_contract.py
     step "typescript: against $ZEROBOOT_BIN"
     cd "$scratch/sdk/typescript"
     for engine in ${ZEROBOOT_TEST_ENGINES//,/ }; do

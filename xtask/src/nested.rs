@@ -49,7 +49,7 @@ AMD, the default (QEMU): COMMAND sees this machine's files (writes are thrown aw
 repository, the cache directory and each --share. Its directory is the present one. Templates that it builds are kept in
 ~/.cache/zeroboot/nested/home, for the next run (ZEROBOOT_HOME).
 
-Intel (Bochs, built once; needs g++ and make): COMMAND sees a small system: busybox, zeroboot, and in /tests the programs
+Intel (Bochs, built once; needs g++, make and xz): COMMAND sees a small system: busybox, zeroboot, and in /tests the programs
 byte_guests, workers and nested_linux. Without COMMAND the lane's short form runs: byte_guests, workers, doctor, a fork
 benchmark.
 

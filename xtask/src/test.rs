@@ -100,9 +100,10 @@ const PACKAGES: &[(&[&str], &str)] = &[
     (&["npm", "--version"], "npm"),
     (&["curl", "--version"], "curl"),
     (&["cpio", "--version"], "cpio"),
-    // Bochs is built with these.
+    // Bochs, for the Intel lane, is built with these.
     (&["g++", "--version"], "g++"),
     (&["make", "--version"], "make"),
+    (&["xz", "--version"], "xz-utils"),
 ];
 
 fn works(command: &[&str]) -> bool {

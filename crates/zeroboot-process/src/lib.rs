@@ -12,6 +12,7 @@
 
 mod discover;
 mod ids;
+mod image;
 mod layout;
 mod serve;
 mod zygote;
@@ -19,5 +20,5 @@ mod zygote;
 pub use discover::{DiscoverError, HostRuntime, node, python};
 pub use ids::shared_because;
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
-pub use serve::{ServeError, serve};
+pub use serve::{Freeze, ServeError, serve};
 pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

@@ -33,6 +33,9 @@ const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json"
 /// On top of it where there is no cgroup.
 const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
 
+/// Moves the memory of this process into an image.
+pub type Freeze = fn() -> io::Result<String>;
+
 /// Why serving ended or never began.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -53,7 +56,10 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
 /// runner: jailed, with its standard streams and its control socket in place.
-pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
+///
+/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the second fork: it costs
+/// as much as fifty forks, and `zeroboot run` makes only one.
+pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, ServeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
     if threads != 1 {
         return Err(ServeError::Threads(threads));
@@ -70,6 +76,7 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| step("get random bytes")(e.into()))?;
     let mut count = u32::from_le_bytes(random);
+    let mut forks = 0u64;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
             return Ok(false);
@@ -81,6 +88,14 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
                 .map_err(step("answer on the control channel"))?;
             continue;
         }
+        if forks == 1
+            && let Some(freeze) = freeze.take()
+        {
+            // Forks are as right without, and slower.
+            let text = freeze().unwrap_or_else(|error| format!("no image: {error}"));
+            control::send(control, &Control::Image { text }, &[]).map_err(step("answer on the control channel"))?;
+        }
+        forks += 1;
         let socket = fds.remove(0);
         let cgroup = fds.pop();
         let outside = zygote.ids.map_or_else(|| rustix::process::geteuid().as_raw(), |ids| ids::BASE + count % ids);

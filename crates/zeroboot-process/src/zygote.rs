@@ -15,7 +15,7 @@ use zeroboot_sys::{
 };
 
 use crate::{
-    ids,
+    ids, image,
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
@@ -140,8 +140,9 @@ fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
 fn serve_here() -> Result<(), ServeError> {
     let control = process::inherited_fd(CONTROL_FD)
         .ok_or_else(|| ServeError::Io("no control channel".into(), io::Error::from_raw_os_error(9)))?;
-    ready().map_err(|e| ServeError::Io(format!("report: {e}"), e))?;
-    if !serve(&control)? {
+    ready()?;
+    // There is nothing warm to share: each runner becomes Node by exec.
+    if !serve(&control, None)? {
         process::exit_now(0);
     }
     std::mem::forget(control);
@@ -150,10 +151,11 @@ fn serve_here() -> Result<(), ServeError> {
 }
 
 /// Tells the front that the template is warm.
-pub(crate) fn ready() -> io::Result<()> {
+fn ready() -> Result<(), ServeError> {
     let mut frame = Vec::new();
     zeroboot_proto::encode(&mut frame, Kind::Ready, b"");
-    rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)?;
+    rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)
+        .map_err(|e| ServeError::Io(format!("report: {e}"), e.into()))?;
     Ok(())
 }
 
@@ -182,8 +184,7 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
 /// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.
 pub fn serve_python(control: i32) {
     let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
-    let outcome = ready().map_err(|e| ServeError::Io(format!("report: {e}"), e)).and_then(|()| serve(&control));
-    match outcome {
+    match ready().and_then(|()| serve(&control, Some(image::freeze))) {
         Ok(true) => std::mem::forget(control),
         Ok(false) => process::exit_now(0),
         Err(error) => {

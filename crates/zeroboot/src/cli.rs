@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use zeroboot_server::env;
 
-use crate::units;
+use crate::{sandbox::args::SandboxArgs, units};
 
 /// Sandboxes in well under a millisecond for code that nobody vouches for.
 #[derive(Debug, Parser)]
@@ -26,6 +26,9 @@ pub(crate) enum Command {
 
     /// Serve the HTTP API.
     Serve(ServeArgs),
+
+    /// Make sandboxes that live on a server, and work in them.
+    Sandbox(SandboxArgs),
 
     /// Make, list and revoke the API's keys.
     #[command(subcommand)]

@@ -3,6 +3,8 @@
 use zeroboot_engine::{ExecError, InvalidRequest, StartError};
 use zeroboot_process::DiscoverError;
 
+use crate::sandbox::Refused;
+
 /// An error that brings its own hint.
 #[derive(Debug)]
 pub(crate) struct Hinted {
@@ -28,6 +30,9 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<String> {
     error.chain().find_map(|cause| {
         if let Some(hinted) = cause.downcast_ref::<Hinted>() {
             return Some(hinted.hint.clone());
+        }
+        if let Some(refused) = cause.downcast_ref::<Refused>() {
+            return Some(refused.hint());
         }
         if let Some(discover) = cause.downcast_ref::<DiscoverError>() {
             return Some(discover.hint());

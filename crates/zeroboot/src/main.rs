@@ -9,6 +9,7 @@ mod keys;
 mod printer;
 mod resolve;
 mod run;
+mod sandbox;
 mod serve;
 mod template;
 mod units;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         cli::Command::Run(args) => run::run(args),
         cli::Command::Serve(args) => serve::run(&args),
+        cli::Command::Sandbox(args) => sandbox::run(args),
         cli::Command::Keys(command) => keys::run(command),
         cli::Command::Template(command) => template::run(command),
         cli::Command::Doctor(args) => doctor::run(&args),

@@ -333,7 +333,7 @@ fn cannot_write(error: &io::Error) -> anyhow::Error {
 }
 
 /// Our standard input, chunk by chunk, from a thread that may block for ever.
-fn read_stdin() -> mpsc::Receiver<Bytes> {
+pub(crate) fn read_stdin() -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(4);
     std::thread::spawn(move || {
         let mut chunk = vec![0; 64 * 1024];

@@ -3,6 +3,8 @@ server does is tested against the real server (`test_contract.py`)."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import select
 import socket
@@ -10,6 +12,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
+
+from wsproto.connection import Connection, ConnectionType
 
 OK = {
     "id": "0193-1",
@@ -117,6 +121,10 @@ class Stub:
         headers = {k.strip().lower(): v.strip() for k, _, v in (x.partition(":") for x in lines)}
         while len(body) < int(headers.get("content-length", 0)):
             body += client.recv(65536)
+        if headers.get("transfer-encoding") == "chunked":
+            while not body.endswith(b"0\r\n\r\n"):
+                body += client.recv(65536)
+            body = unchunk(body)
         method, path, _ = first.split(" ")
         return Seen(method, path, headers, body, number)
 
@@ -187,8 +195,35 @@ def drip(stub: Stub, client: socket.socket) -> None:
         time.sleep(0.05)
 
 
-def event(name: str, **fields: Any) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(fields)}\n\n".encode()
+def event(name: str, /, at: Any = None, **fields: Any) -> bytes:
+    mark = "" if at is None else f"id: {at}\n"
+    return f"{mark}event: {name}\ndata: {json.dumps(fields)}\n\n".encode()
+
+
+def unchunk(body: bytes) -> bytes:
+    whole = b""
+    while True:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size, 16)
+        if length == 0:
+            return whole
+        whole, body = whole + rest[:length], rest[length + 2 :]
+
+
+def web_socket(talk: Callable[[socket.socket, Any], None]) -> Step:
+    """Upgrades, then lets `talk` have the socket and a wsproto connection."""
+
+    def step(stub: Stub, client: socket.socket) -> None:
+        key = stub.seen[-1].headers["sec-websocket-key"]
+        digest = hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        client.sendall(
+            b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+            b"sec-websocket-accept: " + base64.b64encode(digest) + b"\r\n\r\n"
+        )
+        talk(client, Connection(ConnectionType.SERVER))
+        raise OSError("the talk is over")
+
+    return step
 
 
 END = {k: v for k, v in OK.items() if k not in ("stdout", "stderr", "output")}

@@ -14,8 +14,10 @@ import stub
 
 import zeroboot
 from zeroboot import Exec, Result
+from zeroboot import _live_core as core
 from zeroboot._core import exec_body
-from zeroboot._errors import RATE_CODES, SERVER_CODES
+from zeroboot._errors import CODE_CLASSES, RATE_CODES, SERVER_CODES
+from zeroboot._live_types import CellOutcome, CommandOutcome, EndReason, EntryKind
 
 FILE = Path(
     os.environ.get("ZEROBOOT_OPENAPI")
@@ -112,6 +114,81 @@ def test_health_has_what_the_client_reads(api: Any) -> None:
     assert words(api, health["status"]) == set(typing.get_args(zeroboot.HealthStatus))
     template = properties(api, resolve(api, health["templates"])["additionalProperties"])
     assert set(zeroboot.TemplateHealth.__annotations__) == set(template)
+
+
+def body(api: Any, path: str, method: str = "post") -> dict[str, Any]:
+    content = api["paths"][path][method]["requestBody"]["content"]["application/json"]
+    return properties(api, content["schema"])
+
+
+def answered(api: Any, path: str, method: str, status: str = "200") -> dict[str, Any]:
+    content = api["paths"][path][method]["responses"][status]["content"]
+    return properties(api, content["application/json"]["schema"])
+
+
+SANDBOX = "/v1/sandboxes/{id}"
+
+
+def test_every_field_of_a_live_request_can_be_sent_and_no_other(api: Any) -> None:
+    known = set(body(api, "/v1/sandboxes"))
+    limits = {name: 1 for name in zeroboot.SandboxLimits.__annotations__}
+    full = core.create_body("t", "python", 1.0, 1.0, {"A": "b"}, {"a": "b"}, limits)  # type: ignore[arg-type]
+    assert set(full) == known
+    # Streams are asked for by the header.
+    assert set(core.cell_body("x", "c", 1.0)) == set(body(api, SANDBOX + "/run")) - {"stream"}
+    options: Any = {
+        "cwd": "/",
+        "env": {"A": "b"},
+        "timeout": 1.0,
+        "keep_stdin_open": True,
+        "background": True,
+        "tag": "t",
+        "end_with_client": True,
+        "terminal": (80, 24),
+    }
+    known = set(body(api, SANDBOX + "/commands")) - {"stream"}
+    sent = {*core.command_body("x", stdin="t", **options)}
+    assert sent | {*core.command_body(["x"], stdin=b"b", **options)} == known
+
+
+def test_every_field_of_a_live_answer_is_read_and_no_other(api: Any) -> None:
+    def read(kind: Any, *own: str, **renamed: str) -> set[str]:
+        names = {field.name for field in fields(kind)} - {"raw", "request_id", *own}
+        return {renamed.get(name, name) for name in names}
+
+    exact = ("stdout_bytes", "stderr_bytes")
+    info = read(zeroboot.SandboxInfo, idle_timeout="idle_timeout_seconds")
+    assert info == set(answered(api, "/v1/sandboxes", "post", "201"))
+    cell = answered(api, SANDBOX + "/run", "post")
+    command = answered(api, SANDBOX + "/commands", "post")
+    # In both answers, each for the other: a cell's status, a command's count.
+    spare = {"encoding", "output_offset", "exit_code", "signal", "execution_count", "context_lost"}
+    assert set(cell) - read(zeroboot.CellResult, *exact) <= spare
+    assert read(zeroboot.CellResult, *exact) <= set(cell)
+    assert set(command) - read(zeroboot.CommandResult, *exact) <= spare
+    assert read(zeroboot.CommandResult, *exact) <= set(command)
+    status = answered(api, SANDBOX + "/commands/{run}", "get")
+    spare = {"execution_count", "context_lost", "signal", "wall_time_ms"}
+    assert set(status) - read(zeroboot.CommandInfo) == spare
+    assert read(zeroboot.CommandInfo) <= set(status)
+    contexts = answered(api, SANDBOX + "/contexts", "get")["contexts"]
+    assert read(zeroboot.Context) == set(properties(api, contexts["items"]))
+    assert read(zeroboot.Entry) == set(answered(api, SANDBOX + "/files/stat", "get"))
+
+
+def test_the_words_of_live_sandboxes_are_the_same(api: Any) -> None:
+    outcomes = words(api, answered(api, SANDBOX + "/run", "post")["outcome"])
+    assert outcomes == {*typing.get_args(CellOutcome), *typing.get_args(CommandOutcome)}
+    kinds = words(api, answered(api, SANDBOX + "/files/stat", "get")["kind"])
+    assert kinds == set(typing.get_args(EntryKind))
+    reasons = words(api, api["components"]["schemas"]["EndReasonName"])
+    assert reasons == set(typing.get_args(EndReason))
+
+
+def test_every_code_that_has_a_class_is_in_the_api(api: Any) -> None:
+    text = json.dumps(api)
+    for code in CODE_CLASSES:
+        assert f"`{code}`" in text, f"{code} is not in {FILE.name}"
 
 
 def test_error_codes_are_known_where_only_the_code_tells(api: Any) -> None:

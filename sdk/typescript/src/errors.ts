@@ -108,11 +108,17 @@ export const SERVER_CODES = new Set([
   "busy",
   "internal",
   "not_ready",
+  "operation_failed",
   "sandbox_failed",
   "server_output_limit",
   "shutting_down",
 ]);
-const RATE_CODES = new Set(["concurrency_limited", "rate_limited"]);
+const RATE_CODES = new Set([
+  "concurrency_limited",
+  "rate_limited",
+  "too_many_runs",
+  "too_many_streams",
+]);
 
 export function errorFor(message: string, facts: ErrorFacts): ZerobootError {
   const { status, code } = facts;

@@ -303,6 +303,10 @@ impl Done {
         assert_eq!(self.err().lines().count(), 2, "{self:?}");
         self
     }
+    /// The directory that it ran in.
+    pub(crate) fn work(&self) -> PathBuf {
+        self.dir.join("work")
+    }
     /// A file that it made in its working directory.
     pub(crate) fn made(&self, name: &str) -> Option<Vec<u8>> {
         fs::read(self.dir.join("work").join(name)).ok()

@@ -3,6 +3,12 @@
 from zeroboot import Sandbox
 
 print(Sandbox().run("print(1 + 1)"))  # "2"
+
+Or in one that lives:
+
+with Sandbox.create(template="python") as sb:
+    sb.run("x = 41")
+    print(sb.run("x + 1").value)  # "42"
 """
 
 from ._async import AsyncExecStream, AsyncSandbox
@@ -10,14 +16,49 @@ from ._errors import (
     AuthenticationError,
     BadRequestError,
     BatchError,
+    CannotStart,
+    CellFailed,
+    CommandFailed,
+    CommandNotFound,
     ConnectionError,
+    ContextExists,
+    ContextNotFound,
     ExecutionError,
+    FileExists,
+    FileNotFound,
+    NoRoom,
+    NotAllowed,
+    NotEmpty,
     RateLimitError,
+    RunEnded,
+    SandboxGone,
+    SandboxNotFound,
     ServerError,
     TimeoutError,
+    TooManySandboxes,
+    WrongKind,
     ZerobootError,
 )
 from ._events import End, Event, File, Start, Stderr, Stdout
+from ._live_async import AsyncCommand, AsyncLiveSandbox, AsyncRunStream, AsyncStream, AsyncTerminal
+from ._live_sync import Command, LiveSandbox, RunStream, Stream, Terminal
+from ._live_types import (
+    CellEnd,
+    CellError,
+    CellResult,
+    Change,
+    CommandEnd,
+    CommandInfo,
+    CommandResult,
+    Context,
+    Entry,
+    Lost,
+    RichResult,
+    SandboxInfo,
+    SandboxLimits,
+    Started,
+    TerminalExit,
+)
 from ._result import OutputFile, Result
 from ._sync import ExecStream, Sandbox
 from ._types import (
@@ -36,37 +77,78 @@ from ._types import (
 from ._version import __version__
 
 __all__ = [
+    "AsyncCommand",
     "AsyncExecStream",
+    "AsyncLiveSandbox",
+    "AsyncRunStream",
     "AsyncSandbox",
+    "AsyncStream",
+    "AsyncTerminal",
     "AuthenticationError",
     "BadRequestError",
     "BatchError",
+    "CannotStart",
+    "CellEnd",
+    "CellError",
+    "CellFailed",
+    "CellResult",
+    "Change",
+    "Command",
+    "CommandEnd",
+    "CommandFailed",
+    "CommandInfo",
+    "CommandNotFound",
+    "CommandResult",
     "ConnectionError",
+    "Context",
+    "ContextExists",
+    "ContextNotFound",
     "Data",
     "End",
+    "Entry",
     "Event",
     "Exec",
     "ExecStream",
     "ExecutionError",
     "File",
     "FileData",
+    "FileExists",
+    "FileNotFound",
     "Health",
     "HealthStatus",
     "InputFile",
     "Isolation",
     "Language",
     "Limits",
+    "LiveSandbox",
+    "Lost",
+    "NoRoom",
+    "NotAllowed",
+    "NotEmpty",
     "Outcome",
     "OutputFile",
     "RateLimitError",
     "Result",
+    "RichResult",
+    "RunEnded",
+    "RunStream",
     "Sandbox",
+    "SandboxGone",
+    "SandboxInfo",
+    "SandboxLimits",
+    "SandboxNotFound",
     "ServerError",
     "Start",
+    "Started",
     "Stderr",
     "Stdout",
+    "Stream",
     "TemplateHealth",
+    "Terminal",
+    "TerminalExit",
     "TimeoutError",
+    "TooManySandboxes",
+    "WrongKind",
     "ZerobootError",
     "__version__",
 ]

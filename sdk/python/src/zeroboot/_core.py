@@ -30,6 +30,7 @@ from ._errors import (
     TimeoutError,
     ZerobootError,
     error_class,
+    error_of,
 )
 from ._result import Result
 from ._types import Data, Exec, FileData, Health, InputFile
@@ -42,6 +43,8 @@ STREAM_SILENCE = 60.0
 #: A longer Retry-After is given to the caller rather than slept through.
 MAX_RETRY_WAIT = 10.0
 MAX_ERROR_TEXT = 500
+#: More than a socket's timeout can hold is a limit that no socket needs.
+LONGEST_WAIT = 1e6
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,25 @@ class Answer:
             )
         return results
 
+    def fields(self) -> dict[str, Any]:
+        """The JSON object of an answer that is good."""
+        if not self.good:
+            raise self.error()
+        return self._object()
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """The list of objects that stands under `name`."""
+        found = self.fields().get(name)
+        if not isinstance(found, list) or any(not isinstance(item, dict) for item in found):
+            raise ServerError(
+                f"the answer has no list {name}", status=self.status, request_id=self.request_id
+            )
+        return found
+
+    @property
+    def good(self) -> bool:
+        return 200 <= self.status < 300
+
     def health(self) -> Health:
         raw: Any = None
         if self.status in (200, 503):
@@ -271,24 +293,23 @@ class Answer:
 
     def error(self) -> ZerobootError:
         """What this answer, which is not a 200, means."""
-        message, code, request_id = "", None, None
+        message, fields = "", {}
         try:
-            fields = json.loads(self.body)
+            found = json.loads(self.body)
         except ValueError:
             message = self.text()
         else:
-            if isinstance(fields, dict):
+            if isinstance(found, dict):
+                fields = found
                 message = str(fields.get("error") or "")
-                code = fields.get("code")
-                request_id = fields.get("request_id")
         if 300 <= self.status < 400:
             where = self.headers.get("location", "")
             message = f"the server redirects to {where}; name that address to send code there"
-        return error_class(self.status, code)(
-            message or httpx.codes.get_reason_phrase(self.status) or "the request failed",
-            code=code,
-            status=self.status,
-            request_id=request_id or self.request_id,
+        return error_of(
+            self.status,
+            fields,
+            self.request_id,
+            message=message or httpx.codes.get_reason_phrase(self.status),
             retry_after=retry_after(self.headers),
             # 500 and above without a promise: it may have run.
             may_have_run=self.status >= 500 and self.status != 503,
@@ -352,11 +373,12 @@ class Attempts:
     def begin(self) -> httpx.Timeout:
         self._deadline = time.monotonic() + self.budget
         silence = self.budget if self.silence is None else min(self.silence, self.budget)
+        bound = min(self.budget, LONGEST_WAIT)
         return httpx.Timeout(
-            connect=min(self.config.connect_timeout, self.budget),
-            read=silence,
-            write=self.budget,
-            pool=self.budget,
+            connect=min(self.config.connect_timeout, bound),
+            read=min(silence, LONGEST_WAIT),
+            write=bound if self.silence is None else min(silence, bound),
+            pool=bound,
         )
 
     def check_deadline(self) -> None:
@@ -395,7 +417,8 @@ class Attempts:
         return at_least + random.uniform(0.0, 0.1 * 2.0**self._failed)  # noqa: S311
 
     def _timed_out(self, may_have_run: bool) -> TimeoutError:
-        return TimeoutError(f"no answer within {self.budget:g} s", may_have_run=may_have_run)
+        waited = self.budget if self.silence is None else min(self.silence, self.budget)
+        return TimeoutError(f"no answer within {waited:g} s", may_have_run=may_have_run)
 
 
 def _said(error: Exception) -> str:

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Optional, Union
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 if TYPE_CHECKING:
+    from ._live_types import CellResult, CommandResult, EndReason
     from ._result import Result
 
 __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "BatchError",
+    "CannotStart",
+    "CellFailed",
+    "CommandFailed",
+    "CommandNotFound",
     "ConnectionError",
+    "ContextExists",
+    "ContextNotFound",
     "ExecutionError",
+    "FileExists",
+    "FileNotFound",
+    "NoRoom",
+    "NotAllowed",
+    "NotEmpty",
     "RateLimitError",
+    "RunEnded",
+    "SandboxGone",
+    "SandboxNotFound",
     "ServerError",
     "TimeoutError",
+    "TooManySandboxes",
+    "WrongKind",
     "ZerobootError",
 ]
 
@@ -111,6 +128,102 @@ class BatchError(ZerobootError):
         return [item for item in self.results if isinstance(item, ZerobootError)]
 
 
+# --- sandboxes that live --------------------------------------------------------------------
+
+
+class SandboxNotFound(BadRequestError):
+    """No sandbox of this key has this id."""
+
+
+class SandboxGone(BadRequestError):
+    """The sandbox has ended. `reason` says why: `lease_ended`, `idle`, `requested`, `lost` ..."""
+
+    def __init__(self, message: str, *, reason: Optional[EndReason] = None, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.reason = reason
+
+
+class TooManySandboxes(RateLimitError):
+    """The key, or the server, has as many live sandboxes as it may have."""
+
+
+class ContextNotFound(BadRequestError):
+    """The sandbox has no context of this name."""
+
+
+class ContextExists(BadRequestError):
+    """The sandbox has a context of this name already."""
+
+
+class CommandNotFound(BadRequestError):
+    """The sandbox knows no command with this id."""
+
+
+class RunEnded(BadRequestError):
+    """The command has ended: it takes no input and no signal."""
+
+
+class CannotStart(BadRequestError):
+    """The program cannot be started: it does not exist, or is not executable."""
+
+
+class FileNotFound(BadRequestError, builtins.FileNotFoundError):
+    """The sandbox has no file of this name. Also a built-in `FileNotFoundError`."""
+
+
+class FileExists(BadRequestError, builtins.FileExistsError):
+    """The name is taken. Also a built-in `FileExistsError`."""
+
+
+class NotAllowed(BadRequestError, builtins.PermissionError):
+    """The code in the sandbox may not do that either. Also a built-in `PermissionError`."""
+
+
+class WrongKind(BadRequestError):
+    """It is a directory, or is not one, or is not a regular file."""
+
+
+class NotEmpty(BadRequestError):
+    """The directory is not empty."""
+
+
+class NoRoom(BadRequestError):
+    """The sandbox has no room: disk, processes, memory, descriptors, contexts."""
+
+
+class CellFailed(ZerobootError):
+    """Raised by `CellResult.check()`. `result` holds all of it."""
+
+    def __init__(self, message: str, result: CellResult) -> None:
+        super().__init__(message, may_have_run=True)
+        self.result = result
+
+
+class CommandFailed(ZerobootError):
+    """Raised by `CommandResult.check()`. `result` holds all of it."""
+
+    def __init__(self, message: str, result: CommandResult) -> None:
+        super().__init__(message, may_have_run=True)
+        self.result = result
+
+
+CODE_CLASSES: Mapping[str, type[ZerobootError]] = {
+    "cannot_start": CannotStart,
+    "context_exists": ContextExists,
+    "context_not_found": ContextNotFound,
+    "file_exists": FileExists,
+    "file_not_found": FileNotFound,
+    "no_room": NoRoom,
+    "not_allowed": NotAllowed,
+    "not_empty": NotEmpty,
+    "run_ended": RunEnded,
+    "run_not_found": CommandNotFound,
+    "sandbox_gone": SandboxGone,
+    "sandbox_not_found": SandboxNotFound,
+    "too_many_sandboxes": TooManySandboxes,
+    "wrong_kind": WrongKind,
+}
+
 # Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
 # batch, an `error` event in a stream.
 SERVER_CODES = frozenset(
@@ -119,15 +232,18 @@ SERVER_CODES = frozenset(
         "busy",
         "internal",
         "not_ready",
+        "operation_failed",
         "sandbox_failed",
         "server_output_limit",
         "shutting_down",
     }
 )
-RATE_CODES = frozenset({"concurrency_limited", "rate_limited"})
+RATE_CODES = frozenset({"concurrency_limited", "rate_limited", "too_many_runs", "too_many_streams"})
 
 
 def error_class(status: Optional[int], code: Optional[str]) -> type[ZerobootError]:
+    if code is not None and code in CODE_CLASSES:
+        return CODE_CLASSES[code]
     if status in (401, 403) or (status is None and code == "unauthorized"):
         return AuthenticationError
     if status == 429 or (status is None and code in RATE_CODES):
@@ -135,3 +251,27 @@ def error_class(status: Optional[int], code: Optional[str]) -> type[ZerobootErro
     if status is None:
         return ServerError if code is None or code in SERVER_CODES else BadRequestError
     return BadRequestError if 400 <= status < 500 else ServerError
+
+
+def error_of(
+    status: Optional[int],
+    fields: Mapping[str, Any],
+    request_id: Optional[str],
+    *,
+    message: str = "",
+    retry_after: Optional[float] = None,
+    may_have_run: bool = False,
+) -> ZerobootError:
+    """What the server's `{"error", "code", "request_id"}` means."""
+    code = fields.get("code")
+    kind = error_class(status, code)
+    extra = {"reason": fields.get("reason")} if kind is SandboxGone else {}
+    return kind(
+        message or str(fields.get("error") or "") or "the request failed",
+        code=code,
+        status=status,
+        request_id=fields.get("request_id") or request_id,
+        retry_after=retry_after,
+        may_have_run=may_have_run,
+        **extra,
+    )

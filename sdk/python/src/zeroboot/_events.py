@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
-from ._errors import ConnectionError, ServerError, error_class
+from ._errors import ConnectionError, ServerError, error_of
 from ._result import OutputFile, Result, data_bytes, output_file
 from ._types import Isolation
 
@@ -77,6 +77,9 @@ class SseReader:
         self._event = ""
         self._data: list[str] = []
         self._first = True
+        #: The `id` of the last event, as a reader would send it to go on from there.
+        self.last_id: Optional[str] = None
+        self._id: Optional[str] = None
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
         text = self._decoder.decode(chunk)
@@ -102,6 +105,8 @@ class SseReader:
         if not line:
             ready = (self._event or "message", "\n".join(self._data)) if self._data else None
             self._event, self._data = "", []
+            if ready is not None and self._id is not None:
+                self.last_id = self._id
             return ready
         field, _, value = line.partition(":")
         value = value[1:] if value.startswith(" ") else value
@@ -109,7 +114,9 @@ class SseReader:
             self._event = value
         elif field == "data":
             self._data.append(value)
-        return None  # a comment (keep-alive), `id`, `retry`: nothing for us
+        elif field == "id":
+            self._id = value
+        return None  # a comment (keep-alive), `retry`: nothing for us
 
 
 class ExecReader:
@@ -166,13 +173,7 @@ class ExecReader:
             self.result = Result(self._whole(fields), self._request_id)
             return End(self.result)
         if name == "error":
-            code = fields.get("code")
-            raise error_class(None, code)(
-                str(fields.get("error", "the exec failed")),
-                code=code,
-                request_id=fields.get("request_id") or self._request_id,
-                may_have_run=True,
-            )
+            raise error_of(None, fields, self._request_id, may_have_run=True)
         return None  # an event of a newer server
 
     def _whole(self, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class Result(str):
 
     def __new__(cls, raw: Mapping[str, Any], request_id: Optional[str] = None) -> Result:
         encoding = dict(raw.get("encoding") or {})
-        stdout_bytes, stdout = _stream(raw, "stdout", encoding)
-        stderr_bytes, stderr = _stream(raw, "stderr", encoding)
+        stdout_bytes, stdout = stream_of(raw, "stdout", encoding)
+        stderr_bytes, stderr = stream_of(raw, "stderr", encoding)
         self = super().__new__(cls, _without_final_newline(stdout))
         self.raw = raw
         self.request_id = request_id
@@ -158,7 +158,8 @@ def unbase64(text: str) -> bytes:
         raise ServerError("the answer has bad base64", may_have_run=True) from e
 
 
-def _stream(raw: Mapping[str, Any], name: str, encoding: Mapping[str, str]) -> tuple[bytes, str]:
+def stream_of(raw: Mapping[str, Any], name: str, encoding: Mapping[str, str]) -> tuple[bytes, str]:
+    """A stream of an answer: its bytes, and its text."""
     text = raw.get(name, "")
     if encoding.get(name) == "base64":
         data = unbase64(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +11,12 @@ from typing import Any, Callable, Literal, Optional, Union, overload
 
 import httpx
 
-from . import _core
+from . import _core, _live_core
 from ._core import Answer, Attempts
 from ._errors import ZerobootError
 from ._events import End, Event, ExecReader, Stderr, Stdout
+from ._live_sync import LiveSandbox
+from ._live_types import SandboxInfo, SandboxLimits
 from ._result import Result
 from ._types import Data, Exec, FileData, Health, Language, Limits
 
@@ -180,6 +183,85 @@ class Sandbox:
             raise answer.error()
         return answer.body.decode("utf-8")
 
+    # --- sandboxes that live ---
+
+    @classmethod
+    def create(
+        cls,
+        template: Optional[str] = None,
+        *,
+        language: Optional[Language] = None,
+        timeout: float = _live_core.DEFAULT_LEASE,
+        idle_timeout: Optional[float] = None,
+        env: Optional[Mapping[str, str]] = None,
+        metadata: Optional[Mapping[str, str]] = None,
+        limits: Optional[SandboxLimits] = None,
+        api_key: Optional[str] = None,
+        base_url: Optional[str] = None,
+        client: Optional[Sandbox] = None,
+    ) -> LiveSandbox:
+        """Take a sandbox that lives until `timeout` seconds from now, `kill()`, or its block's end.
+
+        `idle_timeout`: it also ends when nothing was asked of it for so many seconds. `client`: use
+        the key, the address and the connections of this one.
+        """
+        body = _live_core.create_body(
+            template, language, timeout, idle_timeout, env, metadata, limits
+        )
+        used = client or cls(api_key, base_url)
+        try:
+            answer = used._ask("POST", "/v1/sandboxes", body)
+            info = SandboxInfo.of(answer.fields())
+        except BaseException:
+            if client is None:
+                used.close()
+            raise
+        return LiveSandbox(used, info, owns_client=client is None, kill_on_exit=True)
+
+    @classmethod
+    def connect(
+        cls,
+        sandbox_id: str,
+        *,
+        api_key: Optional[str] = None,
+        base_url: Optional[str] = None,
+        client: Optional[Sandbox] = None,
+    ) -> LiveSandbox:
+        """A sandbox that lives already. Leaving its `with` block does not end it."""
+        used = client or cls(api_key, base_url)
+        try:
+            answer = used._ask("GET", _live_core.sandbox_path(sandbox_id))
+            info = SandboxInfo.of(answer.fields())
+        except BaseException:
+            if client is None:
+                used.close()
+            raise
+        return LiveSandbox(used, info, owns_client=client is None, kill_on_exit=False)
+
+    @classmethod
+    def list(
+        cls,
+        *,
+        metadata: Optional[Mapping[str, str]] = None,
+        api_key: Optional[str] = None,
+        base_url: Optional[str] = None,
+        client: Optional[Sandbox] = None,
+    ) -> builtins.list[SandboxInfo]:
+        """The live sandboxes of this key; with `metadata`, those that have all of it."""
+        used = client or cls(api_key, base_url)
+        try:
+            found: builtins.list[SandboxInfo] = []
+            cursor: Optional[str] = None
+            while True:
+                answer = used._ask("GET", _live_core.list_path(metadata, cursor))
+                found += [SandboxInfo.of(item) for item in answer.entries("sandboxes")]
+                cursor = answer.fields().get("next_cursor")
+                if not cursor:
+                    return found
+        finally:
+            if client is None:
+                used.close()
+
     def close(self) -> None:
         if self._owned:
             self._http.close()
@@ -234,6 +316,55 @@ class Sandbox:
                 wait = attempts.after_answer(answer.status, answer.headers)
                 if wait is None or not retry_answers:
                     return answer
+            time.sleep(wait or 0.0)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Optional[Mapping[str, Any]] = None,
+        *,
+        budget: Optional[float] = None,
+    ) -> Answer:
+        attempts = Attempts(self._config, self._config.grace if budget is None else budget)
+        content = None if body is None else _core.dump(body)
+        return self._request(method, path, content, attempts)
+
+    def _opened(
+        self,
+        method: str,
+        path: str,
+        content: Any,
+        attempts: Attempts,
+        accept: str,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> httpx.Response:
+        """A good answer whose body is still to be read. The caller closes it."""
+        headers = {**self._config.headers, "Accept": accept, **(headers or {})}
+        if content is not None and "Content-Type" not in headers:
+            headers["Content-Type"] = "application/json"
+        while True:
+            request = self._http.build_request(
+                method,
+                self._config.url(path),
+                content=content,
+                headers=headers,
+                timeout=attempts.begin(),
+            )
+            try:
+                response = self._http.send(request, stream=True)
+                if 200 <= response.status_code < 300 or response.status_code == 101:
+                    return response
+                try:
+                    answer = _read(response, attempts)
+                finally:
+                    response.close()
+            except httpx.HTTPError as e:
+                wait: Optional[float] = attempts.after_error(e)
+            else:
+                wait = attempts.after_answer(answer.status, answer.headers)
+                if wait is None or not isinstance(content, (bytes, type(None))):
+                    raise answer.error()
             time.sleep(wait or 0.0)
 
     def _open(

@@ -79,6 +79,8 @@ class TemplateHealth(TypedDict, total=False):
     pool_target: int
     forks: int
     restarts: int
+    #: Of this template that live.
+    sandboxes: int
     canary_age_seconds: float
 
 

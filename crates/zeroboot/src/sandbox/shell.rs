@@ -1,0 +1,191 @@
+//! `zeroboot sandbox shell`: a terminal.
+
+use anyhow::Context;
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use futures_util::{SinkExt, StreamExt, stream::SplitSink, stream::SplitStream};
+use hyper::{Method, Response, StatusCode, body::Incoming, upgrade::Upgraded};
+use hyper_util::rt::TokioIo;
+use rustix::{
+    stdio::stdin,
+    termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr},
+};
+use serde_json::{Value, json};
+use sha1::{Digest, Sha1};
+use tokio::signal::unix::{Signal, SignalKind, signal as listen};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{Error, Message, protocol::Role},
+};
+
+use super::{
+    args::ShellArgs,
+    client::{Client, PATIENCE, Refused, empty, path, query},
+    exec::status,
+};
+use crate::{hint::hinted, printer, run::read_stdin};
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
+pub(super) async fn shell(client: &Client, args: &ShellArgs) -> anyhow::Result<u8> {
+    if !isatty(stdin()) {
+        return Err(hinted("standard input is not a terminal", "`zeroboot sandbox exec ID -- sh` reads from anything"));
+    }
+    let (columns, rows) = size();
+    let (columns, rows) = (columns.to_string(), rows.to_string());
+    let mut pairs = vec![("columns", columns.as_str()), ("rows", rows.as_str()), ("end_with_client", "true")];
+    pairs.extend(args.command.as_deref().map(|command| ("command", command)));
+    pairs.extend(args.cwd.as_deref().map(|cwd| ("cwd", cwd)));
+    let socket = open(client, &query(&path(&args.id, &["terminal"]), &pairs)).await?;
+    let (sink, stream) = socket.split();
+    let mut signals = Signals::new()?;
+    // From here on no message is ours to print before it is dropped.
+    let raw = Raw::new()?;
+    let mut follow = std::pin::pin!(follow(stream));
+    let mut feed = std::pin::pin!(feed(sink));
+    let mut feeding = true;
+    loop {
+        tokio::select! {
+            biased;
+            status = &mut follow => return status,
+            // What cannot be sent is no failure yet: the end may be on its way to us.
+            () = &mut feed, if feeding => feeding = false,
+            _ = signals.resume.recv() => raw.set()?,
+            _ = signals.interrupt.recv() => return Ok(130),
+            _ = signals.terminate.recv() => return Ok(143),
+            _ = signals.hangup.recv() => return Ok(129),
+        }
+    }
+}
+
+/// Asks for the WebSocket (RFC 6455, section 4).
+async fn open(client: &Client, to: &str) -> anyhow::Result<Socket> {
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).context("draw a random number")?;
+    let key = BASE64_STANDARD.encode(nonce);
+    let accept = BASE64_STANDARD.encode(Sha1::digest(format!("{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11")));
+    let headers = [
+        ("connection", "Upgrade".to_owned()),
+        ("upgrade", "websocket".to_owned()),
+        ("sec-websocket-version", "13".to_owned()),
+        ("sec-websocket-key", key),
+    ];
+    let answer = client.send(Method::GET, to, &headers, empty(), Some(PATIENCE)).await?;
+    let answer = client.good(answer).await?;
+    if answer.status() != StatusCode::SWITCHING_PROTOCOLS || accepted(&answer) != Some(&accept) {
+        return Err(hinted(
+            "the server gave no terminal",
+            "is the server a Zeroboot, or a proxy without WebSockets before it?",
+        ));
+    }
+    let upgraded = hyper::upgrade::on(answer).await.context("take the connection over")?;
+    Ok(WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, None).await)
+}
+
+fn accepted(answer: &Response<Incoming>) -> Option<&str> {
+    answer.headers().get("sec-websocket-accept")?.to_str().ok()
+}
+
+/// Prints what the terminal shows; gives the exit status of its program.
+async fn follow(mut stream: SplitStream<Socket>) -> anyhow::Result<u8> {
+    let (mut exit, mut failed) = (None, None);
+    loop {
+        match stream.next().await {
+            Some(Ok(Message::Binary(bytes))) => printer::stdout(&bytes)?,
+            Some(Ok(Message::Text(text))) => {
+                let word: Value = serde_json::from_str(&text).unwrap_or_default();
+                if let Some(end) = word.get("exit") {
+                    exit = Some(status(end));
+                } else if let Some(error) = word.get("error") {
+                    // What matters of it is seen at the end: the program may go on.
+                    failed = Some(anyhow::Error::from(Refused::of(0, error)));
+                }
+            }
+            Some(Ok(_)) => {}
+            Some(Err(Error::ConnectionClosed | Error::AlreadyClosed)) | None => {
+                return exit.ok_or_else(|| failed.unwrap_or_else(|| broke("the server closed it")));
+            }
+            Some(Err(error)) => return exit.ok_or_else(|| failed.unwrap_or_else(|| broke(&error.to_string()))),
+        }
+    }
+}
+
+/// Sends what is typed, and each new size, until the other side takes no more.
+async fn feed(mut sink: SplitSink<Socket, Message>) {
+    let mut typed = read_stdin();
+    let Ok(mut resized) = listen(SignalKind::window_change()) else { return };
+    loop {
+        let message = tokio::select! {
+            chunk = typed.recv() => match chunk {
+                Some(chunk) => Message::Binary(chunk),
+                // Our own terminal was hung up.
+                None => Message::Close(None),
+            },
+            _ = resized.recv() => {
+                let (columns, rows) = size();
+                Message::text(json!({ "resize": { "columns": columns, "rows": rows } }).to_string())
+            }
+        };
+        let last = message.is_close();
+        if sink.send(message).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+fn broke(why: &str) -> anyhow::Error {
+    hinted(format!("the terminal broke: {why}"), "`zeroboot sandbox show ID` says whether the sandbox is still there")
+}
+
+/// Columns and rows of our terminal; what terminals have had for long if it does not know.
+fn size() -> (u16, u16) {
+    match tcgetwinsize(stdin()) {
+        Ok(size) if size.ws_col > 0 && size.ws_row > 0 => (size.ws_col, size.ws_row),
+        _ => (80, 24),
+    }
+}
+
+/// Our terminal passes everything on while this lives. Dropping it, also in a panic, makes it what it was.
+struct Raw {
+    before: Termios,
+}
+
+impl Raw {
+    fn new() -> anyhow::Result<Raw> {
+        let raw = Raw { before: tcgetattr(stdin()).context("read the terminal's settings")? };
+        raw.set()?;
+        Ok(raw)
+    }
+
+    fn set(&self) -> anyhow::Result<()> {
+        let mut settings = self.before.clone();
+        settings.make_raw();
+        tcsetattr(stdin(), OptionalActions::Drain, &settings).context("change the terminal's settings")
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // Where that fails the terminal is gone.
+        let _hung_up = tcsetattr(stdin(), OptionalActions::Drain, &self.before);
+    }
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    /// Who stopped us may have changed the terminal's settings.
+    resume: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Signals> {
+        let listen = |kind| listen(kind).context("listen for signals");
+        Ok(Signals {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+            resume: listen(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()))?,
+        })
+    }
+}

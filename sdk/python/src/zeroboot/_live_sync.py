@@ -1,0 +1,908 @@
+"""`LiveSandbox`: a sandbox that lives.
+
+Made from `_live_async.py` by `tools/sync.py`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Callable, Generic, Optional, TypeVar, Union
+
+import httpx
+
+from . import _core, _live_core
+from ._core import Attempts
+from ._errors import (
+    ConnectionError,
+    FileNotFound,
+    SandboxGone,
+    SandboxNotFound,
+    TimeoutError,
+    ZerobootError,
+)
+from ._events import Stderr, Stdout
+from ._live_core import FOREVER, CellReader, CommandReader, TerminalWire, WatchReader
+from ._live_types import (
+    CellEnd,
+    CellEvent,
+    CellResult,
+    Change,
+    CommandEnd,
+    CommandEvent,
+    CommandInfo,
+    CommandResult,
+    Context,
+    Entry,
+    RichResult,
+    SandboxInfo,
+    Started,
+    TerminalExit,
+)
+from ._types import Data, Isolation
+from ._waiting_sync import Lock, Source, call, save, sleep, upload
+
+if TYPE_CHECKING:
+    from ._sync import Sandbox
+
+T = TypeVar("T")
+R = TypeVar("R", CellResult, CommandResult)
+OnText = Optional[Callable[[str], object]]
+
+_SSE = "text/event-stream"
+_BYTES = "application/octet-stream"
+
+
+class LiveSandbox:
+    """A sandbox that lives: many runs, commands, files and terminals, until its lease ends.
+
+    Made by `Sandbox.create()`, `Sandbox.connect()`. Leaving the `with` block of one that
+    was created ends it.
+    """
+
+    #: Its named interpreters.
+    contexts: Contexts
+    #: Its programs.
+    commands: Commands
+    #: Its files.
+    files: Files
+
+    def __init__(
+        self, client: Sandbox, info: SandboxInfo, *, owns_client: bool, kill_on_exit: bool
+    ) -> None:
+        self._client = client
+        self._owns_client = owns_client
+        self._kill_on_exit = kill_on_exit
+        #: What the server last said about it.
+        self.info = info
+        self.contexts = Contexts(self)
+        self.commands = Commands(self)
+        self.files = Files(self)
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    @property
+    def template(self) -> str:
+        return self.info.template
+
+    @property
+    def language(self) -> str:
+        return self.info.language
+
+    @property
+    def isolation(self) -> Isolation:
+        return self.info.isolation
+
+    @property
+    def expires_at(self) -> datetime:
+        return self.info.expires_at
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.info.metadata
+
+    def run(
+        self,
+        code: str,
+        *,
+        context: Union[str, Context, None] = None,
+        timeout: Optional[float] = None,
+        on_stdout: OnText = None,
+        on_stderr: OnText = None,
+        on_result: Optional[Callable[[RichResult], object]] = None,
+        request_timeout: Optional[float] = None,
+    ) -> CellResult:
+        """Run a cell in a context and wait for its end. The context keeps its state.
+
+        An error that the code does not catch is in the result; `result.check()` raises. `timeout`
+        is in seconds (the client's default if None): the cell is then interrupted.
+        """
+        if on_stdout is None and on_stderr is None and on_result is None:
+            body, budget = self._cell(code, context, timeout, request_timeout)
+            answer = self._client._ask("POST", self._path("run"), body, budget=budget)
+            return CellResult.of(answer.fields(), answer.request_id)
+        with self.stream(
+            code, context=context, timeout=timeout, request_timeout=request_timeout
+        ) as events:
+            for event in events:
+                if isinstance(event, Stdout) and on_stdout is not None:
+                    call(on_stdout, event.text)
+                elif isinstance(event, Stderr) and on_stderr is not None:
+                    call(on_stderr, event.text)
+                elif isinstance(event, RichResult) and on_result is not None:
+                    call(on_result, event)
+            return events.result
+
+    def stream(
+        self,
+        code: str,
+        *,
+        context: Union[str, Context, None] = None,
+        timeout: Optional[float] = None,
+        request_timeout: Optional[float] = None,
+    ) -> RunStream[CellEvent, CellResult]:
+        """Run a cell and iterate over what happens, as it happens.
+
+        The request is sent when the iteration begins. The cell goes on when you leave early:
+        `contexts.interrupt()` stops it.
+        """
+        body, budget = self._cell(code, context, timeout, request_timeout)
+        return RunStream(self._cell_events(body, budget))
+
+    def terminal(
+        self,
+        command: Optional[str] = None,
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: Optional[str] = None,
+    ) -> Terminal:
+        """Start a program (a shell if None) on a new terminal. Closing it ends the program."""
+        path = self._path(
+            "terminal",
+            columns=columns,
+            rows=rows,
+            command=command,
+            cwd=cwd,
+            end_with_client="true",
+        )
+        return Terminal._open(self._client, path)
+
+    def refresh(self) -> SandboxInfo:
+        """Ask the server about it again."""
+        answer = self._client._ask("GET", self._path())
+        self.info = SandboxInfo.of(answer.fields())
+        return self.info
+
+    def extend(self, timeout: float) -> SandboxInfo:
+        """Let its lease end `timeout` seconds from now."""
+        body = {"timeout_seconds": timeout}
+        answer = self._client._ask("POST", self._path("extend"), body)
+        self.info = SandboxInfo.of(answer.fields())
+        return self.info
+
+    def kill(self) -> bool:
+        """End it now. False if it had ended already."""
+        answer = self._client._ask("DELETE", self._path())
+        if answer.good:
+            return True
+        error = answer.error()
+        if isinstance(error, (SandboxGone, SandboxNotFound)):
+            return False
+        raise error
+
+    def close(self) -> None:
+        """Give the connections back. The sandbox lives on."""
+        if self._owns_client:
+            self._client.close()
+
+    def __enter__(self) -> LiveSandbox:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        try:
+            if self._kill_on_exit:
+                self.kill()
+        except ZerobootError:
+            # The lease ends it then; what went wrong inside the block matters more.
+            if exc is None:
+                raise
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"LiveSandbox(id={self.id!r}, template={self.template!r})"
+
+    def _path(self, *parts: str, **query: Any) -> str:
+        return _live_core.sandbox_path(self.info.id, *parts, **query)
+
+    def _cell(
+        self,
+        code: str,
+        context: Union[str, Context, None],
+        timeout: Optional[float],
+        request_timeout: Optional[float],
+    ) -> tuple[dict[str, Any], float]:
+        body = _live_core.cell_body(
+            code, context, self._client._config.timeout if timeout is None else timeout
+        )
+        return body, self._client._config.request_timeout([body], request_timeout)
+
+    def _cell_events(self, body: Mapping[str, Any], budget: float) -> Iterator[CellEvent]:
+        attempts = Attempts(self._client._config, budget, silence=_core.STREAM_SILENCE)
+        response = self._client._opened("POST", self._path("run"), _core.dump(body), attempts, _SSE)
+        context = str(body.get("context", "default"))
+        reader = CellReader(response.headers.get("x-request-id"), context)
+        try:
+            for chunk in response.iter_bytes():
+                if not reader.ended:
+                    attempts.check_deadline()
+                for event in reader.feed(chunk):
+                    yield event
+            # Read to the end of the body, so that the connection can be used again.
+            reader.finish()
+        except httpx.HTTPError as e:
+            if not reader.ended:
+                attempts.after_error(e)
+        finally:
+            response.close()
+
+
+class Stream(Iterator[T], Generic[T]):
+    """Things as they come. Iterate once; close it (or leave the `with` block) to stop early."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+
+    def close(self) -> None:
+        """Stop listening."""
+        close = getattr(self._items, "close", None)
+        if close is not None:
+            close()
+
+    def __next__(self) -> T:
+        return self._items.__next__()
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+S = TypeVar("S", bound=Stream[Any])
+
+
+class RunStream(Stream[T], Generic[T, R]):
+    """The events of one run."""
+
+    _result: Optional[R] = None
+
+    @property
+    def result(self) -> R:
+        """The result, after the last event."""
+        if self._result is None:
+            raise ZerobootError("the run has not ended", may_have_run=True)
+        return self._result
+
+    def __next__(self) -> T:
+        event = self._items.__next__()
+        if isinstance(event, (CellEnd, CommandEnd)):
+            self._result = event.result  # type: ignore[assignment]
+        return event
+
+
+class Contexts:
+    """The named interpreters of a sandbox. The one called `default` is there from the start."""
+
+    def __init__(self, sandbox: LiveSandbox) -> None:
+        self._sandbox = sandbox
+
+    def create(self, name: Optional[str] = None, *, cwd: Optional[str] = None) -> Context:
+        """A new interpreter. Without a name the server gives one."""
+        body = {key: value for key, value in (("name", name), ("cwd", cwd)) if value is not None}
+        answer = self._ask("POST", self._sandbox._path("contexts"), body)
+        return Context.of(answer.fields())
+
+    def list(self) -> builtins.list[Context]:
+        answer = self._ask("GET", self._sandbox._path("contexts"))
+        return [Context.of(item) for item in answer.entries("contexts")]
+
+    def interrupt(self, context: Union[str, Context] = "default") -> None:
+        """Interrupt the cell that runs: `KeyboardInterrupt` in Python. The state stays."""
+        self._do("POST", context, "interrupt")
+
+    def restart(self, context: Union[str, Context] = "default") -> Context:
+        """A new interpreter in the place of this one. What it ran is over, its state is gone."""
+        return Context.of((self._do("POST", context, "restart")).fields())
+
+    def delete(self, context: Union[str, Context]) -> None:
+        """End the interpreter."""
+        self._do("DELETE", context)
+
+    def _do(self, method: str, context: Union[str, Context], *what: str) -> _core.Answer:
+        name = context.name if isinstance(context, Context) else context
+        return self._ask(method, self._sandbox._path("contexts", name, *what))
+
+    def _ask(
+        self, method: str, path: str, body: Optional[Mapping[str, Any]] = None
+    ) -> _core.Answer:
+        answer = self._sandbox._client._ask(method, path, body)
+        if not answer.good:
+            raise answer.error()
+        return answer
+
+
+class Commands:
+    """The programs of a sandbox."""
+
+    def __init__(self, sandbox: LiveSandbox) -> None:
+        self._sandbox = sandbox
+
+    def run(
+        self,
+        command: _live_core.Command,
+        *,
+        cwd: Optional[str] = None,
+        env: Optional[Mapping[str, str]] = None,
+        stdin: Optional[Data] = None,
+        timeout: Optional[float] = None,
+        on_stdout: OnText = None,
+        on_stderr: OnText = None,
+        request_timeout: Optional[float] = None,
+    ) -> CommandResult:
+        """Run a program and wait for its end.
+
+        A string is a line for the shell; a list is a program with its arguments. A program that
+        fails is a result; `result.check()` raises. `timeout` is in seconds (the client's default if
+        None): the program is then killed.
+        """
+        if on_stdout is None and on_stderr is None:
+            body, budget = self._body(command, cwd, env, stdin, timeout, request_timeout)
+            path = self._sandbox._path("commands")
+            answer = self._sandbox._client._ask("POST", path, body, budget=budget)
+            return CommandResult.of(answer.fields(), answer.request_id)
+        with self.stream(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=stdin,
+            timeout=timeout,
+            request_timeout=request_timeout,
+        ) as events:
+            _hear(events, on_stdout, on_stderr)
+            return events.result
+
+    def stream(
+        self,
+        command: _live_core.Command,
+        *,
+        cwd: Optional[str] = None,
+        env: Optional[Mapping[str, str]] = None,
+        stdin: Optional[Data] = None,
+        timeout: Optional[float] = None,
+        request_timeout: Optional[float] = None,
+    ) -> RunStream[CommandEvent, CommandResult]:
+        """Run a program and iterate over what happens, as it happens.
+
+        The request is sent when the iteration begins. Leaving early ends the program.
+        """
+        body, budget = self._body(
+            command, cwd, env, stdin, timeout, request_timeout, end_with_client=True
+        )
+        return RunStream(self._events(body, budget))
+
+    def start(
+        self,
+        command: _live_core.Command,
+        *,
+        cwd: Optional[str] = None,
+        env: Optional[Mapping[str, str]] = None,
+        stdin: Optional[Data] = None,
+        keep_stdin_open: bool = False,
+        terminal: Optional[tuple[int, int]] = None,
+        timeout: Optional[float] = None,
+        tag: Optional[str] = None,
+    ) -> Command:
+        """Start a program in the background. It goes on when this client goes.
+
+        `keep_stdin_open`: `write()` and `close_stdin()` come later. `terminal`: (columns, rows), on
+        a terminal instead of pipes. `timeout`: seconds; None is as long as the sandbox lives.
+        """
+        body = _live_core.command_body(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=stdin,
+            timeout=timeout,
+            keep_stdin_open=keep_stdin_open,
+            background=True,
+            tag=tag,
+            terminal=terminal,
+        )
+        answer = self._sandbox._client._ask("POST", self._sandbox._path("commands"), body)
+        return Command(self._sandbox, CommandInfo.of(answer.fields()))
+
+    def list(self) -> builtins.list[CommandInfo]:
+        """The programs that run, and some that have ended."""
+        answer = self._sandbox._client._ask("GET", self._sandbox._path("commands"))
+        return [CommandInfo.of(item) for item in answer.entries("commands")]
+
+    def connect(self, command_id: str) -> Command:
+        """A program that was started before, perhaps by another client."""
+        path = self._sandbox._path("commands", command_id)
+        answer = self._sandbox._client._ask("GET", path)
+        return Command(self._sandbox, CommandInfo.of(answer.fields()))
+
+    def _body(
+        self,
+        command: _live_core.Command,
+        cwd: Optional[str],
+        env: Optional[Mapping[str, str]],
+        stdin: Optional[Data],
+        timeout: Optional[float],
+        request_timeout: Optional[float],
+        end_with_client: bool = False,
+    ) -> tuple[dict[str, Any], float]:
+        config = self._sandbox._client._config
+        body = _live_core.command_body(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=stdin,
+            timeout=config.timeout if timeout is None else timeout,
+            end_with_client=end_with_client,
+        )
+        return body, config.request_timeout([body], request_timeout)
+
+    def _events(self, body: Mapping[str, Any], budget: float) -> Iterator[CommandEvent]:
+        client = self._sandbox._client
+        attempts = Attempts(client._config, budget, silence=_core.STREAM_SILENCE)
+        response = client._opened(
+            "POST", self._sandbox._path("commands"), _core.dump(body), attempts, _SSE
+        )
+        reader = CommandReader(response.headers.get("x-request-id"))
+        try:
+            for chunk in response.iter_bytes():
+                if not reader.ended:
+                    attempts.check_deadline()
+                for event in reader.feed(chunk):
+                    yield event
+            reader.finish()
+        except httpx.HTTPError as e:
+            if not reader.ended:
+                attempts.after_error(e)
+        finally:
+            response.close()
+
+
+class Command:
+    """A program in the background of a sandbox."""
+
+    def __init__(self, sandbox: LiveSandbox, info: CommandInfo) -> None:
+        self._sandbox = sandbox
+        self._result: Optional[CommandResult] = None
+        #: What the server last said about it.
+        self.info = info
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    @property
+    def pid(self) -> int:
+        return self.info.pid
+
+    def output(
+        self, offset: int = 0, *, timeout: Optional[float] = None
+    ) -> RunStream[CommandEvent, CommandResult]:
+        """Its output from byte `offset` on, as it comes, until its end.
+
+        A connection that breaks is made again where it broke. What the server no longer has is one
+        `Lost` event. `timeout`: seconds after which this client gives up; the program goes on.
+        """
+        return RunStream(self._events(offset, FOREVER if timeout is None else timeout))
+
+    def wait(
+        self,
+        timeout: Optional[float] = None,
+        *,
+        on_stdout: OnText = None,
+        on_stderr: OnText = None,
+    ) -> CommandResult:
+        """Its end, with all its output that the server still has.
+
+        Raises `TimeoutError` after `timeout` seconds; the program goes on.
+        """
+        if self._result is None:
+            with self.output(timeout=timeout) as events:
+                _hear(events, on_stdout, on_stderr)
+                self._result = events.result
+        return self._result
+
+    def refresh(self) -> CommandInfo:
+        """Ask the server about it again."""
+        answer = self._ask("GET")
+        self.info = CommandInfo.of(answer.fields())
+        return self.info
+
+    def write(self, data: Data) -> None:
+        """Bytes for its standard input, or its terminal."""
+        self._stdin(data.encode("utf-8") if isinstance(data, str) else data, None)
+
+    def close_stdin(self) -> None:
+        """The end of its standard input."""
+        self._stdin(b"", "true")
+
+    def signal(self, signal: Union[int, str]) -> None:
+        """Send a signal, by number or name."""
+        self._ask("POST", "signal", body=_live_core.signal_body(signal))
+
+    def kill(self) -> None:
+        """End it and its children now. One that has ended is forgotten by the server."""
+        self._ask("DELETE")
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The new size of its terminal."""
+        self._ask("POST", "resize", body={"columns": columns, "rows": rows})
+
+    def terminal(self, offset: int = 0) -> Terminal:
+        """Its terminal, from byte `offset` of its output on. Closing it leaves it running."""
+        path = self._path("terminal", offset=offset)
+        return Terminal._open(self._sandbox._client, path)
+
+    def __repr__(self) -> str:
+        return f"Command(id={self.id!r}, pid={self.pid})"
+
+    def _path(self, *what: str, **query: Any) -> str:
+        return self._sandbox._path("commands", self.info.id, *what, **query)
+
+    def _ask(
+        self, method: str, *what: str, body: Optional[Mapping[str, Any]] = None
+    ) -> _core.Answer:
+        answer = self._sandbox._client._ask(method, self._path(*what), body)
+        if not answer.good:
+            raise answer.error()
+        return answer
+
+    def _stdin(self, data: bytes, end: Optional[str]) -> None:
+        client = self._sandbox._client
+        # The program may take its time to read it.
+        attempts = Attempts(client._config, FOREVER)
+        headers = {"Content-Type": _BYTES}
+        response = client._opened(
+            "POST", self._path("stdin", end=end), data, attempts, "application/json", headers
+        )
+        response.close()
+
+    def _events(self, offset: int, budget: float) -> Iterator[CommandEvent]:
+        client = self._sandbox._client
+        attempts = Attempts(client._config, budget, silence=_core.STREAM_SILENCE)
+        reader = CommandReader(None, self.id, self.pid)
+        failed = 0
+        while True:
+            path = self._path("output", offset=reader.offset or offset)
+            response = client._opened("GET", path, None, attempts, _SSE)
+            reader.resume(response.headers.get("x-request-id"))
+            try:
+                for chunk in response.iter_bytes():
+                    if not reader.ended:
+                        attempts.check_deadline()
+                    failed = 0
+                    for event in reader.feed(chunk):
+                        yield event
+                reader.finish()
+                return
+            except (httpx.HTTPError, ConnectionError) as e:
+                if reader.ended:
+                    return
+                failed += 1
+                attempts.check_deadline()
+                if failed > client._config.max_retries:
+                    if isinstance(e, httpx.HTTPError):
+                        attempts.after_error(e)
+                    raise
+            finally:
+                response.close()
+            sleep(0.1 * 2.0**failed)
+
+
+class Files:
+    """The files of a sandbox. Paths are absolute, or relative to the home directory."""
+
+    def __init__(self, sandbox: LiveSandbox) -> None:
+        self._sandbox = sandbox
+
+    def read(self, path: str, *, offset: int = 0, length: Optional[int] = None) -> bytes:
+        """The content of a file, or `length` bytes of it from `offset`."""
+        pieces: builtins.list[bytes] = []
+        with self.stream(path, offset=offset, length=length) as stream:
+            for piece in stream:
+                pieces.append(piece)
+        return b"".join(pieces)
+
+    def read_text(self, path: str, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return (self.read(path)).decode(encoding, errors)
+
+    def stream(self, path: str, *, offset: int = 0, length: Optional[int] = None) -> Stream[bytes]:
+        """The content of a file, piece by piece: for those that are larger than memory."""
+        headers = _live_core.range_header(offset, length)
+        return Stream(self._pieces(path, headers))
+
+    def download(self, path: str, local: Union[str, os.PathLike[str]]) -> None:
+        """Copy a file of the sandbox to a local one, in pieces."""
+        with self.stream(path) as stream:
+            save(stream, local)
+
+    def write(self, path: str, data: Source, *, mode: Union[int, str, None] = None) -> Entry:
+        """Write a file, and make its directories. It appears under its name when it is whole.
+
+        `data`: text, bytes, a local `pathlib.Path`, an open file, or an iterable of bytes, which is
+        sent in pieces.
+        """
+        client = self._sandbox._client
+        attempts = Attempts(client._config, FOREVER, silence=_core.STREAM_SILENCE)
+        query = {"path": path, "mode": _live_core.mode_text(mode)}
+        headers = {"Content-Type": _BYTES}
+        response = client._opened(
+            "PUT",
+            self._sandbox._path("files", **query),
+            upload(data),
+            attempts,
+            "application/json",
+            headers,
+        )
+        try:
+            body = response.read()
+        except httpx.HTTPError as e:
+            attempts.after_error(e)
+        finally:
+            response.close()
+        answer = _core.Answer(response.status_code, response.headers, body)
+        return Entry.of(answer.fields())
+
+    def list(self, path: str = ".", *, depth: int = 1) -> builtins.list[Entry]:
+        """What is in a directory; with `depth` 2 also what is in its directories, and so on."""
+        answer = self._ask("GET", "list", path=path, depth=depth)
+        return [Entry.of(item) for item in answer.entries("entries")]
+
+    def stat(self, path: str) -> Entry:
+        """What stands under a name; a link itself, if it is one."""
+        return Entry.of((self._ask("GET", "stat", path=path)).fields())
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.stat(path)
+        except FileNotFound:
+            return False
+        return True
+
+    def mkdir(self, path: str) -> Entry:
+        """Make a directory and its parents. It may be there."""
+        return Entry.of((self._ask("POST", "mkdir", {"path": path})).fields())
+
+    def move(self, source: str, target: str) -> Entry:
+        """Give a file or a directory another name. A file of that name is replaced."""
+        answer = self._ask("POST", "move", {"from": source, "to": target})
+        return Entry.of(answer.fields())
+
+    def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove a file, or a directory; with `recursive` with all that is in it."""
+        self._ask("DELETE", path=path, recursive="true" if recursive else None)
+
+    def chmod(self, path: str, mode: Union[int, str]) -> Entry:
+        """Set the permission bits: 0o755, or "755"."""
+        body = {"path": path, "mode": _live_core.mode_text(mode)}
+        return Entry.of((self._ask("POST", "chmod", body)).fields())
+
+    def watch(self, path: str = ".", *, recursive: bool = False) -> Stream[Change]:
+        """What changes in a directory from now on. Close it, or leave the `with` block, to stop."""
+        client = self._sandbox._client
+        attempts = Attempts(client._config, FOREVER, silence=_core.STREAM_SILENCE)
+        query = {"path": path, "recursive": "true" if recursive else None}
+        response = client._opened(
+            "GET", self._sandbox._path("files", "watch", **query), None, attempts, _SSE
+        )
+        return Stream(_Changes(response, attempts))
+
+    def _ask(
+        self,
+        method: str,
+        what: Optional[str] = None,
+        body: Optional[Mapping[str, Any]] = None,
+        **query: Any,
+    ) -> _core.Answer:
+        parts = ("files",) if what is None else ("files", what)
+        url = self._sandbox._path(*parts, **query)
+        # Large trees take their time.
+        answer = self._sandbox._client._ask(method, url, body, budget=_core.STREAM_SILENCE)
+        if not answer.good:
+            raise answer.error()
+        return answer
+
+    def _pieces(self, path: str, headers: Mapping[str, str]) -> Iterator[bytes]:
+        client = self._sandbox._client
+        attempts = Attempts(client._config, FOREVER, silence=_core.STREAM_SILENCE)
+        url = self._sandbox._path("files", path=path)
+        response = client._opened("GET", url, None, attempts, _BYTES, headers)
+        try:
+            for piece in response.iter_bytes():
+                yield piece
+        except httpx.HTTPError as e:
+            attempts.after_error(e)
+        finally:
+            response.close()
+
+
+class _Changes(Iterator[Change]):
+    """The changes of a watch whose answer has begun.
+
+    No generator: one that was never begun would not close its answer.
+    """
+
+    def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
+        self._response = response
+        self._attempts = attempts
+        self._chunks = response.iter_bytes()
+        self._reader = WatchReader(response.headers.get("x-request-id"))
+        self._ready: builtins.list[Change] = []
+
+    def __next__(self) -> Change:
+        while not self._ready:
+            try:
+                chunk = self._chunks.__next__()
+            except httpx.StreamClosed:
+                raise StopIteration from None
+            except httpx.HTTPError as e:
+                self._attempts.after_error(e)
+                raise
+            self._ready.extend(self._reader.feed(chunk))
+        return self._ready.pop(0)
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class Terminal(Iterator[bytes]):
+    """A terminal of a sandbox. Iterate over what it shows; `send()` what is typed.
+
+    One thread may read while others send.
+    """
+
+    def __init__(self, response: httpx.Response, wire: TerminalWire) -> None:
+        self._response = response
+        self._stream = response.extensions["network_stream"]
+        self._wire = wire
+        self._lock = Lock()
+
+    @classmethod
+    def _open(cls, client: Sandbox, path: str) -> Terminal:
+        wire = TerminalWire()
+        attempts = Attempts(client._config, client._config.grace)
+        response = client._opened("GET", path, None, attempts, "*/*", wire.headers())
+        try:
+            wire.accepted(response.headers if response.status_code == 101 else {})
+        except BaseException:
+            response.close()
+            raise
+        return cls(response, wire)
+
+    @property
+    def started(self) -> Optional[Started]:
+        """The command's id and pid, once something was read."""
+        return self._wire.started
+
+    @property
+    def exit(self) -> Optional[TerminalExit]:
+        """How the program ended, after the last bytes; None before, or if nobody could say."""
+        return self._wire.exit
+
+    def read(self, timeout: Optional[float] = None) -> bytes:
+        """What it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
+        # The server asks now and then whether we are there, so each read alone may be short.
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._wire.over:
+            left = None if end is None else max(end - time.monotonic(), 0.001)
+            try:
+                data = self._stream.read(_live_core.CHUNK, timeout=left)
+            except Exception as e:  # httpcore's, which httpx does not translate here
+                if "Timeout" in type(e).__name__:
+                    raise TimeoutError(f"nothing within {timeout:g} s", may_have_run=True) from e
+                raise ConnectionError(f"the terminal broke: {e}", may_have_run=True) from e
+            shown, answer = self._wire.feed(data)
+            if answer:
+                self._send(answer)
+            if shown:
+                return shown
+        if self._wire.error is not None:
+            raise self._wire.error
+        return b""
+
+    def send(self, data: Data) -> None:
+        """What is typed."""
+        data = data.encode("utf-8") if isinstance(data, str) else data
+        with self._lock:
+            self._write(self._wire.output(data))
+
+    def resize(self, columns: int, rows: int) -> None:
+        with self._lock:
+            self._write(self._wire.control(resize={"columns": columns, "rows": rows}))
+
+    def signal(self, signal: Union[int, str]) -> None:
+        """Send a signal to the program that the terminal belongs to."""
+        with self._lock:
+            self._write(self._wire.control(**_live_core.signal_body(signal)))
+
+    def wait(self, on_output: Optional[Callable[[bytes], object]] = None) -> TerminalExit:
+        """Read to the end of the program, and say how it ended."""
+        while shown := self.read():
+            if on_output is not None:
+                call(on_output, shown)
+        if self._wire.exit is None:
+            raise ConnectionError("the terminal ended before its program", may_have_run=True)
+        return self._wire.exit
+
+    def close(self) -> None:
+        """Hang up."""
+        try:
+            with self._lock:
+                self._write(self._wire.close())
+        except ZerobootError:
+            pass  # it was broken already
+        finally:
+            self._response.close()
+
+    def __next__(self) -> bytes:
+        shown = self.read()
+        if not shown:
+            raise StopIteration
+        return shown
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def _send(self, frames: bytes) -> None:
+        with self._lock:
+            self._write(frames)
+
+    def _write(self, frames: bytes) -> None:
+        if not frames:
+            return
+        try:
+            self._stream.write(frames, timeout=_core.STREAM_SILENCE)
+        except Exception as e:  # httpcore's
+            raise ConnectionError(f"the terminal broke: {e}", may_have_run=True) from e
+
+
+def _hear(
+    events: RunStream[CommandEvent, CommandResult], on_stdout: OnText, on_stderr: OnText
+) -> None:
+    for event in events:
+        if isinstance(event, Stdout) and on_stdout is not None:
+            call(on_stdout, event.text)
+        elif isinstance(event, Stderr) and on_stderr is not None:
+            call(on_stderr, event.text)
