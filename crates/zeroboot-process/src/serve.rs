@@ -57,9 +57,8 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
 /// runner: jailed, with its standard streams and its control socket in place.
 ///
-/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the second fork: it costs
-/// as much as fifty forks, and `zeroboot run` makes only one.
-pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, ServeError> {
+/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the fork of this number.
+pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<bool, ServeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
     if threads != 1 {
         return Err(ServeError::Threads(threads));
@@ -88,9 +87,7 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, Serv
                 .map_err(step("answer on the control channel"))?;
             continue;
         }
-        if forks == 1
-            && let Some(freeze) = freeze.take()
-        {
+        if let Some((freeze, _)) = freeze.take_if(|(_, before)| forks >= *before) {
             // Forks are as right without, and slower.
             let text = freeze().unwrap_or_else(|error| format!("no image: {error}"));
             control::send(control, &Control::Image { text }, &[]).map_err(step("answer on the control channel"))?;
