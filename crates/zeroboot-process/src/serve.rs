@@ -15,6 +15,7 @@ use rustix::{
     process::{Pid, Resource, Rlimit, getrlimit, setrlimit},
 };
 use zeroboot_sys::{
+    arena,
     control::{self, Control, PROC_FD},
     jail::{self, Filter, JailError},
     mount, net,
@@ -75,6 +76,8 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<boo
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| step("get random bytes")(e.into()))?;
     let mut count = u32::from_le_bytes(random);
+    // From here on, so that nothing older is freed once the memory is an image.
+    arena::begin().map_err(step("reserve memory"))?;
     let mut forks = 0u64;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
