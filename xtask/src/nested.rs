@@ -390,7 +390,9 @@ mod tests {
         let parsed = |words: &str| parse(words.split(' ').map(OsString::from));
         assert!(matches!(parsed("--cpu intel --full"), Ok(Task::Form { full: true, .. })));
         assert!(matches!(parsed("--cpu intel -- true"), Ok(Task::Run(Run { cpu: Cpu::Intel(_), .. }))));
-        for wrong in ["--cpu intel --memory 3G", "--full", "--templates -- true", "--cpu intel --full -- true", "--cpu z80"] {
+        for wrong in
+            ["--cpu intel --memory 3G", "--full", "--templates -- true", "--cpu intel --full -- true", "--cpu z80"]
+        {
             assert!(parsed(wrong).is_err(), "{wrong}");
         }
     }

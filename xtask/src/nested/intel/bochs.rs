@@ -134,7 +134,8 @@ fn sha256(file: &Path) -> Result<String> {
 fn run(command: &mut Command) -> Result<()> {
     let program = command.get_program().to_owned();
     let output = command.stdin(Stdio::null()).output();
-    let output = output.with_context(|| format!("cannot run {} (the build needs g++, make and xz-utils)", program.display()))?;
+    let output =
+        output.with_context(|| format!("cannot run {} (the build needs g++, make and xz-utils)", program.display()))?;
     if !output.status.success() {
         for text in [&output.stdout, &output.stderr] {
             let text = String::from_utf8_lossy(text);
