@@ -1,6 +1,6 @@
 //! What the Intel lane runs when it is told no command.
 //!
-//! Seconds inside are the machine's, one for 10^9 instructions: on a quiet host each takes some ten of ours.
+//! Seconds inside are the machine's, one for 10^9 instructions: a busy one takes some seven of a whole CPU of ours.
 
 use std::time::Duration;
 
