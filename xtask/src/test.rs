@@ -141,7 +141,10 @@ fn test_python(root: &Path) -> anyhow::Result<PathBuf> {
     if !ready(&python) {
         println!("making {} with numpy, pandas, IPython and matplotlib", venv.display());
         command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
-        command(&python, ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas", "ipython", "matplotlib"])?;
+        command(
+            &python,
+            ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas", "ipython", "matplotlib"],
+        )?;
         ensure!(ready(&python), "{} cannot import what was installed", python.display());
     }
     Ok(python)

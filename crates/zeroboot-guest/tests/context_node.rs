@@ -83,11 +83,17 @@ fn the_value_is_the_last_expression() {
 fn imports_of_every_form_work() {
     let mut context = start();
     let write = |name: &str, text: &str| std::fs::write(context.dir.path().join(name), text).unwrap();
-    write("m.mjs", "export default 7; export const a = 1; export { a as 'x y' }; globalThis.ran = (globalThis.ran ?? 0) + 1;");
+    write(
+        "m.mjs",
+        "export default 7; export const a = 1; export { a as 'x y' }; globalThis.ran = (globalThis.ran ?? 0) + 1;",
+    );
     write("c.cjs", "exports.q = 3");
     for (code, value) in [
         ("import fs from 'fs'; typeof fs.readFileSync", "'function'"),
-        ("import m, { a as b, 'x y' as z } from './m.mjs'\nimport * as all from \"./m.mjs\";\n[m, b, z, Object.keys(all).length]", "[ 7, 1, 1, 3 ]"),
+        (
+            "import m, { a as b, 'x y' as z } from './m.mjs'\nimport * as all from \"./m.mjs\";\n[m, b, z, Object.keys(all).length]",
+            "[ 7, 1, 1, 3 ]",
+        ),
         ("import {\n  a,\n} from './m.mjs'; a", "1"),
         ("import n, * as rest from './m.mjs'; n + rest.a", "8"),
         ("import './m.mjs'; ran", "1"),
@@ -95,7 +101,10 @@ fn imports_of_every_form_work() {
         ("const later = () => import('node:os'); (await later()).EOL.length", "1"),
         ("require('./c.cjs').q", "3"),
         // What only looks like one.
-        ("const s = \"import(x); import y from 'z'\"; // import(q)\n[s.length, /import(a)/.source, `import(${1}) ${typeof import('fs')}`]", "[ 28, 'import(a)', 'import(1) object' ]"),
+        (
+            "const s = \"import(x); import y from 'z'\"; // import(q)\n[s.length, /import(a)/.source, `import(${1}) ${typeof import('fs')}`]",
+            "[ 28, 'import(a)', 'import(1) object' ]",
+        ),
         ("`\nimport x from 'y'\n`.length", "19"),
         ("({ import: (x) => x }).import(4)", "4"),
     ] {
@@ -111,7 +120,11 @@ fn errors_say_what_happened_and_leave_the_context_usable() {
     let mut context = start();
     context.run("const kept = 41");
     for (code, name, shows) in [
-        ("function f() { return g() }\nfunction g() { throw new TypeError('žluťoučký') }\nf()", "TypeError", "at g (cell-2:2:"),
+        (
+            "function f() { return g() }\nfunction g() { throw new TypeError('žluťoučký') }\nf()",
+            "TypeError",
+            "at g (cell-2:2:",
+        ),
         ("x ==", "SyntaxError", "cell-3:1\\nx =="),
         ("let kept2 = 1;\nlet kept2 = 2;", "SyntaxError", "cell-4:2\\nlet kept2 = 2;"),
         ("throw 5", "Uncaught", "Uncaught 5"),
@@ -137,7 +150,8 @@ fn errors_say_what_happened_and_leave_the_context_usable() {
 #[test]
 fn errors_of_timers_and_promises_are_printed_and_nothing_more() {
     let mut context = start();
-    let code = "setTimeout(() => { throw new Error('from a timer') }, 20); Promise.reject(new Error('from a promise')); 1";
+    let code =
+        "setTimeout(() => { throw new Error('from a timer') }, 20); Promise.reject(new Error('from a promise')); 1";
     assert_eq!(context.run(code).value(), "1");
     context.wait_for("Uncaught Error: from a promise");
     // Between cells, by itself.
@@ -174,7 +188,10 @@ rich",
 #[test]
 fn output_of_a_cell_is_in_the_pipes_before_its_end() {
     let mut context = start();
-    assert_eq!(context.run("for (let i = 0; i < 20000; i++) console.log('line', i); console.error('error')").status, OK);
+    assert_eq!(
+        context.run("for (let i = 0; i < 20000; i++) console.log('line', i); console.error('error')").status,
+        OK
+    );
     context.wait_for("line 19999\n");
     context.wait_for("error\n");
     assert_eq!(context.out().lines().count(), 20000);

@@ -100,7 +100,11 @@ fn errors_say_what_happened_and_leave_the_context_usable() {
             ("await undefined_and_unlike_any_other", "NameError", "undefined_and"),
             ("raise BaseException('b')", "BaseException", "b"),
             ("class R:\n    def __repr__(self): raise RuntimeError('in repr')\nR()", "RuntimeError", "in repr"),
-            ("import asyncio\nasync def deep():\n    await asyncio.sleep(0)\n    1/0\nawait deep()", "ZeroDivisionError", "deep"),
+            (
+                "import asyncio\nasync def deep():\n    await asyncio.sleep(0)\n    1/0\nawait deep()",
+                "ZeroDivisionError",
+                "deep",
+            ),
         ] {
             // IPython prints what a repr raises, and shows no value; a failing text is an error of its own there.
             if shell == Shell::IPython && ["RuntimeError", "E"].contains(&name) {
@@ -270,7 +274,10 @@ fn awaits_stand_at_the_top_level_and_tasks_go_on_between_cells() {
         assert_eq!(context.run("task.done()").value(), "True");
         assert_eq!(context.run("asyncio.run(asyncio.sleep(0, 7))").value(), "7");
         assert_eq!(context.run("await asyncio.sleep(0, 8)").value(), "8");
-        assert_eq!(context.run("async for y in (i async for i in __import__('contextlib').aclosing(None)): pass").status, FAILED);
+        assert_eq!(
+            context.run("async for y in (i async for i in __import__('contextlib').aclosing(None)): pass").status,
+            FAILED
+        );
     }
 }
 
@@ -388,7 +395,10 @@ fn descriptors_are_the_cells_own() {
         assert_eq!(context.run("import sys; sys.stdin.read()").value(), "''");
         let code = "import subprocess\nsubprocess.run(['sh', '-c', 'ls -l /proc/self/fd'], capture_output=True, text=True, close_fds=False).stdout.count('socket:')";
         assert_eq!(context.run(code).value(), "0", "{shell:?}");
-        assert_eq!(context.run("os.path.exists('/proc/self/fd/3') and 'socket:' in os.readlink('/proc/self/fd/3')").value(), "False");
+        assert_eq!(
+            context.run("os.path.exists('/proc/self/fd/3') and 'socket:' in os.readlink('/proc/self/fd/3')").value(),
+            "False"
+        );
         let code = "import threading; threading.active_count(), len(os.listdir('/proc/self/task'))";
         assert_eq!(context.run(code).value(), "(1, 1)", "{shell:?}");
     }
@@ -459,7 +469,10 @@ fn a_cold_context_is_told_where_to_work() {
     context.identity();
     context.env("A", "1=2");
     assert_eq!(context.serve_in(place.to_str().unwrap()), Ok(()));
-    assert_eq!(context.run("import os, beside; os.path.basename(os.getcwd()), os.environ['A'], beside.y").value(), "('place é', '1=2', 3)");
+    assert_eq!(
+        context.run("import os, beside; os.path.basename(os.getcwd()), os.environ['A'], beside.y").value(),
+        "('place é', '1=2', 3)"
+    );
     assert_eq!(context.run("import random; random.random() < 1").value(), "True");
 
     let mut context = Context::ready(&command, &[]);

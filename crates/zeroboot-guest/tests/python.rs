@@ -385,16 +385,7 @@ fn a_forked_child_of_the_program_ends_where_the_program_does() {
 fn a_module_that_cannot_be_warmed_is_a_failure_that_names_it() {
     let mut sandbox = Sandbox::start(
         &[],
-        &[
-            &harness::python(),
-            "-E",
-            "-s",
-            "-X",
-            "utf8",
-            zeroboot_runtimes::PYTHON_PATH,
-            "--warm",
-            "json,no_such_thing",
-        ],
+        &[&harness::python(), "-E", "-s", "-X", "utf8", zeroboot_runtimes::PYTHON_PATH, "--warm", "json,no_such_thing"],
     );
     sandbox.wait_for(Kind::Failure);
     let answer = sandbox.finish();

@@ -84,7 +84,8 @@ fn the_python_recipe_becomes_a_working_root_file_system() {
     assert!(assembled.provenance.packages.iter().any(|package| package.starts_with("python3-numpy ")));
 
     let names = listing(&assembled.initramfs);
-    for name in ["init", "usr/lib/zeroboot/python.pyz", "etc/passwd", "dev/console", "usr/bin/python3", "home/sandbox"] {
+    for name in ["init", "usr/lib/zeroboot/python.pyz", "etc/passwd", "dev/console", "usr/bin/python3", "home/sandbox"]
+    {
         assert!(names.iter().any(|known| known == name), "no {name}");
     }
     assert!(!names.iter().any(|name| name.starts_with("usr/share/doc/") || name.starts_with("usr/share/man/")));

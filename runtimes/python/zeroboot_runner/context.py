@@ -176,7 +176,6 @@ def warm_cells():
         shell.channel.done(OK, 0, None)
     finally:
         os.close(null)
-        del shell, error
         linecache.clearcache()
         vars(builtins).pop("_", None)
         for name in ("last_type", "last_value", "last_traceback", "last_exc"):

@@ -42,7 +42,8 @@ pub(crate) struct Bundle {
 
 impl Bundle {
     pub(crate) fn text(&self, kind: &str) -> &str {
-        std::str::from_utf8(self.parts.get(kind).unwrap_or_else(|| panic!("no {kind}: {:?}", self.parts.keys()))).unwrap()
+        std::str::from_utf8(self.parts.get(kind).unwrap_or_else(|| panic!("no {kind}: {:?}", self.parts.keys())))
+            .unwrap()
     }
 }
 
