@@ -517,7 +517,7 @@ fn a_warm_ipython_is_seen_in_contexts_only() {
     let mut context = Context::start(&runner, &[]);
     assert!(context.ready.contains("IPython"), "{}", context.ready);
     assert_eq!(context.run("1 + 1").value(), "2");
-    assert_eq!(context.run("x").failed_with("NameError"), true, "the practice left a name");
+    assert!(context.run("x").failed_with("NameError"), "the practice left a name");
     assert_eq!(context.run("!echo warm").status, OK);
     context.wait_for("warm\n");
     let cell = context.run("import matplotlib.pyplot as plt\nplt.plot([1, 2]);");
