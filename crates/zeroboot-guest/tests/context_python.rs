@@ -501,7 +501,8 @@ fn ipythons_magics_work_and_leave_nothing_in_the_home() {
     assert_eq!(context.run("%pip --version").status, OK);
     context.wait_for("pip ");
     assert_eq!(context.run("Out[2]").value(), "3", "{}", context.out());
-    assert_eq!(context.run("get_ipython().execution_count").value(), "12");
+    // IPython 8 counts after a cell, 9 before it.
+    assert!(["11", "12"].contains(&context.run("get_ipython().execution_count").value()));
     assert!(context.run("print?").bundles[0].text("text/plain").contains("Signature"));
     let cell = context.interrupted("!echo sleeping; sleep 1000 & sleep 1000", "sleeping");
     assert_eq!(cell.status, INTERRUPTED);

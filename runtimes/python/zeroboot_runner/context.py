@@ -2,6 +2,7 @@
 
 import builtins
 import importlib.machinery
+import importlib.util
 import linecache
 import os
 import signal
@@ -13,7 +14,7 @@ from . import streams
 from .identity import Generators, apply_identity
 from .results import Channel, error_payload, error_text
 from .shell import Shell
-from .wire import CELL, CODE, ENV, IDENTITY, RunnerError, fail
+from .wire import CELL, CODE, ENV, IDENTITY, RunnerError, fail, frames
 
 OK, FAILED, INTERRUPTED = 0, 1, 2
 
@@ -31,10 +32,28 @@ def no_input(prompt=""):
     raise EOFError("a cell has no standard input: put the value into the code, or run a program that reads it")
 
 
+def shell_maker():
+    """How the first cell gets its shell. Where IPython is warm, its shell is made now, and where there is none, nobody looks again."""
+    if sys.modules.get("IPython") is not None:
+        from .ipython import IPythonShell
+
+        shell = IPythonShell()
+        return lambda: shell
+    return Shell if importlib.util.find_spec("IPython") is None else load_ipython
+
+
+def load_ipython():
+    try:
+        from .ipython import IPythonShell
+    except ImportError:
+        # What it needs is not there.
+        return Shell()
+    return IPythonShell()
+
+
 class Context:
-    def __init__(self, control, fd, generators, ipython=None):
-        """`ipython`: IPython's shell, if it is warm."""
-        self.control, self.generators, self.ipython = control, generators, ipython
+    def __init__(self, reader, fd, generators, make_shell):
+        self.reader, self.generators, self.make_shell = reader, generators, make_shell
         self.channel = Channel(fd)
         self.count = 0
         self.running = False
@@ -58,25 +77,18 @@ class Context:
             os.dup2(null, 0)
             os.close(null)
 
-    def choose_shell(self):
-        shell = self.ipython
-        if shell is None:
-            try:
-                from .ipython import IPythonShell
-            except ImportError:
-                shell = Shell()
-            else:
-                shell = IPythonShell()
+    def engaged_shell(self):
+        shell = self.make_shell()
         shell.engage(self.main, self.channel)
         # In place of the one that waits for nothing.
-        self.control.wait = lambda: shell.loop.wait(self.channel.fd)
+        self.reader.wait = lambda: shell.loop.wait(self.channel.fd)
         return shell
 
     def run(self):
         """Serves until the agent closes; never returns."""
         code = []
         try:
-            for kind, payload in self.control:
+            for kind, payload in frames(self.reader):
                 if kind == CODE:
                     code.append(payload)
                 elif kind == CELL:
@@ -115,7 +127,7 @@ class Context:
         try:
             self.running = True
             if self.shell is None:
-                self.shell = self.choose_shell()
+                self.shell = self.engaged_shell()
             error, shown = self.shell.run(source, self.count)
             self.running = False
         except BaseException as caught:
@@ -164,7 +176,6 @@ def warm_cells():
         shell.channel.done(OK, 0, None)
     finally:
         os.close(null)
-        del shell, error
         linecache.clearcache()
         vars(builtins).pop("_", None)
         for name in ("last_type", "last_value", "last_traceback", "last_exc"):

@@ -2,12 +2,13 @@
 
 import functools
 import gc
+import io
 import json
 import os
 import sys
 
 from . import streams
-from .context import Context, set_environment, warm_cells
+from .context import Context, set_environment, shell_maker, warm_cells
 from .identity import Generators, apply_identity
 from .program import Program
 from .streams import ctypes
@@ -20,26 +21,28 @@ from .wire import (
     ENV,
     IDENTITY,
     IDENTITY_LEN,
+    MAX_PAYLOAD,
     READY,
     RUN,
     SERVE,
     STARTED,
-    Frames,
+    PatientReader,
     RunnerError,
     fail,
+    frames,
     send,
 )
 
 PLUGS = []
 
 
-def serve(ready, generators, ipython):
+def serve(ready, generators, make_shell):
     """Waits for what to be, a program or a context, and becomes it; never returns."""
     try:
         # Before Ready: in a pool of waiting forks this costs nobody anything.
         streams.open_stdio()
         send(CONTROL_FD, READY, ready)
-        work = read_request(generators, ipython)
+        work = read_request(generators, make_shell)
     except RunnerError as error:
         fail(error)
     except BaseException as error:
@@ -47,14 +50,14 @@ def serve(ready, generators, ipython):
     work()
 
 
-def read_request(generators, ipython):
+def read_request(generators, make_shell):
     import fcntl
 
     # Out of the way of what runs here, and not inherited by what that executes.
     private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
-    control = Frames(private)
+    reader = io.BufferedReader(io.FileIO(private, "r", closefd=False), MAX_PAYLOAD)
     argv, code, environment, identified, directory, serves = [], [], [], False, None, False
-    for kind, payload in control:
+    for kind, payload in frames(reader):
         if kind == IDENTITY:
             apply_identity(payload, generators)
             identified = True
@@ -84,7 +87,7 @@ def read_request(generators, ipython):
         except OSError as error:
             raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
     if serves:
-        work = Context(control, private, generators, ipython).run
+        work = Context(PatientReader(reader, private), private, generators, make_shell).run
     else:
         # Code and argv are the program's; everything else of this function goes.
         program = Program(b"".join(code), argv or ["-c"])
@@ -138,7 +141,7 @@ def parse(arguments):
 
 
 def prepare(arguments):
-    """Everything up to the ready point: the options, what `Ready` says, the generators, and IPython's shell if it is warm."""
+    """Everything up to the ready point: the options, what `Ready` says, the generators, and what makes a shell for cells."""
     options = parse(arguments)
     # Ours while we start; what runs here gets its own first entry.
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -149,16 +152,12 @@ def prepare(arguments):
     ready = {"version": "Python " + sys.version.split()[0], "warmed": []}
     if options["--context"]:
         # Started cold for one context: nobody copies it, so there is nothing to warm and nothing that a copy froze.
-        return options, json.dumps(ready).encode(), Generators(walk=False), None
+        return options, json.dumps(ready).encode(), Generators(walk=False), shell_maker()
     ready["warmed"], skipped = warm(options["--warm"])
     if skipped:
         ready["skipped"] = skipped
     warm_cells()
-    ipython = None
-    if sys.modules.get("IPython") is not None:
-        from .ipython import IPythonShell
-
-        ipython = IPythonShell()
+    make_shell = shell_maker()
     gc.collect()
     generators = Generators()
     # Once for practice: OpenSSL makes its generators at the first use, which takes a millisecond.
@@ -168,12 +167,12 @@ def prepare(arguments):
     gc.collect()
     PLUGS.append(plug_holes())
     gc.freeze()
-    return options, ready, generators, ipython
+    return options, ready, generators, make_shell
 
 
 def main():
     try:
-        options, ready, generators, ipython = prepare(sys.argv[1:])
+        options, ready, generators, make_shell = prepare(sys.argv[1:])
         if options["--fork-server"] is not None:
             fork_server(options["--fork-server"], int(options["--fork-fd"]))
             # The pages that the identity writes to get copied now, while this fork waits in a pool.
@@ -182,4 +181,4 @@ def main():
         fail(error)
     except BaseException as error:
         fail("%s: %s" % (type(error).__name__, error))
-    serve(ready, generators, ipython)
+    serve(ready, generators, make_shell)

@@ -43,38 +43,44 @@ def fail(text, fd=CONTROL_FD):
     os._exit(STATUS_FAILURE)
 
 
-class Frames:
-    """Frames as they come: (kind, payload) until the other side closes."""
+def frames(reader):
+    """Yields (kind, payload) until the other side closes."""
+    while True:
+        header = reader.read(HEADER.size)
+        if not header:
+            return
+        if len(header) < HEADER.size:
+            raise RunnerError("the control channel ended inside a frame")
+        length, kind = HEADER.unpack(header)
+        if length > MAX_PAYLOAD:
+            raise RunnerError("a control frame of %d bytes is above the limit" % length)
+        payload = reader.read(length) if length else b""
+        if len(payload) < length:
+            raise RunnerError("the control channel ended inside a frame")
+        yield kind, payload
 
-    def __init__(self, fd):
+
+class PatientReader:
+    """Reads on after a buffered reader, and calls `wait` before each read that may wait long."""
+
+    def __init__(self, reader, fd):
         self.fd = fd
-        self.held = bytearray()
-        # Called before a read that may wait long.
         self.wait = lambda: None
+        # What is buffered already, without waiting for more.
+        os.set_blocking(fd, False)
+        try:
+            self.held = bytearray(reader.read1(MAX_PAYLOAD) or b"") if reader.peek(1) else bytearray()
+        finally:
+            os.set_blocking(fd, True)
 
-    def take(self, size, inside):
-        """`size` bytes, or none at the end between two frames."""
+    def read(self, size):
+        """`size` bytes, or fewer at the end."""
         while len(self.held) < size:
-            if not self.held:
-                self.wait()
+            self.wait()
             more = os.read(self.fd, MAX_PAYLOAD)
             if not more:
-                if self.held or inside:
-                    raise RunnerError("the control channel ended inside a frame")
-                return b""
+                break
             self.held += more
         taken = bytes(self.held[:size])
         del self.held[:size]
         return taken
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        header = self.take(HEADER.size, False)
-        if not header:
-            raise StopIteration
-        length, kind = HEADER.unpack(header)
-        if length > MAX_PAYLOAD:
-            raise RunnerError("a control frame of %d bytes is above the limit" % length)
-        return kind, self.take(length, True) if length else b""
