@@ -778,6 +778,11 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
 }
 
+/// Whether so many bytes of replies are too many for one answer.
+pub(crate) fn too_many_replies(bytes: usize) -> bool {
+    bytes > MAX_REPLIES
+}
+
 #[cfg(test)]
 impl State {
     pub(crate) fn set_next_channel(&mut self, number: u16) {
@@ -847,9 +852,4 @@ mod tests {
             prop_assert_eq!(state.statuses().iter().filter(|run| run.offset != run.first_offset).count(), 0);
         }
     }
-}
-
-/// Whether so many bytes of replies are too many for one answer.
-pub(crate) fn too_many_replies(bytes: usize) -> bool {
-    bytes > MAX_REPLIES
 }
