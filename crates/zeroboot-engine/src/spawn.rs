@@ -76,7 +76,8 @@ impl Spawner {
         let mut command = Command::new(&self.program);
         command.arg("__zygote").env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         // The zygote's root plan asks where home is; nothing else of our environment goes on.
-        command.envs(std::env::vars_os().filter(|(key, _)| key == "HOME" || key == "ZEROBOOT_TCG_TR9"));
+        let passed = |key: &std::ffi::OsStr| key == "HOME" || key == "ZEROBOOT_TCG_TR9" || key == IMAGE_AT_ONCE;
+        command.envs(std::env::vars_os().filter(|(key, _)| passed(key)));
         zeroboot_sys::process::as_zygote(&mut command, report_theirs, control_theirs);
         let (answer, child) = oneshot::channel();
         let sent = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send((command, answer));
@@ -138,6 +139,10 @@ async fn read_report(report: &mut UnixStream) -> Result<(), Option<String>> {
         }
     }
 }
+
+/// With this variable a process template's memory becomes an image before the first fork instead of the second, so that
+/// tests of `zeroboot run` are tests of an image.
+const IMAGE_AT_ONCE: &str = "ZEROBOOT_TEST_IMAGE";
 
 /// Why there is no zygote.
 #[derive(Debug, thiserror::Error)]

@@ -805,7 +805,7 @@ impl<T: Transport> Live<T> {
             if program.status.is_none() {
                 all.push((Source::ProgramEnd, program.ended.as_fd(), PollFlags::IN));
             }
-            if let Some(fd) = program.stdin.as_ref().filter(|_| !program.input.is_empty()) {
+            if let Some(fd) = program.stdin.as_ref().filter(|_| program.wants_to_write()) {
                 all.push((Source::Input(*id), fd.as_fd(), PollFlags::OUT));
             }
             if !room || channel.credit == 0 {

@@ -46,13 +46,12 @@ const KEPT: &[(&str, &str)] = &[
 const ALLOCATORS: &[(&str, &str)] =
     &[("<jemalloc>", "jemalloc"), ("mimalloc: ", "mimalloc"), ("tcmalloc", "tcmalloc"), ("snmalloc", "snmalloc")];
 
-/// Moves the memory of this process, which has one thread. Returns what became of it, in words. From here on this library
-/// allocates from its own arena.
+/// Moves the memory of this process, which has one thread and allocates from the arena. Returns what became of it, in
+/// words.
 pub(crate) fn freeze() -> io::Result<String> {
-    let (moves, stayed) = plan()?;
+    let (moves, stayed) = arena::aside(plan)?;
     // Never freed: that would write to what is going to be the image.
     let (moves, mut stayed) = (Vec::leak(moves), std::mem::ManuallyDrop::new(stayed));
-    arena::begin()?;
     let moved = image::move_into_file(moves)?;
     if moved.len() < moves.len() {
         stayed.push_str(&format!("; {} ranges could not be moved", moves.len() - moved.len()));
@@ -69,7 +68,8 @@ fn plan() -> io::Result<(Vec<Move>, String)> {
     let programs: BTreeSet<&str> =
         mappings.iter().filter(|m| m.file && m.access.execute && !m.shared).map(|m| m.name.as_str()).collect();
     let pages = Pages(File::open("/proc/self/pagemap")?);
-    let ours = [image::thread_pages()];
+    // What the kernel and the fork server write to.
+    let ours = [image::thread_pages(), arena::range()];
     let mut moves = Vec::new();
     // By reason: what stays for it, and how much.
     let mut staying: BTreeMap<String, (BTreeSet<&str>, usize)> = BTreeMap::new();
@@ -263,6 +263,7 @@ fn without(runs: Vec<Range<usize>>, holes: &[Range<usize>]) -> Vec<Range<usize>>
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges, some of which have one")]
 mod tests {
     use super::*;
 

@@ -15,6 +15,7 @@ use rustix::{
     process::{Pid, Resource, Rlimit, getrlimit, setrlimit},
 };
 use zeroboot_sys::{
+    arena,
     control::{self, Control, PROC_FD},
     jail::{self, Filter, JailError},
     mount, net,
@@ -57,9 +58,8 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
 /// runner: jailed, with its standard streams and its control socket in place.
 ///
-/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the second fork: it costs
-/// as much as fifty forks, and `zeroboot run` makes only one.
-pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, ServeError> {
+/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the fork of this number.
+pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<bool, ServeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
     if threads != 1 {
         return Err(ServeError::Threads(threads));
@@ -76,6 +76,8 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, Serv
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| step("get random bytes")(e.into()))?;
     let mut count = u32::from_le_bytes(random);
+    // From here on, so that nothing older is freed once the memory is an image.
+    arena::begin().map_err(step("reserve memory"))?;
     let mut forks = 0u64;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
@@ -88,9 +90,7 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, Serv
                 .map_err(step("answer on the control channel"))?;
             continue;
         }
-        if forks == 1
-            && let Some(freeze) = freeze.take()
-        {
+        if let Some((freeze, _)) = freeze.take_if(|(_, before)| forks >= *before) {
             // Forks are as right without, and slower.
             let text = freeze().unwrap_or_else(|error| format!("no image: {error}"));
             control::send(control, &Control::Image { text }, &[]).map_err(step("answer on the control channel"))?;

@@ -4,7 +4,7 @@ use std::{
     ffi::CString,
     io,
     os::fd::{AsFd, AsRawFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::{Mode, OFlags};
@@ -58,7 +58,7 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
         // Its number is gone with the others.
         std::mem::forget(proc);
         process::close_from(PROC_FD as u32 + 1).map_err(step("close descriptors"))?;
-        let files = vec![
+        let mut files = vec![
             (PathBuf::from(AGENT), assets.agent.to_vec()),
             (PathBuf::from(PYFORK), assets.pyfork.to_vec()),
             (PathBuf::from(RUNNER_PYTHON), assets.runner_python.to_vec()),
@@ -69,6 +69,9 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
                 words(environment(config).into_iter().map(|(key, value)| format!("{key}={value}"))),
             ),
         ];
+        if std::env::var_os("ZEROBOOT_TEST_IMAGE").is_some() {
+            files.push((PathBuf::from(layout::IMAGE_AT_ONCE), Vec::new()));
+        }
         let plan = layout::plan(&config.paths, files);
         let mut reads = config.paths.clone();
         reads.push(config.interpreter.clone());
@@ -181,10 +184,15 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
     env
 }
 
+/// The fork before which an image is made, counted from 0. It costs as much as fifty forks, and `zeroboot run` makes only
+/// one fork.
+const IMAGE_BEFORE: u64 = 1;
+
 /// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.
 pub fn serve_python(control: i32) {
     let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
-    match ready().and_then(|()| serve(&control, Some(image::freeze))) {
+    let first = if Path::new(layout::IMAGE_AT_ONCE).exists() { 0 } else { IMAGE_BEFORE };
+    match ready().and_then(|()| serve(&control, Some((image::freeze, first)))) {
         Ok(true) => std::mem::forget(control),
         Ok(false) => process::exit_now(0),
         Err(error) => {

@@ -22,6 +22,8 @@ struct State {
     /// 0: not begun.
     start: AtomicUsize,
     next: AtomicUsize,
+    /// For now the C library's allocator serves.
+    aside: AtomicBool,
     /// Of each class the block freed last, whose first word leads to the one before.
     free: [AtomicUsize; CLASSES],
 }
@@ -30,6 +32,7 @@ static STATE: State = State {
     locked: AtomicBool::new(false),
     start: AtomicUsize::new(0),
     next: AtomicUsize::new(0),
+    aside: AtomicBool::new(false),
     free: [const { AtomicUsize::new(0) }; CLASSES],
 };
 
@@ -44,6 +47,15 @@ pub fn begin() -> std::io::Result<()> {
     STATE.next.store(at as usize, Ordering::Relaxed);
     STATE.start.store(at as usize, Ordering::Release);
     Ok(())
+}
+
+/// Runs `work` with the C library's allocator, for much that is gone or never freed before memory is moved: what the
+/// arena has used once is copied at each fork.
+pub fn aside<T>(work: impl FnOnce() -> T) -> T {
+    STATE.aside.store(true, Ordering::Relaxed);
+    let done = work();
+    STATE.aside.store(false, Ordering::Relaxed);
+    done
 }
 
 /// Where that memory is; empty before [`begin`].
@@ -82,7 +94,7 @@ impl Drop for Lock {
 unsafe impl GlobalAlloc for Arena {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let ours = range();
-        let Some(class) = class(layout).filter(|_| !ours.is_empty()) else {
+        let Some(class) = class(layout).filter(|_| !ours.is_empty() && !STATE.aside.load(Ordering::Relaxed)) else {
             // SAFETY: as the caller promises.
             return unsafe { System.alloc(layout) };
         };
@@ -133,7 +145,7 @@ mod tests {
             for i in 0..1000usize {
                 let layout = layout(1 + i * 7 % 5000, 1 << (i % 7));
                 let block = arena.alloc(layout);
-                assert!(range().contains(&(block as usize)) && block as usize % layout.align() == 0);
+                assert!(range().contains(&(block as usize)) && (block as usize).is_multiple_of(layout.align()));
                 block.write_bytes(i as u8, layout.size());
                 blocks.push((block, layout, i as u8));
             }
@@ -149,6 +161,9 @@ mod tests {
                 assert!(range().contains(&(block as usize)));
                 arena.dealloc(block, layout(1 << 19, 8));
             }
+            let aside = aside(|| arena.alloc(layout(100, 8)));
+            assert!(!range().contains(&(aside as usize)));
+            arena.dealloc(aside, layout(100, 8));
             let large = arena.alloc(layout(64 << 20, 8));
             assert!(!large.is_null() && !range().contains(&(large as usize)));
             arena.dealloc(large, layout(64 << 20, 8));

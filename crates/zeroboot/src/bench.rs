@@ -1,5 +1,6 @@
 //! `zeroboot bench`: each measurement checks the answers that it times, and compares two ways in one run.
 
+mod cpu;
 pub(crate) mod density;
 mod exec;
 pub(crate) mod stats;
@@ -119,6 +120,9 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
     tokio.block_on(async {
         if wants(BenchWhat::Exec) {
             exec::first_output(args, &template, results).await?;
+        }
+        if wants(BenchWhat::Cpu) {
+            cpu::of_an_exec(args, &template, results).await?;
         }
         if wants(BenchWhat::Fork) {
             exec::pooled_and_not(args, &template, results).await?;

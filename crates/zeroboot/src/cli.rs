@@ -73,6 +73,8 @@ pub(crate) struct DoctorArgs {
 pub(crate) enum BenchWhat {
     /// From the request to the first byte of output, against a fresh interpreter.
     Exec,
+    /// CPU time of one exec, of all processes together.
+    Cpu,
     /// A pooled checkout against an unpooled fork.
     Fork,
     /// Many sandboxes alive at once: how fast they come, what each costs, how fast they go.

@@ -25,9 +25,9 @@ def attempt(action, *args):
         return errno.errorcode.get(getattr(error, 'errno', None), type(error).__name__)
 "#;
 
-/// A run of an attack.
+/// A run of an attack, from a template whose memory is an image.
 fn attack(who: Who, code: &str) -> Cli {
-    Cli::run(who).code(format!("{PRELUDE}{code}"))
+    Cli::run(who).env("ZEROBOOT_TEST_IMAGE", "1").code(format!("{PRELUDE}{code}"))
 }
 
 macro_rules! attacks {

@@ -127,3 +127,90 @@ async fn what_a_module_that_node_warmed_keeps_differs_pairwise() {
         assert_eq!(values.len(), FORKS * each, "{name}: {values:?}");
     }
 }
+
+/// A module that keeps bytes in memory that the kernel wipes at a fork, as random generators do, and in ordinary memory.
+const KEEPER: &str = "
+import mmap
+def page(byte):
+    m = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    m[:] = byte * len(m)
+    return m
+wiped, kept = page(b'w'), page(b'k')
+wiped.madvise(18)  # MADV_WIPEONFORK
+";
+
+/// Says where it runs and what it finds, and changes what the next fork must not see.
+const KEPT: &str = "
+import keeper
+print('wiped', bytes(keeper.wiped) == bytes(1 << 20))
+print('kept', bytes(keeper.kept) == b'k' * (1 << 20))
+keeper.kept[:] = b'x' * (1 << 20)
+print('changed', bytes(keeper.kept) == b'x' * (1 << 20))
+print('image', 'zeroboot-image' in open('/proc/self/maps').read())
+import threading
+thread = threading.Thread(target=lambda: print('thread', True))
+thread.start(); thread.join()
+";
+
+#[tokio::test]
+async fn forks_of_an_image_are_private_and_what_is_wiped_at_a_fork_stays_wiped() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let made = std::process::Command::new(harness::python(Who::Me))
+        .args(["-m", "venv", "--without-pip"])
+        .arg(folder.path().join("venv"))
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let python = folder.path().join("venv/bin/python");
+    let host = zeroboot_process::python(Some(&python)).unwrap();
+    let packages = host.paths.iter().find(|p| p.starts_with(folder.path()) && p.ends_with("site-packages")).unwrap();
+    std::fs::write(packages.join("keeper.py"), KEEPER).unwrap();
+    let spec = ZygoteSpec::Process {
+        runtime: "python".into(),
+        interpreter: host.interpreter,
+        paths: host.paths,
+        warm: vec!["keeper".into()],
+        env: Vec::new(),
+    };
+    let (_engine, seen) = drawn(spec, "python", KEPT).await;
+    let only = |name: &str| seen[name].iter().map(String::as_str).collect::<Vec<_>>();
+    for name in ["wiped", "kept", "changed", "thread"] {
+        assert_eq!(only(name), ["True"], "{name}");
+    }
+    // The first fork comes before the image.
+    assert_eq!(only("image"), ["False", "True"]);
+    // What it wrote to has its page tables copied at each fork.
+    assert_eq!(written_to_the_image(), [""; 0]);
+}
+
+/// Mappings of the image in which this process's zygote has pages of its own.
+fn written_to_the_image() -> Vec<String> {
+    let mut zygotes = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let read = |file: &str| std::fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        let parent = format!("PPid:\t{}\n", std::process::id());
+        if read("status").contains(&parent)
+            && read("cmdline").contains("--fork-server")
+            && read("cmdline").contains("keeper")
+        {
+            zygotes.push(read("smaps"));
+        }
+    }
+    assert_eq!(zygotes.len(), 1);
+    let (mut image, mut found, mut written) = (None, 0, Vec::new());
+    for line in zygotes[0].lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words[0].contains('-') && !words[0].ends_with(':') {
+            image = line.contains("zeroboot-image").then_some(line);
+            found += u32::from(image.is_some());
+        } else if let Some(mapping) = image
+            && words[0] == "Anonymous:"
+            && words[1] != "0"
+        {
+            written.push(format!("{mapping}: {} KiB", words[1]));
+        }
+    }
+    assert!(found > 10, "{found} mappings of an image");
+    written
+}

@@ -101,13 +101,12 @@ impl Program {
         while let Some(fd) = &self.stdin {
             if self.input.is_empty() {
                 if self.input_ended {
-                    if self.terminal {
+                    if !self.terminal {
+                        self.stdin = None;
+                    } else if rustix::io::write(fd, &[END_OF_INPUT]).is_ok() {
                         // Its other direction goes on.
-                        self.input.push_back(END_OF_INPUT);
                         self.input_ended = false;
-                        continue;
                     }
-                    self.stdin = None;
                 }
                 break;
             }
@@ -126,6 +125,11 @@ impl Program {
             self.input.clear();
         }
         taken
+    }
+
+    /// Whether there is something that it did not take at once.
+    pub(super) fn wants_to_write(&self) -> bool {
+        !self.input.is_empty() || self.input_ended
     }
 
     pub(super) fn signal(&self, signal: Signal) {

@@ -52,8 +52,11 @@ pub(crate) async fn alive_at_once(
     let count = args.alive as usize;
     // Room for those that are just going.
     let engine = super::start(template, 0, count + ONE_MORE).await?;
-    drop(start(&engine, program).await?);
-    gone(&engine, 0).await;
+    // A process template's memory is an image from its second fork on.
+    for _ in 0..2 {
+        drop(start(&engine, program).await?);
+        gone(&engine, 0).await;
+    }
     let zygotes = descendants();
     let available = meminfo("MemAvailable:");
 
