@@ -915,7 +915,10 @@ impl<T: Transport> Live<T> {
                 }
                 Said::Broken(text) => {
                     context.control_ended = true;
-                    context.condemn(How::Refused(Refusal::Failed, format!("the interpreter broke: {text}")));
+                    // One that was told to stop before it could take it as its cell's: it has stopped.
+                    let broke = || How::Refused(Refusal::Failed, format!("the interpreter broke: {text}"));
+                    let why = context.stopping.take().map_or_else(broke, |stopping| stopping.why);
+                    context.condemn(why);
                     return;
                 }
             };

@@ -56,6 +56,17 @@ fn a_cell_that_takes_too_long_is_interrupted_and_its_state_stays() {
 }
 
 #[test]
+fn a_time_that_passes_before_the_cell_begins_has_passed() {
+    let fixture = shared();
+    for nanoseconds in [1.0, 1e4, 1e5, 1e6] {
+        let guest = Guest::new(&fixture);
+        let answer = guest.ok("/run", &json!({"code": "while True: pass", "timeout_seconds": nanoseconds / 1e9}));
+        assert_eq!(answer["outcome"], "deadline_passed", "{nanoseconds}: {answer}");
+        guest.is_usable();
+    }
+}
+
+#[test]
 fn an_interrupt_stops_the_cell_that_runs() {
     let fixture = shared();
     let guest = Guest::new(&fixture);
