@@ -145,7 +145,7 @@ mod tests {
             for i in 0..1000usize {
                 let layout = layout(1 + i * 7 % 5000, 1 << (i % 7));
                 let block = arena.alloc(layout);
-                assert!(range().contains(&(block as usize)) && block as usize % layout.align() == 0);
+                assert!(range().contains(&(block as usize)) && (block as usize).is_multiple_of(layout.align()));
                 block.write_bytes(i as u8, layout.size());
                 blocks.push((block, layout, i as u8));
             }
