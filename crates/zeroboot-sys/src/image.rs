@@ -248,8 +248,7 @@ mod tests {
         }
         let start = bytes.as_ptr() as usize;
         let moved = move_into_file(&[at(start, start + len)]).unwrap();
-        assert_eq!(moved.len(), 1);
-        assert_eq!(moved.first(), Some(&(start..start + len)));
+        assert_eq!(moved, std::slice::from_ref(&(start..start + len)));
         assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i / 7) as u8));
         assert_eq!(anonymous_kb(start), 0);
         bytes[0] = 99;
