@@ -34,7 +34,7 @@ fn embed(crates: &Path, target: &Path, package: &str, flags: &[&str], artifact: 
     let triple = env::var("TARGET").expect("cargo sets TARGET");
     let target = target.join(package);
     let status = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"))
-        .args(["build", "--quiet", "--profile", "embedded", "--package", package, "--target", &triple])
+        .args(["build", "--quiet", "--locked", "--profile", "embedded", "--package", package, "--target", &triple])
         .arg("--manifest-path")
         .arg(crates.join("../Cargo.toml"))
         .env("CARGO_TARGET_DIR", &target)

@@ -3,7 +3,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use zeroboot_proto::{Command, Decoder, ExitReport, FileChunk, Identity, Limits, Message, encode};
+use zeroboot_proto::{
+    Command, Decoder, ExitReport, FileChunk, Identity, Limits, Message, encode,
+    live::{self, CellDone, ResultChunk},
+};
 
 fuzz_target!(|data: &[u8]| {
     let Some((&cut, stream)) = data.split_first() else { return };
@@ -28,6 +31,19 @@ fuzz_target!(|data: &[u8]| {
                     if let Ok(chunk) = FileChunk::decode(payload) {
                         assert_eq!(chunk.encode(), payload);
                     }
+                    if let Ok(chunk) = ResultChunk::decode(payload) {
+                        assert_eq!(chunk.encode(), payload);
+                    }
+                    if let Ok(end) = live::decode::<live::End>(payload) {
+                        assert_eq!(live::decode(&live::encode(&end)), Ok(end));
+                    }
+                    if let Ok(reply) = live::decode::<live::Reply>(payload) {
+                        assert_eq!(live::decode(&live::encode(&reply)), Ok(reply));
+                    }
+                    if let Ok(open) = live::decode::<live::Open>(payload) {
+                        assert_eq!(live::decode(&live::encode(&open)), Ok(open));
+                    }
+                    let (_done, _credit) = (CellDone::decode(payload), live::decode_credit(payload));
                     if let Ok(report) = ExitReport::decode(payload) {
                         assert_eq!(ExitReport::decode(&report.encode()), Ok(report));
                     }

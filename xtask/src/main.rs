@@ -13,7 +13,7 @@ cargo xtask test [STEP...]
 
 cargo xtask nested [OPTION...] -- COMMAND [ARG...]
     Runs COMMAND in a Linux machine that QEMU emulates, AMD SVM and nested paging included: /dev/kvm in it is
-    the real kvm_amd. `cargo xtask nested --help` says more.
+    the real kvm_amd. With `--cpu intel` the machine is Bochs', with VMX: kvm_intel. `cargo xtask nested --help` says more.
 
 cargo xtask nested-suite [OPTION...] [FILTER]
     Builds zeroboot and its templates and runs all tests that need a real /dev/kvm, in that machine.

@@ -23,8 +23,13 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 4] =
-    [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot", "http"), ("zeroboot", "http_kill")];
+const ALSO: [(&str, &str); 5] = [
+    ("zeroboot-vm", "byte_guests"),
+    ("zeroboot-vm", "workers"),
+    ("zeroboot", "http"),
+    ("zeroboot", "http_kill"),
+    ("zeroboot", "sandboxes"),
+];
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [
@@ -32,11 +37,27 @@ const FIRST_EXECS: [(&str, &str, &str); 2] = [
     ("node", "console.log([1,2,3].map(x => x * 14)[2])", "42"),
 ];
 
+/// `step NAME COMMAND...` runs a command and says what became of it; `exec_prints RUNTIME CODE OUTPUT` is one.
+pub(crate) const STEPS: &str = "failed=
+step() {
+    name=$1; shift
+    started=$(cut -d. -f1 /proc/uptime)
+    if \"$@\"; then word=passed; else word=FAILED; failed=\"$failed $name\"; fi
+    echo \"== $name: $word ($(($(cut -d. -f1 /proc/uptime) - started)) s)\"
+}
+exec_prints() {
+    got=$(\"$ZEROBOOT_BIN\" run --engine vm --runtime \"$1\" -c \"$2\") && [ \"$got\" = \"$3\" ] && return
+    echo \"printed '$got', not '$3'\"
+    return 1
+}
+";
+pub(crate) const STEPS_END: &str = "[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n";
+
 const USAGE: &str = "\
 cargo xtask nested-suite [OPTION...] [FILTER]
 
 Builds zeroboot, assembles its templates, and runs in the nested lane: the templates' builds, a first exec in each,
-and every test program for the lane (crates/*/tests/nested*.rs, byte_guests, workers, http, http_kill), those tests
+and every test program for the lane (crates/*/tests/nested*.rs, byte_guests, workers, http, http_kill, sandboxes), those tests
 that match FILTER.
 
   --debug            the debug build of zeroboot
@@ -84,7 +105,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
         timed("the templates are assembled", || nested::assemble_templates(&zeroboot))?;
         timed("what they are made of is tested", assembly_tests)?;
     }
-    let programs = timed("the test programs are built", test_programs)?;
+    let programs = timed("the test programs are built", || test_programs(&wanted()?))?;
     lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];
     lane.env("ZEROBOOT_BIN", &zeroboot);
     lane.env("ZEROBOOT_HOME", "/dev/shm/zeroboot");
@@ -109,14 +130,14 @@ fn assembly_tests() -> Result<()> {
     Ok(())
 }
 
-struct Program {
-    name: String,
-    executable: PathBuf,
+pub(crate) struct Program {
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
     directory: PathBuf,
 }
 
-/// Compiles the lane's test programs and says where they are.
-fn test_programs() -> Result<Vec<Program>> {
+/// The lane's test programs, each with its package.
+fn wanted() -> Result<Vec<(String, String)>> {
     let repository = nested::repository()?;
     let mut wanted: Vec<(String, String)> =
         ALSO.iter().map(|(package, test)| ((*package).to_owned(), (*test).to_owned())).collect();
@@ -127,9 +148,15 @@ fn test_programs() -> Result<Vec<Program>> {
             }
         }
     }
+    Ok(wanted)
+}
+
+/// Compiles test programs, given by package and name, and says where they are.
+pub(crate) fn test_programs(wanted: &[(String, String)]) -> Result<Vec<Program>> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]).current_dir(&repository);
-    for (package, test) in &wanted {
+    cargo.args(["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]);
+    cargo.current_dir(nested::repository()?);
+    for (package, test) in wanted {
         cargo.args(["--package", package, "--test", test]);
     }
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
@@ -137,7 +164,7 @@ fn test_programs() -> Result<Vec<Program>> {
     let text = String::from_utf8_lossy(&output.stdout);
     let programs: Vec<Program> = text.lines().filter_map(program).collect();
     for (package, test) in wanted {
-        ensure!(programs.iter().any(|program| program.name == test), "cargo built no test {test} of {package}");
+        ensure!(programs.iter().any(|program| program.name == *test), "cargo built no test {test} of {package}");
     }
     Ok(programs)
 }
@@ -171,21 +198,7 @@ fn names_in(dir: &Path) -> Result<Vec<String>> {
 /// What runs in the lane. Every step runs, whatever became of those before; the status says whether all succeeded.
 fn script(templates: bool, programs: &[Program], filter: Option<&str>) -> Result<String> {
     let quote = nested::quoted_text;
-    let mut script = String::from(
-        "failed=
-step() {
-    name=$1; shift
-    started=$(cut -d. -f1 /proc/uptime)
-    if \"$@\"; then word=passed; else word=FAILED; failed=\"$failed $name\"; fi
-    echo \"== $name: $word ($(($(cut -d. -f1 /proc/uptime) - started)) s)\"
-}
-exec_prints() {
-    got=$(\"$ZEROBOOT_BIN\" run --engine vm --runtime \"$1\" -c \"$2\") && [ \"$got\" = \"$3\" ] && return
-    echo \"printed '$got', not '$3'\"
-    return 1
-}
-",
-    );
+    let mut script = String::from(STEPS);
     if templates {
         for name in TEMPLATES {
             script += &format!("step template-{name} \"$ZEROBOOT_BIN\" template build {name} --offline\n");
@@ -205,6 +218,6 @@ exec_prints() {
         // An emulated CPU: tests that measure time must not disturb each other.
         script += " --test-threads=1\n";
     }
-    script += "[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n";
+    script += STEPS_END;
     Ok(script)
 }

@@ -30,6 +30,7 @@ const STEPS: &[Step] = &[
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
     ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
     ("systemd", "deploy/systemd under a systemd that runs, in an emulated machine", systemd),
+    ("intel", "the VM engine on kvm_intel with guests of a few bytes, in an emulated machine", intel),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
 
@@ -99,6 +100,10 @@ const PACKAGES: &[(&[&str], &str)] = &[
     (&["npm", "--version"], "npm"),
     (&["curl", "--version"], "curl"),
     (&["cpio", "--version"], "cpio"),
+    // Bochs, for the Intel lane, is built with these.
+    (&["g++", "--version"], "g++"),
+    (&["make", "--version"], "make"),
+    (&["xz", "--version"], "xz-utils"),
 ];
 
 fn works(command: &[&str]) -> bool {
@@ -133,16 +138,19 @@ fn found(program: &str) -> bool {
     env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
-/// A virtual environment with the modules that templates warm, kept in `target/`.
+/// A virtual environment with the modules that templates warm and that contexts use, kept in `target/`.
 fn test_python(root: &Path) -> anyhow::Result<PathBuf> {
     let venv = root.join("target/test-venv");
     let python = venv.join("bin/python");
-    let ready = |python: &Path| works(&[&python.to_string_lossy(), "-c", "import numpy, pandas"]);
+    let ready = |python: &Path| works(&[&python.to_string_lossy(), "-c", "import numpy, pandas, IPython, matplotlib"]);
     if !ready(&python) {
-        println!("making {} with numpy and pandas", venv.display());
+        println!("making {} with numpy, pandas, IPython and matplotlib", venv.display());
         command("python3", [OsStr::new("-m"), OsStr::new("venv"), OsStr::new("--clear"), venv.as_os_str()])?;
-        command(&python, ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas"])?;
-        ensure!(ready(&python), "{} cannot import numpy and pandas", python.display());
+        command(
+            &python,
+            ["-m", "pip", "install", "-q", "--disable-pip-version-check", "numpy", "pandas", "ipython", "matplotlib"],
+        )?;
+        ensure!(ready(&python), "{} cannot import what was installed", python.display());
     }
     Ok(python)
 }
@@ -252,4 +260,9 @@ fn systemd(setup: &Setup) -> anyhow::Result<()> {
 fn nested(_: &Setup) -> anyhow::Result<()> {
     let xtask = env::current_exe().context("find ourselves")?;
     command(xtask, ["nested-suite", "--debug"])
+}
+
+fn intel(_: &Setup) -> anyhow::Result<()> {
+    let xtask = env::current_exe().context("find ourselves")?;
+    command(xtask, ["nested", "--cpu", "intel", "--debug"])
 }

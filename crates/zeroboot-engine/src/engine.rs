@@ -143,7 +143,6 @@ struct Inner {
     admission_wait: Duration,
     refused: AtomicU64,
     closing: AtomicBool,
-    closing_sandboxes: AtomicBool,
     cgroup_obstacle: Option<String>,
     reaper: Arc<Reaper>,
 }
@@ -193,7 +192,6 @@ impl Engine {
                 admission_wait: config.admission_wait,
                 refused: AtomicU64::new(0),
                 closing: AtomicBool::new(false),
-                closing_sandboxes: AtomicBool::new(false),
                 cgroup_obstacle,
                 reaper,
             }),
@@ -269,7 +267,7 @@ impl Engine {
     /// Takes a sandbox that lives until its lease ends. It has places and memory of its own, apart from those of execs.
     pub async fn create(&self, spec: SandboxSpec) -> Result<Sandbox, ExecError> {
         let inner = &self.inner;
-        if inner.closing_sandboxes.load(Ordering::Relaxed) {
+        if inner.closing.load(Ordering::Relaxed) {
             return Err(ExecError::ShuttingDown);
         }
         spec.check(&inner.live.bounds)?;
@@ -299,9 +297,8 @@ impl Engine {
         self.inner.live.find(id)
     }
 
-    /// Ends every sandbox that lives, and lets none begin.
+    /// Ends every sandbox that lives.
     pub fn end_sandboxes(&self) {
-        self.inner.closing_sandboxes.store(true, Ordering::Relaxed);
         self.inner.live.end_all(EndReason::ShuttingDown);
     }
 
@@ -325,6 +322,8 @@ impl Engine {
         let deadline = Instant::now() + CLEARING;
         let ended = || self.inner.live.live() == 0 && self.inner.reaper.is_done();
         while !ended() && Instant::now() < deadline {
+            // One may have been on its way.
+            self.end_sandboxes();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

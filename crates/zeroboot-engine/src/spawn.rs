@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::{
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+    thread::CapabilitySet,
+};
 use tokio::{
     io::{AsyncReadExt, unix::AsyncFd},
     net::UnixStream,
@@ -32,15 +35,36 @@ pub(crate) struct Spawner {
     program: PathBuf,
 }
 
+/// The thread that [`leave_ids_to_zygotes`] started, until an engine takes it.
+static STARTED: Mutex<Option<mpsc::Sender<Job>>> = Mutex::new(None);
+
+/// Where an ordinary user was given the capabilities to hand out user ids: leaves them to the one thread that starts
+/// zygotes and takes them from the calling thread, and so from all that it starts. Called while there is no other.
+pub fn leave_ids_to_zygotes() -> io::Result<()> {
+    let given = rustix::thread::capabilities(None)?.permitted;
+    if rustix::process::geteuid().is_root() || given.is_empty() {
+        return Ok(());
+    }
+    let jobs = start_thread()?;
+    *STARTED.lock().unwrap_or_else(PoisonError::into_inner) = Some(jobs);
+    zeroboot_sys::process::keep_capabilities(CapabilitySet::empty())
+}
+
+fn start_thread() -> io::Result<mpsc::Sender<Job>> {
+    let (jobs, queue) = mpsc::channel::<Job>();
+    std::thread::Builder::new().name("zygotes".into()).spawn(move || {
+        for (mut command, answer) in queue {
+            // Nobody waits any more: the child's handle is dropped, and its control channel with it.
+            let _gone = answer.send(command.spawn());
+        }
+    })?;
+    Ok(jobs)
+}
+
 impl Spawner {
     pub(crate) fn new(program: &Path) -> io::Result<Spawner> {
-        let (jobs, queue) = mpsc::channel::<Job>();
-        std::thread::Builder::new().name("zygotes".into()).spawn(move || {
-            for (mut command, answer) in queue {
-                // Nobody waits any more: the child's handle is dropped, and its control channel with it.
-                let _gone = answer.send(command.spawn());
-            }
-        })?;
+        let started = STARTED.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let jobs = started.map_or_else(start_thread, Ok)?;
         Ok(Spawner { jobs: Mutex::new(jobs), program: program.to_owned() })
     }
 

@@ -309,6 +309,7 @@ async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<Fork
                             let _gone = p.answer.send(Err(text));
                         }
                     }
+                    Ok(Some((Control::Image { text }, _))) => tracing::info!(image = text, "the template's memory is shared"),
                     Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
                     Ok(None) => return Err("the zygote ended".into()),
                     Err(error) => return Err(format!("the zygote's control channel failed: {error}")),

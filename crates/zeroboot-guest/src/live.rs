@@ -899,6 +899,12 @@ impl<T: Transport> Live<T> {
                 return;
             }
             let Some(said) = context.said() else { return };
+            // What the cell wrote before it said this is in the pipes by now.
+            if let (Said::Result(payload) | Said::Error(payload), Some(id)) = (&said, id) {
+                self.catch_up(at, id, payload.len());
+            }
+            let Some(context) = self.contexts.get_mut(at) else { return };
+            let channel = self.channels.get_mut(&id.unwrap_or_default());
             let (kind, payload) = match said {
                 Said::Result(payload) => (Kind::Result, payload),
                 Said::Error(payload) => (Kind::Error, payload),
@@ -917,6 +923,21 @@ impl<T: Transport> Live<T> {
                 encode_on(&mut self.out, id, kind, &payload);
                 channel.credit = channel.credit.saturating_sub(payload.len());
             }
+        }
+    }
+
+    /// Passes on the output of a cell that is there, so that it keeps its order with what its runner says: at most a
+    /// read of each stream, and as far as there is credit beside what is said.
+    fn catch_up(&mut self, at: usize, id: u16, said: usize) {
+        for stdout in [true, false] {
+            let (Some(context), Some(channel)) = (self.contexts.get_mut(at), self.channels.get_mut(&id)) else {
+                return;
+            };
+            let end = if stdout { &context.runner.stdout } else { &context.runner.stderr };
+            let there = end.as_ref().map_or(0, sys::waiting);
+            let most = there.min(channel.credit.saturating_sub(said)).min(self.buffer.len());
+            let read = context.read(stdout, self.buffer.get_mut(..most).unwrap_or_default());
+            tell(&mut self.out, id, channel, stdout, self.buffer.get(..read.unwrap_or(0)).unwrap_or_default());
         }
     }
 

@@ -26,6 +26,8 @@ struct Heard {
     granted: u64,
     end: Option<End>,
     last: bool,
+    /// Kinds as they came.
+    order: Vec<Kind>,
 }
 
 impl std::fmt::Debug for Heard {
@@ -180,6 +182,7 @@ impl Live {
             let heard = self.heard.get_mut(&id).unwrap_or_else(|| panic!("{kind:?} on a channel that is not open"));
             assert!(heard.end.is_none(), "{kind:?} after the end");
             let mut consumed = payload.len();
+            heard.order.push(kind);
             match kind {
                 Kind::Started => {
                     heard.pid = payload.try_into().ok().map(i32::from_le_bytes);
@@ -253,6 +256,15 @@ fn cells_keep_their_state_and_give_the_value_of_the_last_expression() {
     assert!(error.contains("ZeroDivisionError") && error.contains("division by zero"), "{error}");
     assert!(matches!(heard.how(), How::Cell(done) if done.status == CellStatus::Error && done.execution_count == 102));
     assert_eq!(live.run("x").value(), "141");
+}
+
+#[test]
+fn what_a_cell_prints_is_told_before_what_it_shows_after_it() {
+    let mut live = Live::python();
+    let heard = live.run("print('first')\ndisplay(1)\nprint('second')\n2");
+    let told = |wanted: Kind| heard.order.iter().position(|kind| *kind == wanted);
+    assert!(told(Kind::Stdout) < told(Kind::Result), "{:?}", heard.order);
+    assert_eq!((heard.out().as_str(), heard.value()), ("first\nsecond\n", "2"));
 }
 
 #[test]
@@ -357,7 +369,7 @@ fn files_are_written_read_listed_moved_and_removed() {
     assert_eq!(part.stdout, big[1_000_000..1_000_005]);
     assert_eq!(entry(&part).size, 3_000_000);
     assert_eq!(live.file(FileOp::MakeDir { path: "a/c/d".into() }).how(), How::Done);
-    let list = live.file(FileOp::List { path: "a".into(), depth: 2 });
+    let list = live.file(FileOp::List { path: "./a".into(), depth: 2 });
     let Some(Reply::Entries(entries)) = list.replies.first() else { panic!("{list:?}") };
     let names: Vec<_> = entries.iter().map(|e| (e.path.rsplit('/').next().unwrap(), e.kind)).collect();
     assert_eq!(

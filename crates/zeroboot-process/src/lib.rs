@@ -11,11 +11,14 @@
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
 mod discover;
+mod ids;
+mod image;
 mod layout;
 mod serve;
 mod zygote;
 
 pub use discover::{DiscoverError, HostRuntime, node, python};
+pub use ids::shared_because;
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
-pub use serve::{ServeError, serve};
+pub use serve::{Freeze, ServeError, serve};
 pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

@@ -9,23 +9,22 @@ use std::{
 
 use rustix::{
     fs::{Mode, OFlags},
+    io::Errno,
     net::{AddressFamily, SocketFlags, SocketType},
     pipe::PipeFlags,
-    process::{Pid, Resource, Rlimit},
+    process::{Pid, Resource, Rlimit, getrlimit, setrlimit},
 };
 use zeroboot_sys::{
-    control::{self, Control},
+    control::{self, Control, PROC_FD},
     jail::{self, Filter, JailError},
     mount, net,
     process::{self, Forked},
 };
 
-use crate::layout::{AGENT, HOME};
-
-/// First host user id of sandboxes when the zygote runs as root: far above what any distribution gives out.
-/// Each sandbox has one of [`UIDS`]; a zygote begins at a random one, so that templates seldom share any.
-const UID_BASE: u32 = 1_514_000_000;
-const UIDS: u32 = 65_536;
+use crate::{
+    ids,
+    layout::{AGENT, HOME},
+};
 
 /// Most bytes of `/tmp`, of the home directory, and of `/dev/shm`, each. (Memory limits count them too.)
 const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
@@ -33,6 +32,9 @@ const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
 const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json");
 /// On top of it where there is no cgroup.
 const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
+
+/// Moves the memory of this process into an image.
+pub type Freeze = fn() -> io::Result<String>;
 
 /// Why serving ended or never began.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +56,10 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
 /// runner: jailed, with its standard streams and its control socket in place.
-pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
+///
+/// `freeze` moves the warm memory into an image, and says what became of it. It is called before the second fork: it costs
+/// as much as fifty forks, and `zeroboot run` makes only one.
+pub fn serve(control: &OwnedFd, mut freeze: Option<Freeze>) -> Result<bool, ServeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(step("list threads"))?.count();
     if threads != 1 {
         return Err(ServeError::Threads(threads));
@@ -62,15 +67,16 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
     let zygote = Zygote {
         filter: Filter::parse(SANDBOX_POLICY)?,
         uncounted_filter: Filter::parse(UNCOUNTED_POLICY)?,
-        proc: rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| step("open /proc")(e.into()))?,
-        as_root: maps_sandbox_uids(),
+        proc: process::inherited_fd(PROC_FD)
+            .ok_or_else(|| step("find /proc")(io::Error::from_raw_os_error(rustix::io::Errno::BADF.raw_os_error())))?,
+        ids: ids::mapped(),
     };
     process::ignore_children();
     let mut random = [0u8; 4];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| step("get random bytes")(e.into()))?;
-    let mut count = u32::from_le_bytes(random) % UIDS;
+    let mut count = u32::from_le_bytes(random);
+    let mut forks = 0u64;
     loop {
         let Some((message, mut fds)) = control::receive(control).map_err(step("read the control channel"))? else {
             return Ok(false);
@@ -82,9 +88,17 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
                 .map_err(step("answer on the control channel"))?;
             continue;
         }
+        if forks == 1
+            && let Some(freeze) = freeze.take()
+        {
+            // Forks are as right without, and slower.
+            let text = freeze().unwrap_or_else(|error| format!("no image: {error}"));
+            control::send(control, &Control::Image { text }, &[]).map_err(step("answer on the control channel"))?;
+        }
+        forks += 1;
         let socket = fds.remove(0);
         let cgroup = fds.pop();
-        let outside = if zygote.as_root { UID_BASE + count % UIDS } else { rustix::process::geteuid().as_raw() };
+        let outside = zygote.ids.map_or_else(|| rustix::process::geteuid().as_raw(), |ids| ids::BASE + count % ids);
         count = count.wrapping_add(1);
         match zygote.fork(socket, cgroup, outside) {
             Ok(Forked::Child) => {
@@ -99,21 +113,6 @@ pub fn serve(control: &OwnedFd) -> Result<bool, ServeError> {
     }
 }
 
-/// Whether our user namespace has the ids that sandboxes get (the first namespace has all), and we may give
-/// them out.
-fn maps_sandbox_uids() -> bool {
-    let has_ids = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
-        map.lines().any(|line| {
-            let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));
-            let (first, _, count) = (fields.next(), fields.next(), fields.next());
-            first.zip(count).is_some_and(|(first, count)| {
-                first <= u64::from(UID_BASE) && first + count >= u64::from(UID_BASE + UIDS)
-            })
-        })
-    });
-    has_ids && rustix::process::geteuid().is_root()
-}
-
 struct Zygote {
     /// One for the agent, the runner and all that they start: the agent starts commands, whose filter can only be as wide
     /// as its own.
@@ -121,7 +120,8 @@ struct Zygote {
     uncounted_filter: Filter,
     /// Our own `/proc`, for the children's id maps.
     proc: OwnedFd,
-    as_root: bool,
+    /// How many users sandboxes can have.
+    ids: Option<u32>,
 }
 
 impl Zygote {
@@ -235,16 +235,33 @@ impl Zygote {
         mount::private_terminals()?;
         net::loopback_up()?;
         rustix::process::chdir(HOME)?;
+        limit_counts()?;
+        self.limit_network()?;
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
         // For the runner, which is a copy of this process.
         jail::allow_looking()?;
         // No core file (limits.rs says why not 0), before the filter forbids to change that.
-        rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?;
+        setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?;
         if !counted {
             self.uncounted_filter.apply().map_err(io::Error::other)?;
         }
         self.filter.apply().map_err(io::Error::other)
+    }
+
+    /// Bounds what can wait in the sandbox's sockets: memory that is in no process's account.
+    fn limit_network(&self) -> io::Result<()> {
+        for (file, most) in NETWORK {
+            // Of our own network namespace, whatever process this /proc is of.
+            let written = rustix::fs::openat(&self.proc, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+                .and_then(|file| rustix::io::write(&file, most.as_bytes()));
+            match written {
+                // A container in which /proc/sys is read-only keeps the kernel's own values.
+                Ok(_) | Err(Errno::ROFS | Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Turns the worker into the agent: a small program of its own, without a copy of the warmed runtime.
@@ -270,6 +287,33 @@ impl Zygote {
             Err(error) => error,
         }
     }
+}
+
+/// Limits that no request names: of what the kernel keeps for a user, and charges to the zygote's user, too.
+const COUNTS: [(Resource, u64); 3] = [
+    // POSIX timers and queued signals.
+    (Resource::Sigpending, 1024),
+    // No message queue can be opened; nothing is charged for one that was inherited.
+    (Resource::Msgqueue, 0),
+    // As the kernel's own default.
+    (Resource::Memlock, 8 * 1024 * 1024),
+];
+
+/// Settings of the sandbox's network namespace.
+const NETWORK: [(&str, &str); 2] = [
+    // Connections that nobody has accepted; each holds up to 208 KiB that its client has left behind. As many as Python's
+    // `listen` asks for; the kernel's own is 4096.
+    ("sys/net/core/somaxconn", "128"),
+    // Datagrams in a socket. The kernel's own, which a distribution may raise.
+    ("sys/net/unix/max_dgram_qlen", "10"),
+];
+
+fn limit_counts() -> io::Result<()> {
+    for (resource, most) in COUNTS {
+        let most = getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most));
+        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
+    }
+    Ok(())
 }
 
 const AGENT_PATH: &std::ffi::CStr = c"/.zeroboot/agent";

@@ -1,12 +1,21 @@
 //! The zygote of a process template: builds the root, then becomes the warm runtime or serves forks itself.
 
-use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd},
+    path::PathBuf,
+};
 
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::fs::{Mode, OFlags};
 use zeroboot_proto::Kind;
-use zeroboot_sys::{control::CONTROL_FD, jail, mount, process};
+use zeroboot_sys::{
+    control::{CONTROL_FD, PROC_FD},
+    mount, process,
+};
 
 use crate::{
+    ids, image,
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
@@ -43,7 +52,12 @@ pub struct ZygoteConfig {
 pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
     let step = |what: &'static str| move |e: io::Error| ServeError::Io(format!("{what}: {e}"), e);
     let prepared = (|| {
-        own_user_namespace().map_err(step("make a user namespace"))?;
+        let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let proc = proc.map_err(|error| step("open /proc")(error.into()))?;
+        process::place_fds(&[(proc.as_raw_fd(), PROC_FD)]).map_err(step("place /proc"))?;
+        // Its number is gone with the others.
+        std::mem::forget(proc);
+        process::close_from(PROC_FD as u32 + 1).map_err(step("close descriptors"))?;
         let files = vec![
             (PathBuf::from(AGENT), assets.agent.to_vec()),
             (PathBuf::from(PYFORK), assets.pyfork.to_vec()),
@@ -55,8 +69,10 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
                 words(environment(config).into_iter().map(|(key, value)| format!("{key}={value}"))),
             ),
         ];
-        mount::enter_root(&layout::plan(&config.paths, files)).map_err(step("build the sandbox root"))?;
-        keep_id_capabilities().map_err(step("drop capabilities"))
+        let plan = layout::plan(&config.paths, files);
+        let mut reads = config.paths.clone();
+        reads.push(config.interpreter.clone());
+        ids::enter(&reads, || mount::enter_root(&plan)).map_err(step("build the sandbox root"))
     })();
     if let Err(error) = prepared {
         return error;
@@ -124,8 +140,9 @@ fn run_runtime(config: &ZygoteConfig) -> Result<io::Error, ServeError> {
 fn serve_here() -> Result<(), ServeError> {
     let control = process::inherited_fd(CONTROL_FD)
         .ok_or_else(|| ServeError::Io("no control channel".into(), io::Error::from_raw_os_error(9)))?;
-    ready().map_err(|e| ServeError::Io(format!("report: {e}"), e))?;
-    if !serve(&control)? {
+    ready()?;
+    // There is nothing warm to share: each runner becomes Node by exec.
+    if !serve(&control, None)? {
         process::exit_now(0);
     }
     std::mem::forget(control);
@@ -134,10 +151,11 @@ fn serve_here() -> Result<(), ServeError> {
 }
 
 /// Tells the front that the template is warm.
-pub(crate) fn ready() -> io::Result<()> {
+fn ready() -> Result<(), ServeError> {
     let mut frame = Vec::new();
     zeroboot_proto::encode(&mut frame, Kind::Ready, b"");
-    rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)?;
+    rustix::io::write(process::borrow_fd(zeroboot_sys::control::REPORT_FD), &frame)
+        .map_err(|e| ServeError::Io(format!("report: {e}"), e.into()))?;
     Ok(())
 }
 
@@ -163,37 +181,10 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
     env
 }
 
-/// As an ordinary user: a user namespace in which we may mount. As root it is not needed.
-fn own_user_namespace() -> io::Result<()> {
-    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SYS_ADMIN) {
-        return Ok(());
-    }
-    jail::own_user_namespace()
-}
-
-/// The zygote needs to give its children user ids and nothing else.
-fn keep_id_capabilities() -> io::Result<()> {
-    let keep = CapabilitySet::SETUID | CapabilitySet::SETGID;
-    process::limit_bounding_set(keep.bits())?;
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() },
-    )?;
-    if rustix::process::geteuid().is_root() {
-        // Supplementary groups of whoever started us would reach every sandbox.
-        let in_first_namespace = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|s| s.trim() == "allow");
-        if in_first_namespace {
-            process::clear_groups()?;
-        }
-    }
-    Ok(())
-}
-
 /// Serves a warm Python: called by `zeroboot-pyfork`. Returns in each runner only.
 pub fn serve_python(control: i32) {
     let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
-    let outcome = ready().map_err(|e| ServeError::Io(format!("report: {e}"), e)).and_then(|()| serve(&control));
-    match outcome {
+    match ready().and_then(|()| serve(&control, Some(image::freeze))) {
         Ok(true) => std::mem::forget(control),
         Ok(false) => process::exit_now(0),
         Err(error) => {

@@ -2,6 +2,12 @@
 
 use std::ffi::c_int;
 
+use zeroboot_sys::arena::Arena;
+
+/// What a fork allocates is not written into the image.
+#[global_allocator]
+static ARENA: Arena = Arena;
+
 /// Serves the control channel `control`. Returns 0 in each forked runner, and never in the zygote.
 #[unsafe(no_mangle)]
 pub extern "C" fn zb_serve(control: c_int) -> c_int {

@@ -97,6 +97,10 @@ impl App {
         peer: Option<IpAddr>,
         address: Option<IpAddr>,
     ) -> Result<Caller, ApiError> {
+        // RFC 9112, 3.2: a proxy before us may go by the other one.
+        if headers.get_all(header::HOST).iter().nth(1).is_some() {
+            return Err(ApiError::new("invalid_request", "The request has more than one Host header"));
+        }
         // Without keys a page of any name could ask for its own name to be this address, and would be let in.
         let proxied =
             |ip: &IpAddr| self.config.trusted_proxies.iter().any(|network| network.contains(&ip.to_canonical()));

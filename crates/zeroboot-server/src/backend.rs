@@ -44,6 +44,15 @@ impl Backend {
         }
     }
 
+    /// Why sandboxes have no cgroup; `None` if they have.
+    pub(crate) fn cgroup_obstacle(&self) -> Option<&str> {
+        match self {
+            Backend::Engine(engine) => engine.cgroup_obstacle(),
+            #[cfg(test)]
+            Backend::Fake(fake) => fake.cgroup_obstacle.get().map(String::as_str),
+        }
+    }
+
     pub(crate) fn stats(&self) -> EngineStats {
         match self {
             Backend::Engine(engine) => engine.stats(),

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -28,6 +28,8 @@ pub(crate) struct Fake {
     pub(crate) busy: AtomicBool,
     /// Memory of the last exec, bytes.
     pub(crate) memory: AtomicU64,
+    /// Set: there are no cgroups.
+    pub(crate) cgroup_obstacle: OnceLock<String>,
 }
 
 #[derive(Debug)]
@@ -57,6 +59,7 @@ impl Default for Fake {
             broken: AtomicBool::default(),
             busy: AtomicBool::default(),
             memory: AtomicU64::default(),
+            cgroup_obstacle: OnceLock::default(),
         }
     }
 }

@@ -9,7 +9,10 @@ use utoipa::openapi::{
     security::SecurityRequirement,
 };
 
-use crate::openapi::{content, failure, response, text};
+use crate::{
+    openapi::{content, failure, response},
+    params::MOST_OFFSET,
+};
 
 /// What every request about sandboxes can be answered with.
 const ALWAYS: [&str; 4] = ["401", "403", "429", "503"];
@@ -84,7 +87,7 @@ impl Op {
 
     fn events(self, words: &str, schema: Option<&str>) -> Op {
         let mut built =
-            response(words).content("text/event-stream", ContentBuilder::new().schema(Some(text())).build());
+            response(words).content("text/event-stream", ContentBuilder::new().schema(Some(event())).build());
         if let Some(schema) = schema {
             built = built.content("application/json", content(schema));
         }
@@ -109,6 +112,13 @@ fn uuid() -> Schema {
     Schema::Object(ObjectBuilder::new().schema_type(Type::String).format(Some(format)).build())
 }
 
+/// One event of a stream.
+fn event() -> Schema {
+    let event =
+        ["event", "data", "id"].iter().fold(ObjectBuilder::new(), |built, name| built.property(*name, string()));
+    Schema::Object(event.schema_type(Type::Object).build())
+}
+
 fn flag() -> Schema {
     Schema::Object(ObjectBuilder::new().schema_type(Type::Boolean).build())
 }
@@ -122,9 +132,6 @@ fn binary() -> Schema {
     let format = SchemaFormat::KnownFormat(utoipa::openapi::KnownFormat::Binary);
     Schema::Object(ObjectBuilder::new().schema_type(Type::String).format(Some(format)).build())
 }
-
-/// Offsets as JSON can say them exactly.
-const MOST_OFFSET: u64 = 1 << 53;
 
 /// Adds all paths of sandboxes.
 pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {

@@ -1,5 +1,7 @@
 //! What stands in a request's path and query.
 
+use std::ops::RangeInclusive;
+
 use axum::{
     extract::{FromRequestParts, RawPathParams},
     http::request::Parts,
@@ -7,6 +9,9 @@ use axum::{
 use uuid::Uuid;
 
 use crate::error::ApiError;
+
+/// The largest offset: as JSON and JavaScript can say it exactly.
+pub(crate) const MOST_OFFSET: u64 = 1 << 53;
 
 /// The parts of the path that are named in the route.
 #[derive(Debug)]
@@ -68,11 +73,15 @@ impl InQuery {
         found.ok_or_else(|| ApiError::new("invalid_request", format!("{name} is missing in the query")))
     }
 
-    /// A whole number that is not negative, at most `most`.
-    pub(crate) fn number(&mut self, name: &str, most: u64) -> Result<Option<u64>, ApiError> {
+    /// A whole number in a range.
+    pub(crate) fn number(&mut self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, ApiError> {
         let Some(text) = self.text(name)? else { return Ok(None) };
-        let number = text.parse().ok().filter(|number| *number <= most && text.bytes().all(|b| b.is_ascii_digit()));
-        let wrong = || ApiError::new("invalid_request", format!("{name} must be a whole number from 0 to {most}"));
+        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+        let number = text.parse().ok().filter(|number| digits && range.contains(number));
+        let wrong = || {
+            let (least, most) = range.clone().into_inner();
+            ApiError::new("invalid_request", format!("{name} must be a whole number from {least} to {most}"))
+        };
         number.map(Some).ok_or_else(wrong)
     }
 

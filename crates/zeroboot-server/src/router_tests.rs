@@ -334,6 +334,35 @@ async fn of_several_keys_one_has_half_of_the_sandboxes_and_of_the_memory() {
 }
 
 #[tokio::test]
+async fn health_tells_whoever_has_a_key_that_there_are_no_cgroups() {
+    let (fixture, token, ..) = with_key(ServerConfig::default(), NewKey::default());
+    let warnings = async |token: Option<&str>| {
+        let request = Request::get("/v1/health").body(Body::empty()).unwrap();
+        let request =
+            token.map_or_else(|| Request::get("/v1/health").body(Body::empty()).unwrap(), |t| keyed(request, t));
+        let body = fixture.send(request).await.json();
+        assert_eq!(body["status"], "ok");
+        body["warnings"].clone()
+    };
+    assert_eq!(warnings(Some(&token)).await, Value::Null);
+    fixture.fake.cgroup_obstacle.set("not mounted".into()).unwrap();
+    let told = warnings(Some(&token)).await;
+    let text = told[0].as_str().unwrap();
+    assert!(text.starts_with("sandboxes have no cgroup") && text.ends_with("(not mounted)"), "{text}");
+    assert_eq!(warnings(None).await, Value::Null, "a stranger need not know");
+}
+
+#[tokio::test]
+async fn a_request_with_two_hosts_is_refused() {
+    let fixture = Fixture::open();
+    for path in ["/v1/health", "/v1/exec", "/none"] {
+        let request = Request::get(path).header("host", "localhost").header("host", "localhost");
+        let answer = fixture.send(request.body(Body::empty()).unwrap()).await;
+        assert_eq!((answer.status, answer.code().as_str()), (400, "invalid_request"), "{path}");
+    }
+}
+
+#[tokio::test]
 async fn a_batch_keeps_its_order_runs_in_parallel_and_fails_item_by_item() {
     let fixture = Fixture::open();
     let executions = json!([

@@ -12,7 +12,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
-use zeroboot_engine::Engine;
+use zeroboot_engine::{Engine, Isolation};
 
 use crate::{
     app::App,
@@ -84,6 +84,10 @@ impl Server {
         for listen in &config.listen {
             let made = Bound::bind(listen, config.socket_mode).await;
             bound.push(made.map_err(|error| ServeError::Bind(listen.clone(), error))?);
+        }
+        let shares_kernel = backend.templates().iter().any(|template| template.isolation == Isolation::Process);
+        if let Some(reason) = backend.cgroup_obstacle().filter(|_| shares_kernel && ring.is_some()) {
+            tracing::warn!(reason, "{}", crate::routes::status::NO_CGROUP);
         }
         let gate = Gate::new(ring, &config.limits, backend.stats());
         let app = Arc::new(App::new(backend, config, gate));

@@ -351,11 +351,6 @@ pub(crate) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiErro
     parse_as(body, PhantomData::<Object<T>>).map(|Object(value)| value)
 }
 
-/// As [`parse`], of anything that is not a plain object.
-pub(crate) fn parse_any<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
-    parse_as(body, PhantomData::<T>)
-}
-
 /// Reads a batch of at most so many items.
 pub(crate) fn parse_batch(body: &[u8], most: usize) -> Result<Vec<ExecBody>, ApiError> {
     let (executions, count) = parse_as(body, BatchSeed { most })?;

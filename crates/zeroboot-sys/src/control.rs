@@ -5,6 +5,7 @@
 //! front  -> zygote   Fork{id}            + [worker socket, cgroup.procs if there is a cgroup]
 //! zygote -> front    Forked{id}          + [pidfd of the worker]
 //! zygote -> front    ForkFailed{id,text}
+//! zygote -> front    Image{text}         once, before the second fork
 //! ```
 //!
 //! The zygote ends when the channel is at its end: the front is gone. What the zygote says of its
@@ -25,6 +26,8 @@ use rustix::net::{
 pub const REPORT_FD: i32 = 3;
 /// Where a zygote finds its control channel.
 pub const CONTROL_FD: i32 = 4;
+/// Where a zygote's runtime finds a `/proc` in which it may write its children's maps. The one that it sees is read-only.
+pub const PROC_FD: i32 = 5;
 
 /// Longest text of a message, bytes.
 const MAX_TEXT: usize = 2048;
@@ -50,6 +53,11 @@ pub enum Control {
         /// Why.
         text: String,
     },
+    /// What became of the warm memory: how much the forks share from now on, and what could not be moved.
+    Image {
+        /// For the log.
+        text: String,
+    },
 }
 
 impl Control {
@@ -58,6 +66,7 @@ impl Control {
             Control::Fork { id } => (1u8, id, ""),
             Control::Forked { id } => (2, id, ""),
             Control::ForkFailed { id, text } => (3, id, text.as_str()),
+            Control::Image { text } => (4, &0, text.as_str()),
         };
         let mut out = vec![tag];
         out.extend_from_slice(&id.to_le_bytes());
@@ -73,6 +82,7 @@ impl Control {
             1 if text.is_empty() => Some(Control::Fork { id }),
             2 if text.is_empty() => Some(Control::Forked { id }),
             3 => Some(Control::ForkFailed { id, text: String::from_utf8_lossy(text).into_owned() }),
+            4 if id == 0 => Some(Control::Image { text: String::from_utf8_lossy(text).into_owned() }),
             _ => None,
         }
     }
@@ -131,6 +141,7 @@ mod tests {
         let (r, w) = rustix::pipe::pipe().unwrap();
         send(&a, &Control::Fork { id: 7 }, &[w.as_fd()]).unwrap();
         send(&a, &Control::ForkFailed { id: 8, text: "no".into() }, &[]).unwrap();
+        send(&a, &Control::Image { text: "9 KiB".into() }, &[]).unwrap();
         drop((a, w));
         let (message, fds) = receive(&b).unwrap().unwrap();
         assert_eq!((message, fds.len()), (Control::Fork { id: 7 }, 1));
@@ -138,6 +149,7 @@ mod tests {
         let mut byte = [0];
         assert_eq!(rustix::io::read(&r, &mut byte).unwrap(), 1);
         assert_eq!(receive(&b).unwrap().unwrap().0, Control::ForkFailed { id: 8, text: "no".into() });
+        assert_eq!(receive(&b).unwrap().unwrap().0, Control::Image { text: "9 KiB".into() });
         assert!(receive(&b).unwrap().is_none());
     }
 }

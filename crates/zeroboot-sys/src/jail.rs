@@ -29,6 +29,111 @@ pub fn own_user_namespace() -> io::Result<()> {
     std::fs::write("/proc/self/uid_map", format!("{SANDBOX_UID} {uid} 1\n"))
 }
 
+/// A range of ids of our user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ids {
+    /// The first user.
+    pub users: u32,
+    /// The first group.
+    pub groups: u32,
+    /// How many of each.
+    pub count: u32,
+}
+
+/// By what right ids are taken into a namespace.
+#[derive(Clone, Debug)]
+pub enum IdSource {
+    /// CAP_SETUID and CAP_SETGID.
+    Capabilities(Ids),
+    /// The subordinate ids of this user, through the set-uid programs that give them out (subuid(5)).
+    Subordinate {
+        /// Which.
+        ids: Ids,
+        /// Their paths.
+        newuidmap: std::path::PathBuf,
+        /// The one for groups.
+        newgidmap: std::path::PathBuf,
+    },
+}
+
+/// [`own_user_namespace`] in which [`SANDBOX_UID`] is the user and group `own`, and, where they can be had, the ids of
+/// `source` begin at `inside`. The caller has one thread and is that user, or becomes it then. `proc` is a directory
+/// descriptor of a `/proc` that can be written.
+pub fn user_namespace_with_ids(
+    proc: BorrowedFd<'_>,
+    own: (u32, u32),
+    inside: u32,
+    source: Option<&IdSource>,
+) -> io::Result<()> {
+    // A process in the new namespace has no rights over ids any more, so one that stays outside writes the maps.
+    let (unshared, unshare) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let target = std::process::id();
+    let helper = match crate::process::fork()? {
+        crate::process::Forked::Parent(helper) => helper,
+        crate::process::Forked::Child => {
+            drop(unshare);
+            let told = rustix::io::retry_on_intr(|| rustix::io::read(&unshared, &mut [0u8; 1])) == Ok(1);
+            let done = told && write_maps(proc, target, own, inside, source).is_ok();
+            crate::process::exit_now(i32::from(!done))
+        }
+    };
+    let result = crate::process::unshare(UnshareFlags::NEWUSER).and_then(|()| {
+        rustix::io::write(&unshare, b"x")?;
+        Ok(())
+    });
+    drop(unshare);
+    let status = rustix::process::waitpid(Some(helper), rustix::process::WaitOptions::empty())?;
+    result?;
+    match status.and_then(|(_, status)| status.exit_status()) {
+        Some(0) => Ok(()),
+        _ => Err(io::Error::other("the id maps could not be written")),
+    }
+}
+
+/// From outside. Without the ids, or if they cannot be had, the map has the one user.
+fn write_maps(
+    proc: BorrowedFd<'_>,
+    target: u32,
+    own: (u32, u32),
+    inside: u32,
+    source: Option<&IdSource>,
+) -> io::Result<()> {
+    let write = |name: &str, text: &str| -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(proc, format!("{target}/{name}"), flags, Mode::empty())?;
+        // The kernel takes a map in one write or not at all.
+        rustix::io::write(&file, text.as_bytes())?;
+        Ok(())
+    };
+    write("setgroups", "deny")?;
+    for (map, own) in [("gid_map", own.1), ("uid_map", own.0)] {
+        let one = format!("{SANDBOX_UID} {own} 1\n");
+        let (ids, program) = match source {
+            None => {
+                write(map, &one)?;
+                continue;
+            }
+            Some(IdSource::Capabilities(ids)) => (ids, None),
+            Some(IdSource::Subordinate { ids, newuidmap, newgidmap }) => {
+                (ids, Some(if map == "uid_map" { newuidmap } else { newgidmap }))
+            }
+        };
+        let (first, count) = (if map == "uid_map" { ids.users } else { ids.groups }, ids.count);
+        let written = match program {
+            None => write(map, &format!("{one}{inside} {first} {count}\n")).is_ok(),
+            Some(program) => {
+                let numbers = [target, SANDBOX_UID, own, 1, inside, first, count].map(|number| number.to_string());
+                let output = std::process::Command::new(program).args(numbers).output();
+                output.is_ok_and(|output| output.status.success())
+            }
+        };
+        if !written {
+            write(map, &one)?;
+        }
+    }
+    Ok(())
+}
+
 /// Gives a child in a fresh user namespace its one user: `outside` of the caller's namespace appears as
 /// [`SANDBOX_UID`]. Makes it, and all that it will start, the first to go when the host runs out of memory: before
 /// the server and the zygote. `proc` is a directory descriptor of the caller's own `/proc`.

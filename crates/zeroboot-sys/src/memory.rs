@@ -415,7 +415,7 @@ fn page_multiple(len: u64) -> io::Result<usize> {
     }
 }
 
-fn memfd(len: usize) -> io::Result<OwnedFd> {
+pub(crate) fn memfd(len: usize) -> io::Result<OwnedFd> {
     // SAFETY: the name is a valid C string; the result is checked.
     let fd = unsafe { libc::memfd_create(c"zeroboot-image".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {

@@ -70,7 +70,7 @@ pub struct RootPlan {
 const DEVICES: [&str; 4] = ["null", "full", "random", "urandom"];
 
 /// Moves this process into a mount namespace whose root is what `plan` says and nothing else. It must have
-/// CAP_SYS_ADMIN over its user namespace. `/proc` stays the caller's own until a sandbox mounts its own.
+/// CAP_SYS_ADMIN over its user namespace. `/proc` stays the caller's own, read-only, until a sandbox mounts its own.
 pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     let at = |what: &str, path: &Path| {
         let what = format!("{what} {}", path.display());
@@ -153,6 +153,8 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     let proc = inside(Path::new("/proc"));
     fs::create_dir_all(&proc)?;
     mount_bind_recursive("/proc", &proc)?;
+    // What is imported into the zygote runs before any filter, and may be root there: /proc/sys is the host's.
+    set_attributes(&proc, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)?;
 
     rustix::process::chdir(stage)?;
     rustix::process::pivot_root(".", ".")?;

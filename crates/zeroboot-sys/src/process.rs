@@ -13,6 +13,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal},
+    thread::{CapabilitySet, CapabilitySets},
 };
 
 /// Namespaces of a sandbox: none is shared with the host.
@@ -235,6 +236,16 @@ pub fn limit_bounding_set(keep: u64) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives up all capabilities but these, which also stay when a program is executed, whoever this process is.
+pub fn keep_capabilities(keep: CapabilitySet) -> io::Result<()> {
+    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
+        limit_bounding_set(keep.bits())?;
+    }
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: keep, permitted: keep, inheritable: keep })?;
+    rustix::thread::clear_ambient_capability_set()?;
+    keep.iter().try_for_each(|one| Ok(rustix::thread::configure_capability_in_ambient_set(one, true)?))
 }
 
 /// Gives up all supplementary groups.

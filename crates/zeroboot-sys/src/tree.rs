@@ -228,6 +228,67 @@ mod tests {
         }
     }
 
+    /// The arguments that a rule wants, where it says; the others from `fill`.
+    fn arguments(rule: &serde_json::Value, fill: u64) -> [u64; 6] {
+        let mut args = [fill; 6];
+        let mut unequal = [false; 6];
+        for condition in rule["args"].as_array().into_iter().flatten() {
+            let at = condition["index"].as_u64().unwrap() as usize;
+            let value = condition["val"].as_u64().unwrap();
+            match &condition["op"] {
+                op if op == "ne" => unequal[at] = true,
+                op if op == "eq" || op.get("masked_eq").is_some() => args[at] = value,
+                other => panic!("no operator {other}"),
+            }
+        }
+        for at in (0..6).filter(|at| unequal[*at]) {
+            // `fill` may be what the rule refuses; then another filling tells more.
+            args[at] = if fill == 0 { 0xabcd } else { fill };
+        }
+        args
+    }
+
+    /// Every rule admits something that none of the others does.
+    #[test]
+    fn every_rule_of_every_policy_changes_an_answer() {
+        let mut rules = 0;
+        for json in POLICIES {
+            let policy: serde_json::Value = serde_json::from_str(json).unwrap();
+            let compile = |policy: &serde_json::Value, name: &str| -> Vec<sock_filter> {
+                let bytes = serde_json::to_vec(policy).unwrap();
+                seccompiler::compile_from_json(bytes.as_slice(), TargetArch::x86_64).unwrap().remove(name).unwrap()
+            };
+            for (name, filter) in policy.as_object().unwrap() {
+                let list = filter["filter"].as_array().unwrap();
+                let with = compile(&policy, name);
+                // Also all that any rule of the filter compares with, and its neighbours.
+                let mut fillings = vec![0u64];
+                for condition in list.iter().filter_map(|rule| rule["args"].as_array()).flatten() {
+                    let value = condition["val"].as_u64().unwrap();
+                    fillings.extend([value, value.wrapping_add(1)]);
+                }
+                for (at, rule) in list.iter().enumerate() {
+                    let mut less = policy.clone();
+                    less[name]["filter"].as_array_mut().unwrap().remove(at);
+                    let without = compile(&less, name);
+                    // The number of its call: the one that a filter with nothing but that call answers otherwise.
+                    let mut alone = policy.clone();
+                    alone[name]["filter"] = serde_json::json!([{ "syscall": rule["syscall"] }]);
+                    let alone = compile(&alone, name);
+                    let answer = |number| run(&alone, X86_64, number, [0; 6]).0;
+                    let number = (0..1024).find(|number| answer(*number) != answer(2000)).unwrap();
+                    let differs = fillings.iter().any(|fill| {
+                        let args = arguments(rule, *fill);
+                        run(&with, X86_64, number, args).0 != run(&without, X86_64, number, args).0
+                    });
+                    assert!(differs, "{name} answers the same without {rule}");
+                    rules += 1;
+                }
+            }
+        }
+        assert!(rules > 300, "{rules}");
+    }
+
     #[test]
     fn what_is_not_seccompilers_is_refused() {
         let chain = CHAINS[0].clone();

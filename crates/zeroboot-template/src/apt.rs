@@ -106,9 +106,18 @@ impl Apt {
 
     /// With these suites, such as `bookworm-backports`, of the Debian mirror that the machine's sources name.
     pub fn suites(dir: &Path, suites: &[&str]) -> Result<Apt, AptError> {
+        Apt::of_mirror(dir, "deb", suites)
+    }
+
+    /// With the source packages of this suite of that mirror.
+    pub fn source_suite(dir: &Path, suite: &str) -> Result<Apt, AptError> {
+        Apt::of_mirror(dir, "deb-src", &[suite])
+    }
+
+    fn of_mirror(dir: &Path, kind: &str, suites: &[&str]) -> Result<Apt, AptError> {
         let mirror = mirror().ok_or(AptError::NoMirror)?;
         let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        let line = |suite: &&str| format!("deb [signed-by={keyring}] {mirror} {suite} main\n");
+        let line = |suite: &&str| format!("{kind} [signed-by={keyring}] {mirror} {suite} main\n");
         Apt::new(dir, Some(suites.iter().map(line).collect()))
     }
 
@@ -188,6 +197,18 @@ impl Apt {
         }
     }
 
+    /// Fetches the upstream archive `file` of a source package into the cache.
+    pub fn fetch_source(&self, package: &str, file: &str) -> Result<PathBuf, AptError> {
+        let path = self.dir.join("archives").join(file);
+        if !path.exists() {
+            let output = self.run("apt-get", &["-q", "--download-only", "--tar-only", "source", package])?;
+            if !output.status.success() {
+                return Err(AptError::Failed(complaint(&output)));
+            }
+        }
+        if path.exists() { Ok(path) } else { Err(AptError::Failed(format!("the source of {package} has no {file}"))) }
+    }
+
     /// The package of this name alone, without what it depends on.
     pub fn candidate(&self, name: &str) -> Result<Package, AptError> {
         let fields = self.fields(name)?;
@@ -247,15 +268,15 @@ impl Apt {
     }
 }
 
+/// Unpacks all files of a package into a directory, as the caller's own.
+pub fn unpack_into(package: &Path, dir: &Path) -> Result<(), AptError> {
+    let mut root = Root::of(dir).map_err(|error| AptError::Directory(dir.to_owned(), error))?;
+    unpack(package, &mut root, &[])
+}
+
 /// Unpacks a package's files into a tree, but for those that match a pattern of [`unpack::matches`].
 pub(crate) fn unpack(package: &Path, into: &mut Root, exclude: &[&str]) -> Result<(), AptError> {
     archive(package, |archive| into.unpack(archive, exclude))
-}
-
-/// Unpacks a package's files into a directory.
-pub fn unpack_to(package: &Path, into: &Path) -> Result<(), AptError> {
-    let mut root = Root::new(into).map_err(|error| AptError::Directory(into.to_owned(), error))?;
-    unpack(package, &mut root, &[])
 }
 
 /// The bytes of the package's file whose path matches the pattern; of the last, if several do.

@@ -27,7 +27,7 @@ use tar::EntryType;
 
 /// User and group of an unpacked tree where we are root: it is no account's, and lies behind the ids of sandboxes.
 /// What a package's program can do to files as this user it can do to the tree alone.
-const OWNER: u32 = 1_514_065_536;
+const OWNER: u32 = 1_790_000_000;
 /// Bytes that one tree may have. An archive of a few kilobytes can stand for more than any disk has.
 const MOST_BYTES: u64 = 8 << 30;
 
@@ -43,10 +43,16 @@ pub(crate) struct Root {
 impl Root {
     /// An empty directory. Where the caller may give files away, the tree is another user's than the caller's.
     pub(crate) fn new(path: &Path) -> io::Result<Root> {
+        let root = Root::of(path)?;
+        let given = rustix::fs::fchown(&root.dir, Some(Uid::from_raw(OWNER)), Some(Gid::from_raw(OWNER)));
+        Ok(Root { owner: given.ok().map(|()| OWNER), ..root })
+    }
+
+    /// A directory, whose new files are the caller's.
+    pub(crate) fn of(path: &Path) -> io::Result<Root> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty())?;
-        let given = rustix::fs::fchown(&dir, Some(Uid::from_raw(OWNER)), Some(Gid::from_raw(OWNER)));
-        Ok(Root { dir, path: path.to_owned(), owner: given.ok().map(|()| OWNER), left: MOST_BYTES })
+        Ok(Root { dir, path: path.to_owned(), owner: None, left: MOST_BYTES })
     }
 
     /// Where it is on this machine. Nothing below it is safe to open by its path.

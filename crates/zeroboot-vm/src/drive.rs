@@ -21,17 +21,18 @@ use std::{
 };
 
 use zeroboot_proto::{
-    Decoder, Ending, Frame, FrameError, Identity, Kind, Limits, encode, encode_header,
+    Decoder, Ending, Frame, FrameError, Identity, Kind, encode, encode_header,
     mailbox::{AREA, Ring},
 };
 use zeroboot_sys::kick::{Kick, take_pending};
 
-use crate::{Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop, exec::Exec, live::Live};
+use crate::{
+    Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop,
+    phase::{Phase, Verdict},
+};
 
 /// See [`Session::with_setup_timeout`].
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
-/// Longer than any sandbox.
-pub(crate) const NEVER: Duration = Duration::from_secs(86_400 * 365);
 /// Bytes of a guest's console that are kept to explain its crash.
 const LAST_WORDS: usize = 4096;
 /// Bytes of frames that wait for the guest before the front is made to wait.
@@ -102,82 +103,9 @@ pub struct Session<'a, F> {
     stats: SessionStats,
 }
 
-/// What the sandbox is for, as far as the front has said it.
-enum Phase {
-    Setup(Setup),
-    Exec(Exec),
-    Live(Live),
-}
-
-/// Before `Run` or `Live`: no code of the user's runs.
-struct Setup {
-    limits: Option<Limits>,
-    identified: bool,
-    deadline: Instant,
-}
-
-impl Setup {
-    /// Takes what has to be known. No user code without an identity of its own and limits.
-    fn front_says(&mut self, frame: &Frame<'_>) -> Result<(), SessionError> {
-        let order = || SessionError::FrontOrder(frame.kind);
-        match (frame.channel, frame.kind) {
-            (0, Kind::Identity) => self.identified = true,
-            (0, Kind::Limits) => self.limits = Some(Limits::decode(frame.payload).map_err(|_| order())?),
-            (0, Kind::Run | Kind::Live) if self.identified && self.limits.is_some() => {}
-            (0, Kind::Code | Kind::Arg | Kind::Env | Kind::Put | Kind::Get | Kind::Stdin | Kind::StdinEnd) => {}
-            _ => return Err(order()),
-        }
-        Ok(())
-    }
-
-    fn guest_says(&self, frame: &Frame<'_>, out: &mut Vec<u8>) -> Verdict {
-        match (frame.channel, frame.kind) {
-            (0, Kind::Failure) if std::str::from_utf8(frame.payload).is_ok() => {
-                encode(out, Kind::Failure, frame.payload);
-                Verdict::Over(SessionEnd::Failed)
-            }
-            // Nothing can have begun.
-            (_, kind) => Verdict::out_of_order(kind),
-        }
-    }
-}
-
-/// What a frame of the guest's leads to.
-#[derive(Debug, PartialEq)]
-pub(crate) enum Verdict {
-    /// On to the next.
-    Go,
-    /// The same, and the setup of a sandbox that lives is over.
-    Lives,
-    /// It was the last.
-    Over(SessionEnd),
-    /// The host ends the exec.
-    Ended(Ending),
-    /// The host calls the guest crashed.
-    Crashed(String),
-}
-
-impl Verdict {
-    pub(crate) fn out_of_order(kind: Kind) -> Verdict {
-        Verdict::Crashed(format!("a {kind:?} frame out of order"))
-    }
-}
-
-impl Phase {
-    /// When the host ends what it is in.
-    fn deadline(&self) -> Option<Instant> {
-        match self {
-            Phase::Setup(setup) => Some(setup.deadline),
-            Phase::Exec(exec) => Some(exec.deadline),
-            Phase::Live(live) => live.setup_ends,
-        }
-    }
-}
-
 impl<'a, F: Front> Session<'a, F> {
     /// A session that has not begun. `kick` belongs to this thread.
     pub fn new(snapshot: &'a Snapshot, fork: &'a mut Fork, front: &'a mut F, kick: &'a Kick) -> Session<'a, F> {
-        let setup = Setup { limits: None, identified: false, deadline: Instant::now() + NEVER };
         Session {
             snapshot,
             fork,
@@ -187,7 +115,7 @@ impl<'a, F: Front> Session<'a, F> {
             to_guest: VecDeque::new(),
             raised: false,
             from_guest: Decoder::new(),
-            phase: Phase::Setup(setup),
+            phase: Phase::new(),
             setup_timeout: SETUP_TIMEOUT,
             stats: SessionStats::default(),
         }
@@ -212,9 +140,7 @@ impl<'a, F: Front> Session<'a, F> {
             return Ok(SessionEnd::FrontGone);
         }
         let entered = Instant::now();
-        if let Phase::Setup(setup) = &mut self.phase {
-            setup.deadline = entered + self.setup_timeout;
-        }
+        self.phase.enter(entered + self.setup_timeout);
         self.snapshot.start_clocks(self.fork)?;
         self.hand_over()?;
         let result = self.run_guest();
@@ -269,7 +195,7 @@ impl<'a, F: Front> Session<'a, F> {
                 Ring::Want => {
                     self.raised = false;
                     // Until `Run` or `Live` the guest has nothing to do but wait for us; after it, it has.
-                    let wait = matches!(self.phase, Phase::Setup(_)) && self.to_guest.is_empty();
+                    let wait = self.phase.is_setup() && self.to_guest.is_empty();
                     if self.fill(wait)? {
                         return Ok(SessionEnd::FrontGone);
                     }
@@ -290,7 +216,7 @@ impl<'a, F: Front> Session<'a, F> {
     /// Raises the wake line where bytes wait for a guest that may sleep. Until `Run` or `Live` it asks by itself. Once is
     /// enough: the agent forgets the line before it rings [`Ring::Want`], not after, and is given what waits at that ring.
     fn wake(&mut self) -> Result<(), SessionError> {
-        if !matches!(self.phase, Phase::Setup(_)) && !self.raised && !self.to_guest.is_empty() {
+        if !self.phase.is_setup() && !self.raised && !self.to_guest.is_empty() {
             // A guest that turned its local APIC off sleeps on: it harms itself.
             let _heard = self.fork.wake()?;
             self.raised = true;
@@ -339,12 +265,7 @@ impl<'a, F: Front> Session<'a, F> {
     /// Checks the front's frames and lets them wait for the guest.
     fn take_frames(&mut self) -> Result<(), SessionError> {
         while let Some(frame) = self.from_front.next_on_any()? {
-            let wanted = match &mut self.phase {
-                Phase::Setup(setup) => setup.front_says(&frame).map(|()| true),
-                Phase::Exec(exec) => exec.front_says(&frame).map(|()| true),
-                Phase::Live(live) => live.front_says(&frame),
-            }?;
-            if !wanted {
+            if !self.phase.front_says(&frame)? {
                 continue;
             }
             let Frame { channel, kind, payload } = frame;
@@ -357,12 +278,7 @@ impl<'a, F: Front> Session<'a, F> {
             } else {
                 self.to_guest.extend(payload);
             }
-            if let Phase::Setup(Setup { limits: Some(limits), .. }) = self.phase {
-                match kind {
-                    Kind::Run => self.phase = Phase::Exec(Exec::begin(limits)),
-                    Kind::Live => self.phase = Phase::Live(Live::begin(Instant::now() + self.setup_timeout)),
-                    _ => continue,
-                }
+            if self.phase.begin(kind, self.setup_timeout) {
                 // Whatever brought us here: until now the timer was at the end of the setup.
                 self.arm()?;
             }
@@ -399,12 +315,7 @@ impl<'a, F: Front> Session<'a, F> {
                 Ok(None) => break Verdict::Go,
                 Err(error) => break Verdict::Crashed(error.to_string()),
             };
-            let verdict = match &mut self.phase {
-                Phase::Setup(setup) => setup.guest_says(&frame, &mut out),
-                Phase::Exec(exec) => exec.guest_says(&frame, &mut out),
-                Phase::Live(live) => live.guest_says(&frame, &mut out),
-            };
-            match verdict {
+            match self.phase.guest_says(&frame, &mut out) {
                 Verdict::Go => {}
                 // Its deadline is gone.
                 Verdict::Lives => self.arm()?,
@@ -432,18 +343,7 @@ impl<'a, F: Front> Session<'a, F> {
         if let Some(why) = why {
             encode(&mut out, Kind::Crash, why.as_bytes());
         }
-        let end = match &self.phase {
-            Phase::Exec(exec) => {
-                exec.end(ending, &mut out);
-                SessionEnd::Done(ending)
-            }
-            Phase::Live(Live { setup_ends: None, .. }) => SessionEnd::Crashed,
-            // Nothing of the user's has run: that the sandbox broke is our failure, not an outcome.
-            Phase::Setup(_) | Phase::Live(_) => {
-                encode(&mut out, Kind::Failure, b"the sandbox ended before it took its request");
-                SessionEnd::Failed
-            }
-        };
+        let end = self.phase.end(ending, &mut out);
         self.send(&out)?;
         Ok(end)
     }

@@ -6,7 +6,7 @@ use zeroboot_proto::{Ending, ExitReport, Frame, FrameError, Kind, Limits, Messag
 
 use crate::{
     SessionEnd, SessionError,
-    drive::{NEVER, Verdict},
+    phase::{NEVER, Verdict},
 };
 
 /// The agent's own enforcement of the wall-time limit comes first, since it can tell what the code had used;

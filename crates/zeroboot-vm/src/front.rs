@@ -2,7 +2,8 @@
 
 use std::io;
 
-/// The other end: the server, or a test.
+/// The other end: the server, or a test. Whenever there is something to receive, or its end is there, it kicks the thread of
+/// the session ([`zeroboot_sys::kick`]): a guest that waits for input asks for none.
 pub trait Front {
     /// Appends what has come to `into`. With `wait` it blocks until something has.
     fn receive(&mut self, into: &mut Vec<u8>, wait: bool) -> io::Result<Received>;

@@ -19,6 +19,7 @@ mod live;
 mod long_mode;
 mod machine;
 mod one_request;
+mod phase;
 mod probe;
 mod snapshot;
 mod stand_in;

@@ -11,7 +11,7 @@ use zeroboot_proto::{
     live::{End, MAX_CHANNEL, Reply, ResultChunk, WINDOW, decode, decode_credit},
 };
 
-use crate::{SessionEnd, SessionError, drive::Verdict};
+use crate::{SessionEnd, SessionError, phase::Verdict};
 
 /// A sandbox from its `Live` on.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 //! While a template boots, there are an IOAPIC that only remembers and an HPET that only answers its driver's probe. The
 //! agent holds `/dev/hpet`, whose driver counts interrupts and, in periodic mode on an edge, touches no register. In a
 //! fork there is neither device: the host sends the interrupt whose vector the guest had put into the IOAPIC
-//! ([`Vm::raise`](zeroboot_sys::kvm::Vm::raise)), and the agent's `poll` ends. Why so: docs/adr/0014.
+//! ([`Vm::raise`](zeroboot_sys::kvm::Vm::raise)), and the agent's `poll` ends. Why so: docs/adr/0017.
 
 use serde::{Deserialize, Serialize};
 use zeroboot_sys::memory::GuestPhys;

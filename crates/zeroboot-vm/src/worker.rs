@@ -76,7 +76,7 @@ pub fn worker(
     // What their ends would call (close, timer_delete), the filter forbids.
     let (mut fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
     jail::close(filter)?;
-    let mut front = SocketFront { socket };
+    let mut front = SocketFront::new(socket);
     let mut ready = Vec::new();
     encode(&mut ready, Kind::Ready, snapshot.about());
     front.send(&ready).map_err(WorkerError::Socket)?;
@@ -94,7 +94,12 @@ pub struct SocketFront<'a> {
     socket: BorrowedFd<'a>,
 }
 
-impl SocketFront<'_> {
+impl<'a> SocketFront<'a> {
+    /// Over a connected stream socket, of which [`kick::on_activity`] tells.
+    pub fn new(socket: BorrowedFd<'a>) -> SocketFront<'a> {
+        SocketFront { socket }
+    }
+
     /// Waits until the front has gone. It does so, or kills this process, when its own caller has the answer: taking a VM
     /// apart would be in the way.
     fn linger(&self) {

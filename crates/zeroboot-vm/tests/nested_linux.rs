@@ -91,6 +91,7 @@ fn the_runtime_works_in_a_fork_as_in_a_machine() {
         ),
         ("root is out of reach", "import os\ntry: os.kill(1, 9)\nexcept PermissionError: print('no')", "no"),
         ("the doorbell is out of reach", "import os\ntry: open('/dev/port','r+b')\nexcept OSError: print('no')", "no"),
+        ("the wake line is out of reach", "try: open('/dev/hpet','rb')\nexcept PermissionError: print('no')", "no"),
         ("pandas is warm", "import pandas as pd; print(pd.DataFrame({'a':[1,2]}).sum()['a'])", "3"),
     ] {
         let answer = run(python, code).ok();

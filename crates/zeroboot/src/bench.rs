@@ -68,15 +68,17 @@ struct Document<'a> {
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
     // Forks, and how many can live, can be measured where no Linux guest can run.
-    let stand_in = args.from.engine == Some(EngineChoice::Vm)
+    let possible = args.from.engine == Some(EngineChoice::Vm)
         && !args.what.is_empty()
-        && args.what.iter().all(|what| matches!(what, BenchWhat::Fork | BenchWhat::Density))
-        && !resolve::kvm_finding().works;
+        && args.what.iter().all(|what| matches!(what, BenchWhat::Fork | BenchWhat::Density));
+    if args.stand_in && !possible {
+        anyhow::bail!("--stand-in is for the vm engine's forks: zeroboot bench fork density --engine vm --stand-in");
+    }
+    let stand_in = possible && (args.stand_in || !resolve::kvm_finding().works);
     let (engine, why) = if stand_in {
-        (
-            EngineChoice::Vm,
-            "a guest of a few bytes in an image of a template's size: no Linux guest can run here".into(),
-        )
+        let guest = "a guest of a few bytes in an image of a template's size";
+        let asked = if args.stand_in { "as asked" } else { "no Linux guest can run here" };
+        (EngineChoice::Vm, format!("{guest}: {asked}"))
     } else {
         resolve::choose_engine(args.from.engine.unwrap_or_default())?
     };

@@ -98,6 +98,11 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) alive: u32,
 
+    /// Measure forks of a guest of a few bytes in an image of a template's size, with no template: `fork` and `density` of
+    /// the vm engine. So it is wherever KVM cannot run Linux.
+    #[arg(long)]
+    pub(crate) stand_in: bool,
+
     /// Also write the result, with the host's facts, as JSON to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,

@@ -95,7 +95,7 @@ impl fmt::Display for Diagnosis {
 }
 
 async fn diagnose(args: &DoctorArgs) -> Diagnosis {
-    let mut checks = vec![kernel(), kvm(), worker_namespaces(), landlock()];
+    let mut checks = vec![kernel(), kvm(), worker_namespaces(), landlock(), users()];
     let mut works = false;
     for runtime in [Runtime::Python, Runtime::Node] {
         let (check, ok) = canary(runtime, args, &mut checks).await;
@@ -166,6 +166,22 @@ fn landlock() -> Check {
                 if version >= 6 { "" } else { " (6 also scopes signals and abstract sockets)" }
             ),
             mend: None,
+        },
+    }
+}
+
+fn users() -> Check {
+    let what = "process: users";
+    match zeroboot_process::shared_because() {
+        None => Check { what, verdict: Verdict::Ok, found: "each sandbox has a user of the host of its own".into(), mend: None },
+        Some(reason) => Check {
+            what,
+            verdict: Verdict::Weaker,
+            found: format!("sandboxes share this user and its counts in the kernel (watches, timers, pipes): {reason}"),
+            mend: Some(
+                "run as root, with ambient CAP_SETUID and CAP_SETGID as deploy/systemd does, or with subordinate ids (usermod --add-subuids, package uidmap)"
+                    .into(),
+            ),
         },
     }
 }

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
-use zeroboot_engine::{Engine, EngineConfig, TemplateConfig, ZygoteSpec};
+use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 use zeroboot_server::{FileConfig, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config};
 
 use crate::{
@@ -34,6 +34,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         trusted_proxies: args.trusted_proxy.clone(),
     };
     let mut config = ServerConfig::resolve(&file, Overrides::from_env(|name| std::env::var_os(name)), flags)?;
+    let shared = zeroboot_process::shared_because();
+    zeroboot_engine::leave_ids_to_zygotes().context("drop capabilities")?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     tokio.block_on(async {
         let filter = std::env::var("ZEROBOOT_LOG").ok().or_else(|| file.log.filter.clone());
@@ -58,6 +60,14 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
         };
         if let Some(reason) = engine.cgroup_obstacle() {
             tracing::info!(reason, "sandboxes have no cgroups; rlimits and the agent's own watch hold their limits");
+        }
+        let process = engine.templates().iter().any(|template| template.isolation == Isolation::Process);
+        if let Some(reason) = shared.filter(|_| process) {
+            tracing::warn!(
+                reason,
+                "all sandboxes have this server's user: what the kernel counts for a user (watches, timers, pipes) they share \
+                 with each other and with the server; docs/deployment.md says what gives them users of their own"
+            );
         }
         let server = Server::bind(config, engine.clone()).await?;
         for address in server.addresses() {

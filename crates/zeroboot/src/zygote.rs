@@ -15,6 +15,10 @@ use crate::assets::ASSETS;
 
 /// Runs a zygote. Returns only the exit status of a failure; its reason went to the front.
 pub(crate) fn main() -> u8 {
+    // What whoever started the server left open is nobody's business here: packages are imported, VMs are made.
+    if process::close_from(CONTROL_FD as u32 + 1).is_err() {
+        return 125;
+    }
     let mut json = Vec::new();
     let spec = std::io::stdin()
         .read_to_end(&mut json)

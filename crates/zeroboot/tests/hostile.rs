@@ -576,6 +576,31 @@ print(sizes() == before)
         assert_eq!(attack(who, code).go().good(), "EPERM\nEPERM\nEPERM\nEPERM\nTrue\n");
     }
 
+    fn little_waits_in_a_socket_that_nobody_reads(who) {
+        let code = r#"
+server = socket.socket(socket.AF_UNIX)
+server.bind('server')
+server.listen(1 << 30)
+kept = 0
+while True:
+    client = socket.socket(socket.AF_UNIX)
+    client.setblocking(False)
+    if attempt(client.connect, 'server') == 'EAGAIN': break
+    client.close()
+    kept += 1
+receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+receiver.bind('receiver')
+waiting = 0
+while True:
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.setblocking(False)
+    if attempt(sender.sendto, b'x', 'receiver') == 'EAGAIN': break
+    waiting += 1
+print(kept, waiting)
+"#;
+        assert_eq!(attack(who, code).go().good(), "129 11\n");
+    }
+
     // ---- the network and other sandboxes
 
     fn there_are_unix_sockets_and_a_loopback_of_its_own_and_no_other_network(who) {

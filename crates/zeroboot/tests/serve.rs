@@ -150,6 +150,13 @@ fn what_a_crowd_of_half_sent_heads_took_is_given_back() {
     let nofile = rustix::process::Rlimit { current: most, maximum: most };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, nofile).unwrap();
     let served = Served::start("ulimit -n $(ulimit -Hn)", &["--keys-file", keys.to_str().unwrap()]);
+    if served.words.contains("sandboxes have no cgroups") {
+        assert!(
+            served.words.contains("WARN") && served.words.contains("one key's code can take memory from all"),
+            "{}",
+            served.words
+        );
+    }
     let memory = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", served.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -172,4 +179,196 @@ fn what_a_crowd_of_half_sent_heads_took_is_given_back() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{before}, {most}, and {} MiB now", memory());
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Lowers a limit of the whole host while it lives, so that a test can reach it in a moment.
+struct Lowered(&'static str, Option<String>);
+
+impl Lowered {
+    fn new(path: &'static str, value: &str) -> Lowered {
+        let before = std::fs::read_to_string(path).unwrap();
+        let lowered = std::fs::write(path, value).is_ok();
+        Lowered(path, lowered.then_some(before))
+    }
+}
+
+impl Drop for Lowered {
+    fn drop(&mut self) {
+        if let Some(before) = &self.1 {
+            std::fs::write(self.0, before).unwrap();
+        }
+    }
+}
+
+/// Takes all that it can get of what the kernel counts for each user, says so in a file, and holds it.
+const HOARD: &str = r"
+import array, ctypes, errno, os, select, signal, socket, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+def timers():
+    for count in range(1 << 20):
+        if libc.timer_create(1, None, ctypes.byref(ctypes.c_void_p())) != 0:
+            return count, errno.errorcode[ctypes.get_errno()]
+def in_flight():
+    # Those of a pair that is closed itself stay in flight until the kernel collects them.
+    kept = []
+    try:
+        while True:
+            a, b = socket.socketpair()
+            kept.append((a, b))
+            a.setblocking(False)
+            for _ in range(4):
+                a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0] * 250))])
+    except OSError as e:
+        globals()['kept'] = kept
+        return errno.errorcode[e.errno]
+def watches():
+    # Of one process as many as its descriptors allow.
+    pipes = [os.pipe() for _ in range(60)]
+    for _ in range(100):
+        epoll = select.epoll()
+        for pipe in pipes:
+            for end in pipe:
+                epoll.register(end)
+        globals().setdefault('epolls', []).append(epoll)
+def all_watches():
+    while True:
+        r, w = os.pipe()
+        if os.fork() == 0:
+            try:
+                watches(); os.write(w, b'more')
+            except OSError as e:
+                os.write(w, errno.errorcode[e.errno].encode())
+            signal.pause()
+        os.close(w)
+        said = os.read(r, 10)
+        os.close(r)
+        if said != b'more':
+            return said.decode()
+print(timers()[1], in_flight(), all_watches(), flush=True)
+time.sleep(600)
+";
+/// What a program that does nothing bad needs of the same.
+const MODEST: &str = r"
+import array, ctypes, os, select, socket
+assert ctypes.CDLL(None, use_errno=True).timer_create(1, None, ctypes.byref(ctypes.c_void_p())) == 0
+a, b = socket.socketpair()
+a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))])
+b.recvmsg(1, 100)
+epoll = select.epoll()
+for _ in range(40):
+    for end in os.pipe(): epoll.register(end)
+print('fine')
+";
+
+#[test]
+fn a_sandbox_that_takes_all_of_a_users_counts_takes_them_from_nobody_else() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root can give an ordinary user the two capabilities.
+    }
+    let _watches = Lowered::new("/proc/sys/fs/epoll/max_user_watches", "200000");
+    let folder = tempfile::Builder::new().prefix("zeroboot-counts-").tempdir().unwrap();
+    let program = folder.path().join("zeroboot");
+    std::fs::copy(env!("CARGO_BIN_EXE_zeroboot"), &program).unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(65534), Some(65534)).unwrap();
+    // As the systemd unit does it.
+    let before = format!(
+        "export HOME={0}; set -- setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --inh-caps=-all,+setuid,+setgid \
+         --ambient-caps=-all,+setuid,+setgid --bounding-set=-all,+setuid,+setgid {0}/zeroboot serve --listen 127.0.0.1:0 \
+         --pool 1 --python /usr/bin/python3 --node /usr/bin/node \"$@\"; exec \"$@\"",
+        folder.path().display()
+    );
+    let served = Served::start(&before, &[]);
+    assert!(!served.words.contains("all sandboxes have this server's user"), "{}", served.words);
+    let post = |code: &str| {
+        let body = serde_json::json!({"code": code, "timeout_seconds": 60, "limits": {"processes": 64}}).to_string();
+        let head = "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n";
+        let mut stream = TcpStream::connect(served.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        BufReader::new(stream)
+    };
+    let mut hoard = post(HOARD);
+    let mut said = String::new();
+    while !said.contains("EAGAIN") {
+        assert!(hoard.read_line(&mut said).unwrap() > 0, "{said}");
+    }
+    assert!(said.contains("EAGAIN ETOOMANYREFS ENOSPC"), "{said}");
+    for _ in 0..10 {
+        // A connection of its own, which the server watches with epoll; and a sandbox.
+        let mut modest = post(MODEST);
+        let mut said = String::new();
+        while !said.contains("event: end") && !said.contains("error") {
+            assert!(modest.read_line(&mut said).unwrap() > 0, "{said}");
+        }
+        assert!(said.contains("fine"), "{said}");
+    }
+    // The server itself has given the rights up: but for the thread that starts zygotes.
+    let mut with = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", served.child.id())).unwrap() {
+        let path = task.unwrap().path();
+        let status = std::fs::read_to_string(path.join("status")).unwrap();
+        if !status.contains("CapPrm:\t0000000000000000") {
+            with.push(std::fs::read_to_string(path.join("comm")).unwrap());
+        }
+    }
+    assert_eq!(with, ["zygotes\n"]);
+    drop(hoard);
+    served.stop();
+}
+
+/// What a package can do while a zygote imports it.
+const PACKAGE: &str = r"
+import errno, os
+def attempt(action, *args):
+    try:
+        return str(action(*args))
+    except OSError as e:
+        return errno.errorcode[e.errno]
+handles = {n: attempt(os.readlink, f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if int(n) > 2}
+found = {
+    'host_ids': [line.split()[1] for line in open('/proc/self/uid_map')],
+    'strangers': [t for t in handles.values() if t.startswith('/') and t != '/proc' and not t.startswith('/proc/')],
+    'proc': attempt(open, '/proc/sys/kernel/core_pattern', 'w'),
+    'own': attempt(open, '/proc/self/oom_score_adj', 'w'),
+    'other': [attempt(open, f'/proc/self/fd/{n}/sys/kernel/core_pattern', 'w') for n, t in handles.items() if t == '/proc'],
+    'server': attempt(os.kill, os.getppid(), 0),
+}
+";
+
+#[test]
+fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
+    // Of root and of an ordinary user alike; what differs is whose the zygote is.
+    let is_root = rustix::process::geteuid().is_root();
+    let folder = tempfile::Builder::new().prefix("zeroboot-package-").tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let venv = folder.path().join("venv");
+    let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&venv).status().unwrap();
+    assert!(made.success());
+    let lib = std::fs::read_dir(venv.join("lib")).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(lib.join("site-packages/hostile.py"), PACKAGE).unwrap();
+    let config = folder.path().join("zeroboot.toml");
+    let interpreter = venv.join("bin/python3");
+    let template = format!("[[template]]\nname = \"python\"\ninterpreter = {interpreter:?}\nwarm = [\"hostile\"]\n");
+    std::fs::write(&config, template).unwrap();
+    let served = Served::start("exec 8</etc/hostname 9</etc/passwd", &["--config", config.to_str().unwrap()]);
+    let body = serde_json::json!({"code": "import hostile, json; print(json.dumps(hostile.found))"}).to_string();
+    let mut stream = TcpStream::connect(served.address).unwrap();
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
+    write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let answer: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let found: serde_json::Value = serde_json::from_str(answer["stdout"].as_str().unwrap()).expect("what it found");
+    assert_eq!(found["strangers"], serde_json::json!([]), "descriptors of the server: {found}");
+    assert_eq!((&found["proc"], &found["own"]), (&"EROFS".into(), &"EROFS".into()), "{found}");
+    assert_eq!(found["other"], serde_json::json!(["EACCES"]), "{found}");
+    if is_root {
+        assert_eq!(found["server"], "EPERM", "{found}");
+        let ids = found["host_ids"].as_array().unwrap();
+        assert!(
+            !ids.is_empty() && ids.iter().all(|id| id.as_str().unwrap().parse::<u32>().unwrap() > 1 << 30),
+            "{found}"
+        );
+    }
+    served.stop();
 }

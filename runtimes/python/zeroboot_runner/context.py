@@ -2,7 +2,6 @@
 
 import builtins
 import importlib.machinery
-import importlib.util
 import linecache
 import os
 import signal
@@ -51,6 +50,8 @@ class Context:
             sys.orig_argv = [sys.executable]
         sys.modules["__main__"] = main
         builtins.input = no_input
+        # Before `Started`: from then on the agent may send one.
+        signal.signal(signal.SIGINT, self.interrupt)
         # Cells have no standard input.
         null = os.open(os.devnull, os.O_RDONLY)
         if null != 0:
@@ -59,11 +60,13 @@ class Context:
 
     def choose_shell(self):
         shell = self.ipython
-        if shell is None and importlib.util.find_spec("IPython") is not None:
-            from .ipython import IPythonShell
-
-            shell = IPythonShell()
-        shell = shell or Shell()
+        if shell is None:
+            try:
+                from .ipython import IPythonShell
+            except ImportError:
+                shell = Shell()
+            else:
+                shell = IPythonShell()
         shell.engage(self.main, self.channel)
         # In place of the one that waits for nothing.
         self.control.wait = lambda: shell.loop.wait(self.channel.fd)
@@ -72,7 +75,6 @@ class Context:
     def run(self):
         """Serves until the agent closes; never returns."""
         code = []
-        signal.signal(signal.SIGINT, self.interrupt)
         try:
             for kind, payload in self.control:
                 if kind == CODE:

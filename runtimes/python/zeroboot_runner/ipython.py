@@ -2,6 +2,7 @@
 
 import atexit
 import builtins
+import fnmatch
 import importlib.util
 import os
 import signal
@@ -11,10 +12,12 @@ import traceback
 import types
 import warnings
 
+from IPython.core import interactiveshell
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.profiledir import ProfileDir
 from traitlets import Type, observe
 from traitlets.config import Config
 
@@ -26,6 +29,21 @@ IPYTHON = os.path.dirname(sys.modules["IPython"].__file__) + os.sep
 INLINE = "matplotlib_inline.backend_inline"
 # How long the processes of a `!` line have after an interrupt.
 GRACE_SECONDS = 1
+
+
+class Memory(dict):
+    """In place of pickleshare's database on disk."""
+
+    def __init__(self, path=None):
+        super().__init__()
+
+    def keys(self, pattern="*"):
+        return fnmatch.filter(super().keys(), pattern)
+
+
+# Up to IPython 9.15 the shell makes one when it starts.
+if hasattr(interactiveshell, "PickleShareDB"):
+    interactiveshell.PickleShareDB = Memory
 
 
 class Hook(DisplayHook):
@@ -67,6 +85,16 @@ class Interactive(InteractiveShell):
         """IPython's own would make it."""
 
     def init_profile_dir(self, profile_dir):
+        # One without a place.
+        self.profile_dir = ProfileDir()
+
+    @property
+    def db(self):
+        """What `%store` and aliases keep: as long as the context."""
+        return self.__dict__.setdefault("memory", Memory())
+
+    @db.setter
+    def db(self, value):
         pass
 
     def init_virtualenv(self):
@@ -137,7 +165,7 @@ class Interactive(InteractiveShell):
             # The frames of `wait` say nothing.
             raise error.with_traceback(None) from None
         self.user_ns["_exit_code"] = status
-        if self.system_raise_on_error and status != 0:
+        if getattr(self, "system_raise_on_error", False) and status != 0:
             raise subprocess.CalledProcessError(status, cmd)
 
 
@@ -218,7 +246,8 @@ class IPythonShell:
         if "MPLBACKEND" not in os.environ and importlib.util.find_spec("matplotlib_inline") is not None:
             os.environ["MPLBACKEND"] = "module://" + INLINE
             if "matplotlib" in sys.modules:
-                sys.modules["matplotlib"].use("module://" + INLINE)
+                # It has read the environment already.
+                shell.run_line_magic("matplotlib", "inline")
 
     def run(self, source, count):
         shell = self.shell

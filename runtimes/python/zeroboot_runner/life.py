@@ -155,7 +155,7 @@ def prepare(arguments):
         ready["skipped"] = skipped
     warm_cells()
     ipython = None
-    if "IPython" in sys.modules:
+    if sys.modules.get("IPython") is not None:
         from .ipython import IPythonShell
 
         ipython = IPythonShell()

@@ -100,6 +100,8 @@ export interface HealthAnswer {
   templates: Record<string, TemplateHealth>;
   /** Why it is not `ok`. */
   reasons?: string[];
+  /** What is weaker on this server than it could be; for callers with a key. */
+  warnings?: string[];
   /** Sandboxes that serve a request now. */
   live: number;
   uptime_seconds: number;
@@ -154,6 +156,7 @@ export const HEALTH_FIELDS = names<keyof HealthAnswer>({
   status: true,
   templates: true,
   reasons: true,
+  warnings: true,
   live: true,
   uptime_seconds: true,
   version: true,

@@ -1,29 +1,27 @@
 #!/bin/busybox sh
-# PID 1 of the emulated machine (busybox only). First in the initial RAM file system: mounts this machine's files.
-# Then, below the real root, the second half runs the job and sends its exit status.
-fail() { echo "L1: $*" >/dev/console; /bin/busybox reboot -f; }
+# PID 1 of the emulated machine (busybox only). First in the initial RAM file system: makes the real root at /new.
+# Then, below that root, the second half runs the job and sends its exit status.
+# What differs between the machines is in machine.sh: mount_root, ports, end.
+fail() { echo "L1: $*" >/dev/console; /bin/busybox sleep 1; end; }
 
 if [ "$1" != job ]; then
     export PATH=/bin
-    /bin/busybox mkdir -p /proc /sys /dev /lower /rw /new
+    /bin/busybox mkdir -p /proc /sys /dev /new
     /bin/busybox mount -t proc proc /proc
     /bin/busybox mount -t sysfs sys /sys
     /bin/busybox mount -t devtmpfs dev /dev
     /bin/busybox --install -s /bin
+    . /machine.sh
     for module in $(cat /modules/order); do
         insmod "/modules/$module.ko" || echo "L1: no module $module" >/dev/console
     done
-    files=trans=virtio,version=9p2000.L,msize=512000,access=any
-    mount -t 9p -o "$files,cache=loose,ro" root /lower || fail "cannot mount the root"
-    mount -t tmpfs -o size=75% rw /rw && mkdir /rw/upper /rw/work
-    mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work overlay /new || fail "cannot mount the overlay"
-    for dir in proc sys dev; do mount --move /$dir /new/$dir || fail "cannot move /$dir"; done
+    mount_root
+    for dir in proc sys dev; do mkdir -p /new/$dir; mount --move /$dir /new/$dir || fail "cannot move /$dir"; done
     mkdir -p /new/dev/shm /new/dev/pts
     mount -t tmpfs -o mode=1777,size=90% shm /new/dev/shm
     mount -t devpts -o ptmxmode=666 pts /new/dev/pts
     for dir in tmp run; do mkdir -p /new/$dir; mount -t tmpfs -o mode=1777 $dir /new/$dir; done
     mkdir -p /new/run/lock
-    mount_share() { mkdir -p "/new$2" && mount -t 9p -o "$files,cache=mmap" "$1" "/new$2" || fail "cannot share $2"; }
     . /job.conf
     mount_shares
 
@@ -36,20 +34,15 @@ if [ "$1" != job ]; then
     chmod 666 /new/dev/kvm
     hostname nested
     mkdir /new/run/lane
-    cp /bin/busybox /init /job /new/run/lane/
+    cp /bin/busybox /init /machine.sh /job /new/run/lane/
     # Not chroot: in a chroot no user namespace can be made, and the process engine needs one.
     exec switch_root /new /run/lane/busybox sh /run/lane/init job
     fail "cannot switch the root"
 fi
 
 bb=/run/lane/busybox
-for port in /sys/class/virtio-ports/*; do
-    case $($bb cat "$port/name") in
-        out) out=/dev/${port##*/} ;;
-        err) err=/dev/${port##*/} ;;
-        status) status=/dev/${port##*/} ;;
-    esac
-done
+. /run/lane/machine.sh
+ports
 $bb mkfifo /run/lane/out /run/lane/err
 $bb cat </run/lane/out >"$out" &
 cat_out=$!
@@ -65,4 +58,4 @@ code=$?
 wait $cat_out $cat_err
 $bb sync
 echo $code >"$status"
-$bb reboot -f
+end

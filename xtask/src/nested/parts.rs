@@ -1,9 +1,8 @@
-//! What the lane is made of: QEMU, a kernel and its modules, busybox. Fetched once as Debian packages with the mirror and
-//! the keys of this machine, unpacked into the cache, never installed.
+//! What a lane is made of: an emulator, a kernel and its modules, busybox. Fetched once as Debian packages with the mirror
+//! and the keys of this machine, unpacked into the cache, never installed.
 
 use std::{
     collections::BTreeMap,
-    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,28 +16,9 @@ use zeroboot_template::{
 };
 
 /// The release that everything comes from, whatever this machine runs: the lane is the same everywhere.
-const SUITE: &str = "bookworm";
-const BACKPORTS: &str = "bookworm-backports";
-/// Not 7.2: it does not honour the intercept of XSETBV, so that a guest's guest loses XSAVE and AVX.
-const QEMU: [&str; 4] = [
-    "qemu-system-x86/bookworm-backports",
-    "qemu-system-common/bookworm-backports",
-    "qemu-system-data/bookworm-backports",
-    "seabios/bookworm-backports",
-];
+pub(crate) const SUITE: &str = "bookworm";
+pub(crate) const BACKPORTS: &str = "bookworm-backports";
 const INIT: &str = include_str!("init.sh");
-
-/// Loaded in this order, after what they depend on.
-const MODULES: [&str; 8] = [
-    "virtio_pci",     // the bus of all the following
-    "9p",             // files
-    "9pnet_virtio",   //
-    "virtio_console", // standard output and error, the exit status
-    "virtio_rng",     // entropy
-    "overlay",        // writes over a read-only root
-    "kvm-amd",        // what it is all about
-    "tun",            // harmless, and a test may ask for it
-];
 
 /// Which kernel L1 runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,26 +53,13 @@ impl Flavour {
     }
 }
 
-/// What a run needs.
-pub(crate) struct Parts {
-    /// QEMU's command, without options that say what to emulate.
-    pub(crate) qemu: Vec<OsString>,
-    pub(crate) kernel: PathBuf,
-    pub(crate) initrd: Vec<u8>,
-}
+/// Debian's stock kernel, unpacked.
+pub(crate) struct Linux(PathBuf);
 
-impl Parts {
-    /// Fetches what is missing.
-    pub(crate) fn get(cache: &Path, flavour: Flavour) -> Result<Parts> {
-        let qemu = cached(cache, "qemu", |dir| {
-            let apt = apt(cache, &[BACKPORTS, SUITE])?;
-            unpack(&apt, "QEMU", &apt.closure(&QEMU)?, dir)
-        })?;
-        let busybox = cached(cache, "busybox", |dir| {
-            let apt = apt(cache, &[SUITE])?;
-            unpack(&apt, "busybox", &[apt.candidate("busybox-static")?], dir)
-        })?;
-        let linux = cached(cache, &format!("linux-{}", flavour.name()), |dir| {
+impl Linux {
+    /// Fetches it when it is not there.
+    pub(crate) fn get(cache: &Path, flavour: Flavour) -> Result<Linux> {
+        let dir = cached(cache, &format!("linux-{}", flavour.name()), |dir| {
             let apt = apt(cache, &[flavour.suite()])?;
             let name = apt.stands_for("linux-image-amd64")?;
             unpack(&apt, &name, &[apt.candidate(&name)?], dir)?;
@@ -105,39 +72,41 @@ impl Parts {
             }
             Ok(())
         })?;
+        Ok(Linux(dir))
+    }
+
+    /// The kernel as an ELF file.
+    pub(crate) fn vmlinux(&self) -> PathBuf {
+        self.0.join("vmlinux")
+    }
+
+    /// The kernel as a boot loader takes it.
+    pub(crate) fn bzimage(&self) -> Result<Vec<u8>> {
+        let boot = self.0.join("boot");
+        for file in fs::read_dir(&boot)? {
+            let file = file?;
+            if file.file_name().to_string_lossy().starts_with("vmlinuz-") {
+                return fs::read(file.path()).context("cannot read the kernel");
+            }
+        }
+        bail!("no kernel in {}", boot.display())
+    }
+
+    /// The first root file system: busybox, the modules in the order in which they load, the init script, and what it
+    /// asks of this kind of machine.
+    pub(crate) fn initrd(&self, cache: &Path, modules: &[&str], machine: &str) -> Result<Vec<u8>> {
+        let busybox = cached(cache, "busybox", |dir| {
+            let apt = apt(cache, &[SUITE])?;
+            unpack(&apt, "busybox", &[apt.candidate("busybox-static")?], dir)
+        })?;
         let busybox =
             ["bin/busybox", "usr/bin/busybox"].iter().map(|path| busybox.join(path)).find(|path| path.exists());
         let busybox = fs::read(busybox.context("no busybox in its package")?)?;
-        Ok(Parts { qemu: qemu_command(&qemu), kernel: linux.join("vmlinux"), initrd: initrd(&linux, &busybox)? })
+        initrd(&self.0, &busybox, modules, machine)
     }
 }
 
-/// With its own dynamic loader and libraries: whatever this machine has or lacks.
-fn qemu_command(root: &Path) -> Vec<OsString> {
-    let mut libraries = OsString::new();
-    for dir in ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"] {
-        if !libraries.is_empty() {
-            libraries.push(":");
-        }
-        libraries.push(root.join(dir));
-    }
-    let loader = ["lib64/ld-linux-x86-64.so.2", "usr/lib64/ld-linux-x86-64.so.2"].map(|path| root.join(path));
-    let [first, second] = loader;
-    let loader = if first.exists() { first } else { second };
-    vec![
-        loader.into(),
-        "--library-path".into(),
-        libraries,
-        root.join("usr/bin/qemu-system-x86_64").into(),
-        "-L".into(),
-        root.join("usr/share/qemu").into(),
-        "-L".into(),
-        root.join("usr/share/seabios").into(),
-    ]
-}
-
-/// The first root file system: busybox, the modules in the order in which they load, the init script.
-fn initrd(linux: &Path, busybox: &[u8]) -> Result<Vec<u8>> {
+fn initrd(linux: &Path, busybox: &[u8], modules: &[&str], machine: &str) -> Result<Vec<u8>> {
     let mut tree = BTreeMap::new();
     let mut builtin = Vec::new();
     for release in fs::read_dir(linux.join("lib/modules"))? {
@@ -147,7 +116,7 @@ fn initrd(linux: &Path, busybox: &[u8]) -> Result<Vec<u8>> {
         builtin.extend(list.lines().filter_map(|line| module_name(line.rsplit('/').next()?)));
     }
     let mut loaded: Vec<(String, Vec<u8>)> = Vec::new();
-    for module in MODULES {
+    for module in modules {
         load(module, &tree, &builtin, &mut loaded)?;
     }
     let order: String = loaded.iter().map(|(name, _)| format!("{name}\n")).collect();
@@ -159,6 +128,7 @@ fn initrd(linux: &Path, busybox: &[u8]) -> Result<Vec<u8>> {
     archive.append(&Entry::char_device("dev/console", 0o600, 5, 1))?;
     archive.append(&Entry::file("bin/busybox", 0o755, busybox))?;
     archive.append(&Entry::file("init", 0o755, INIT.as_bytes()))?;
+    archive.append(&Entry::file("machine.sh", 0o644, machine.as_bytes()))?;
     archive.append(&Entry::file("modules/order", 0o644, order.as_bytes()))?;
     for (name, bytes) in &loaded {
         archive.append(&Entry::file(&format!("modules/{name}.ko"), 0o644, bytes))?;
@@ -208,23 +178,32 @@ fn module_name(file: &str) -> Option<String> {
     Some(name.replace('-', "_"))
 }
 
-fn apt(cache: &Path, suites: &[&str]) -> Result<Apt> {
-    let apt = explain(Apt::suites(&cache.join("apt").join(suites.join("+")), suites))?;
+pub(crate) fn apt(cache: &Path, suites: &[&str]) -> Result<Apt> {
+    refreshed(Apt::suites(&cache.join("apt").join(suites.join("+")), suites))
+}
+
+/// The source packages of a suite.
+pub(crate) fn source_apt(cache: &Path, suite: &str) -> Result<Apt> {
+    refreshed(Apt::source_suite(&cache.join("apt").join(format!("{suite}-source")), suite))
+}
+
+fn refreshed(apt: Result<Apt, AptError>) -> Result<Apt> {
+    let apt = explain(apt)?;
     explain(apt.refresh(Duration::from_secs(24 * 3600)))?;
     Ok(apt)
 }
 
-fn unpack(apt: &Apt, what: &str, packages: &[Package], into: &Path) -> Result<()> {
+pub(crate) fn unpack(apt: &Apt, what: &str, packages: &[Package], into: &Path) -> Result<()> {
     eprintln!("nested lane: fetching {what} (once)");
     for file in explain(apt.fetch(packages))? {
-        explain(apt::unpack_to(&file, into))?;
+        explain(apt::unpack_into(&file, into))?;
         // The archive is of no more use: the unpacked files are the cache.
         fs::remove_file(&file)?;
     }
     Ok(())
 }
 
-fn explain<T>(result: Result<T, AptError>) -> Result<T> {
+pub(crate) fn explain<T>(result: Result<T, AptError>) -> Result<T> {
     result.map_err(|error| match error.hint() {
         Some(hint) => anyhow::Error::from(error).context(format!("hint: {hint}")),
         None => error.into(),
@@ -232,7 +211,7 @@ fn explain<T>(result: Result<T, AptError>) -> Result<T> {
 }
 
 /// A directory that exists only when it is complete.
-fn cached(cache: &Path, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+pub(crate) fn cached(cache: &Path, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let dir = cache.join(name);
     if dir.exists() {
         return Ok(dir);

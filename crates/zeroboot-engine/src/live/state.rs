@@ -785,6 +785,70 @@ impl State {
     }
 }
 
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use zeroboot_proto::live::{CellDone, CellStatus, FileOp};
+
+    use super::*;
+
+    /// Payloads that some kind takes, and others.
+    fn payload() -> impl Strategy<Value = Vec<u8>> {
+        let chunk = (any::<bool>(), any::<bool>(), 0usize..3, proptest::collection::vec(any::<u8>(), 0..50));
+        let chunk = chunk.prop_map(|(append, last, mime, data)| {
+            let mime = ["text/plain", "text/html", "image/png"][mime];
+            ResultChunk { main: true, append, last, mime, data: &data }.encode()
+        });
+        let end = prop_oneof![
+            Just(How::Done),
+            any::<i32>().prop_map(How::Exited),
+            any::<i32>().prop_map(How::Signaled),
+            Just(How::Cell(CellDone { status: CellStatus::Ok, execution_count: 1 })),
+        ];
+        let end = end.prop_map(|how| live::encode(&End { how, wall_ns: 1, context_lost: false }));
+        prop_oneof![
+            Just(Vec::new()),
+            Just(vec![1, 0, 0, 0]),
+            Just(br#"{"name":"a","value":"b","traceback":"c"}"#.to_vec()),
+            proptest::collection::vec(any::<u8>(), 0..200),
+            chunk,
+            end,
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_frames_make_the_bookkeeping_panic_or_miscount(
+            frames in proptest::collection::vec((0u16..6, 0..Kind::ALL.len(), payload()), 0..60),
+        ) {
+            let mut state = State::new(Duration::from_secs(60), None, None);
+            state.take(Frame { channel: 0, kind: Kind::Started, payload: &[] }).unwrap();
+            let code = Bytes::from_static(b"1");
+            let cell = RunSpec::Cell { context: "default".into(), code, timeout: None };
+            let (first, _) = state.start(cell.clone()).unwrap();
+            state.start(cell).unwrap();
+            let read = Open::File(FileOp::Stat { path: "a".into() });
+            let (_key, mut events) = state.operate(&read, false, false).unwrap();
+            let reader = state.attach(first, 0);
+            for (channel, kind, payload) in &frames {
+                if state.take(Frame { channel: *channel, kind: Kind::ALL[*kind], payload }).is_err() {
+                    break;
+                }
+                while let Ok(_event) = events.try_recv() {}
+                if let Some((_, next)) = state.run(first).and_then(|run| run.log.read(run.readers[&reader])) {
+                    state.advance(first, reader, next);
+                }
+            }
+            let ended = state.statuses().iter().filter(|run| run.end.is_some()).count();
+            prop_assert_eq!(state.counts().0 + ended, 2);
+            state.detach(first, reader);
+            state.finish(EndReason::Lost);
+            prop_assert_eq!(state.counts().0, 0);
+            prop_assert_eq!(state.statuses().iter().filter(|run| run.offset != run.first_offset).count(), 0);
+        }
+    }
+}
+
 /// Whether so many bytes of replies are too many for one answer.
 pub(crate) fn too_many_replies(bytes: usize) -> bool {
     bytes > MAX_REPLIES

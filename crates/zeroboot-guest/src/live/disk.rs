@@ -55,7 +55,8 @@ impl Disk {
         if path.is_empty() || path.len() > MAX_PATH || path.contains('\0') {
             return Err((Refusal::BadName, format!("a path has 1 to {MAX_PATH} bytes and no NUL")));
         }
-        Ok(self.home.join(path))
+        // Without the dots that mean nothing.
+        Ok(self.home.join(path).components().collect())
     }
 
     fn open(&self, path: &Path, flags: OFlags) -> Answer<OwnedFd> {

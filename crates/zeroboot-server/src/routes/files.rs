@@ -48,7 +48,7 @@ pub(crate) async fn stat(call: Call, path: InPath, mut query: InQuery) -> Result
 
 pub(crate) async fn list(call: Call, path: InPath, mut query: InQuery) -> Result<Response, ApiError> {
     let file = query.text("path")?.unwrap_or_else(|| ".".into());
-    let depth = query.number("depth", MOST_DEPTH)?.unwrap_or(1).max(1);
+    let depth = query.number("depth", 1..=MOST_DEPTH)?.unwrap_or(1);
     query.end()?;
     let op = FileOp::List { path: file, depth: u16::try_from(depth).unwrap_or(u16::MAX) };
     let told = ask(&call.sandbox(&path)?, op).await?;

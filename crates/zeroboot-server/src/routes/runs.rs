@@ -16,7 +16,7 @@ use crate::{
     body::wants_stream,
     call::Call,
     error::{About, ApiError},
-    params::{InPath, InQuery},
+    params::{InPath, InQuery, MOST_OFFSET},
     sandbox_answer::{
         CellAnswer, CellErrorBody, CommandAnswer, CommandBodyOut, CommandList, OutputBody, ResultBody, RunEndBody,
         plain_text,
@@ -151,7 +151,7 @@ pub(crate) async fn output(
     mut query: InQuery,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let offset = query.number("offset", u64::MAX)?;
+    let offset = query.number("offset", 0..=MOST_OFFSET)?;
     query.end()?;
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     let sandbox = call.sandbox(&path)?;

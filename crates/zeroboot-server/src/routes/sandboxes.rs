@@ -67,7 +67,7 @@ fn watch(call: &Call, sandbox: Sandbox) {
 pub(crate) async fn list(call: Call, mut query: InQuery) -> Result<Response, ApiError> {
     let wanted = query.all("metadata");
     let wanted: Vec<(&str, &str)> = wanted.iter().filter_map(|pair| pair.split_once('=')).collect();
-    let limit = query.number("limit", MOST_LISTED)?.unwrap_or(LISTED).max(1);
+    let limit = query.number("limit", 1..=MOST_LISTED)?.unwrap_or(LISTED);
     let cursor = match query.text("cursor")? {
         None => None,
         Some(text) => {

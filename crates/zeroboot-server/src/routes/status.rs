@@ -13,6 +13,7 @@ use axum::{
 };
 use serde::Serialize;
 use utoipa::ToSchema;
+use zeroboot_engine::Isolation;
 
 use crate::{
     app::App,
@@ -33,6 +34,10 @@ pub(crate) struct HealthBody<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schema(required = false)]
     reasons: Vec<String>,
+    /// What is weaker here than it could be, for callers with a key.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    warnings: Vec<String>,
     /// By name.
     templates: BTreeMap<&'a str, TemplateBody<'a>>,
     /// Sandboxes that serve a request now.
@@ -93,6 +98,10 @@ pub(crate) struct TemplateBody<'a> {
 const NOT_UP: &str = "it is not up; the server's log says why";
 const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
 
+/// What serving tenants without cgroups means.
+pub(crate) const NO_CGROUP: &str = "sandboxes have no cgroup: the kernel's memory behind descriptors and mappings is in no limit, so one \
+     key's code can take memory from all; see docs/threat-model.md";
+
 pub(crate) async fn health(
     State(app): State<Arc<App>>,
     Extension(Asked { caller, .. }): Extension<Asked>,
@@ -142,10 +151,14 @@ pub(crate) async fn health(
         _ if ready < templates.len() => HealthStatus::Degraded,
         _ => HealthStatus::Ok,
     };
+    let shares_kernel = statuses.iter().any(|status| status.isolation == Isolation::Process);
+    let obstacle = app.backend.cgroup_obstacle().filter(|_| told && shares_kernel && app.gate.has_keys());
+    let warnings: Vec<String> = obstacle.map(|why| format!("{NO_CGROUP} ({why})")).into_iter().collect();
     let mut response = json_response(
         serialize(&HealthBody {
             status,
             reasons,
+            warnings,
             templates,
             live: app.backend.stats().live,
             uptime_seconds: app.started.elapsed().as_secs(),

@@ -39,7 +39,7 @@ use super::{
 use crate::{
     call::Call,
     error::{About, ApiError},
-    params::{InPath, InQuery},
+    params::{InPath, InQuery, MOST_OFFSET},
     sandbox_answer::{LostBody, RunEndBody, StartedBody},
     sandbox_wire::{SignalName, SizeBody, shell},
     wire::{self, Object},
@@ -60,7 +60,7 @@ pub(crate) async fn attach(
     mut query: InQuery,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let offset = query.number("offset", u64::MAX)?.unwrap_or(0);
+    let offset = query.number("offset", 0..=MOST_OFFSET)?.unwrap_or(0);
     query.end()?;
     let run = command(&call.sandbox(&path)?, &path)?;
     if !run.status().is_some_and(|status| matches!(status.kind, RunKind::Command { terminal: true, .. })) {
@@ -81,7 +81,7 @@ pub(crate) async fn start(
     request: Request,
 ) -> Result<Response, ApiError> {
     let side = |name: &str, query: &mut InQuery, usual: u16| {
-        let given = query.number(name, u16::MAX.into())?;
+        let given = query.number(name, 1..=u16::MAX.into())?;
         Ok::<_, ApiError>(given.map_or(usual, |given| u16::try_from(given).unwrap_or(u16::MAX)))
     };
     let size = Size { columns: side("columns", &mut query, 80)?, rows: side("rows", &mut query, 24)? };
@@ -160,12 +160,12 @@ struct Terminal {
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
-/// What a client says in a text.
+/// What a client says in a text: one of them.
 #[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Asked {
-    Resize(Object<SizeBody>),
-    Signal(SignalName),
+#[serde(deny_unknown_fields)]
+struct Asked {
+    resize: Option<Object<SizeBody>>,
+    signal: Option<SignalName>,
 }
 
 async fn serve(call: Call, terminal: Terminal, upgrade: OnUpgrade) {
@@ -265,10 +265,11 @@ async fn write(run: &Run, bytes: Bytes) -> Result<(), RunError> {
 
 /// Does what a text asks for.
 fn obey(run: &Run, text: &str) -> Result<(), ApiError> {
-    let asked: Asked = wire::parse_any(text.as_bytes())?;
-    let done = match asked {
-        Asked::Resize(Object(size)) => run.resize(size.into()),
-        Asked::Signal(name) => run.signal(name.number()?),
+    let asked: Asked = wire::parse(text.as_bytes())?;
+    let done = match (asked.resize, asked.signal) {
+        (Some(Object(size)), None) => run.resize(size.into()),
+        (None, Some(name)) => run.signal(name.number()?),
+        _ => return Err(ApiError::new("invalid_request", "give either resize or signal")),
     };
     done.map_err(|error| ApiError::of_run(error, About::Command))
 }

@@ -8,7 +8,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
+    io::{self, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
     path::PathBuf,
     sync::{
         Mutex, OnceLock,
@@ -18,7 +19,7 @@ use std::{
 };
 
 use zeroboot_proto::{Decoder, Ending, ExitReport, FileChunk, Identity, Kind, Limits, encode};
-use zeroboot_sys::kick::Kick;
+use zeroboot_sys::kick::{self, Kick};
 use zeroboot_vm::{Front, Host, Prefault, Received, Session, SessionEnd, Snapshot};
 
 pub(crate) struct Template {
@@ -160,6 +161,8 @@ struct Caller {
     answer: Answer,
     /// Gives the next input once this many bytes of output have come.
     conversation: Vec<(usize, Vec<u8>)>,
+    /// Written to when that is so: the other end kicks the vCPU, as the front's socket does.
+    bell: UnixStream,
 }
 
 impl Front for Caller {
@@ -204,6 +207,9 @@ impl Front for Caller {
                 other => panic!("{other:?}"),
             }
         }
+        if self.conversation.first().is_some_and(|(after, _)| self.answer.stdout.len() >= *after) {
+            self.bell.write_all(b"!").unwrap();
+        }
         Ok(())
     }
 }
@@ -211,9 +217,11 @@ impl Front for Caller {
 pub(crate) fn converse(template: &Template, request: &Request, conversation: Vec<(usize, Vec<u8>)>) -> Answer {
     let mut fork = template.snapshot.fork(&template.host).unwrap();
     template.snapshot.prefault(&mut fork, Prefault::All).unwrap();
+    let (bell, heard) = UnixStream::pair().unwrap();
     let mut caller =
-        Caller { input: request.frames(), decoder: Decoder::new(), answer: Answer::default(), conversation };
+        Caller { input: request.frames(), decoder: Decoder::new(), answer: Answer::default(), conversation, bell };
     let kick = Kick::new().unwrap();
+    kick::on_activity(heard.as_fd()).unwrap();
     let start = Instant::now();
     let (end, _stats) = Session::new(&template.snapshot, &mut fork, &mut caller, &kick).run().unwrap();
     caller.answer.took = start.elapsed();

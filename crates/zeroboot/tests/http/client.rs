@@ -84,6 +84,9 @@ pub(crate) fn read_answer(reader: &mut impl BufRead) -> io::Result<Answer> {
     let head = read_head(reader)?;
     let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
     let mut answer = Answer { status, head, body: Vec::new() };
+    if matches!(status, 101 | 204) {
+        return Ok(answer);
+    }
     if let Some(length) = answer.header("content-length").and_then(|text| text.parse().ok()) {
         answer.body = vec![0; length];
         reader.read_exact(&mut answer.body)?;

@@ -4,6 +4,7 @@
 use std::{
     io::{BufReader, Write},
     net::SocketAddr,
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
@@ -84,7 +85,7 @@ fn template(language: &str, pool: usize) -> TemplateConfig {
     }
     let host = match language {
         "node" => zeroboot_process::node(None).unwrap(),
-        _ => zeroboot_process::python(None).unwrap(),
+        _ => zeroboot_process::python(std::env::var_os("ZEROBOOT_TEST_PYTHON").map(PathBuf::from).as_deref()).unwrap(),
     };
     TemplateConfig {
         name: host.language.into(),

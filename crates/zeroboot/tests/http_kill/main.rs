@@ -5,6 +5,8 @@
 mod client;
 #[path = "../http/fixture.rs"]
 mod fixture;
+#[path = "../sandboxes/guest.rs"]
+mod guest;
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -18,7 +20,10 @@ use std::{
 
 use serde_json::json;
 
-use crate::fixture::{Fixture, Setup, isolation, patience, wait_for};
+use crate::{
+    fixture::{Fixture, Setup, isolation, patience, wait_for},
+    guest::{Events, Guest},
+};
 
 /// One at a time: each looks at the children of this process.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -68,6 +73,55 @@ fn a_killed_zygote_costs_only_its_requests_and_comes_back() {
         });
         wait_for("health again", Duration::from_secs(20), || fixture.get("/v1/health").json()["status"] == "ok");
     });
+}
+
+#[test]
+fn a_killed_worker_ends_its_sandbox_alone_and_a_killed_zygote_those_of_its_template() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Without a pool a zygote's children are its sandboxes.
+    let fixture = Setup { node: true, pool: 0, own_engine: true, ..Setup::default() }.start();
+    let zygotes = children(std::process::id());
+    let of_python = |before: &[i32]| {
+        let all: Vec<(i32, i32)> = zygotes
+            .iter()
+            .flat_map(|zygote| children(*zygote as u32).into_iter().map(|child| (*zygote, child)))
+            .collect();
+        all.into_iter().filter(|(_, child)| !before.contains(child)).collect::<Vec<_>>()
+    };
+    let others: Vec<i32> = of_python(&[]).into_iter().map(|(_, child)| child).collect();
+    let victim = Guest::new(&fixture);
+    victim.run("x = 1");
+    let [(zygote, worker)] = of_python(&others)[..] else { panic!("not one worker") };
+    let (other, node) = (Guest::new(&fixture), Guest::with(&fixture, &json!({"language": "node"})));
+    other.run("x = 2");
+    node.run("let x = 3");
+    let follow = |guest: &Guest<'_>| {
+        let mut events = guest.stream("POST", "/commands", &json!({"command": "echo on; sleep 600", "stream": true}));
+        events.next_of("stdout");
+        events
+    };
+    let lost = |mut events: Events, guest: &Guest<'_>| {
+        let failure = events.next().unwrap();
+        assert_eq!((failure.name.as_str(), &failure.data["code"]), ("failure", &json!("sandbox_gone")), "{failure:?}");
+        assert_eq!(failure.data["reason"], "lost");
+        let gone = guest.get("");
+        assert_eq!((gone.status, &gone.json()["reason"]), (410, &json!("lost")));
+    };
+    let events = follow(&victim);
+    kill_9(worker);
+    lost(events, &victim);
+    assert_eq!(other.value("x"), "2");
+    let events = follow(&other);
+    kill_9(zygote);
+    lost(events, &other);
+    assert_eq!(node.value("x"), "3");
+    let made = || {
+        let answer = fixture.post("/v1/sandboxes", &json!({}), &[]);
+        let code = &answer.json()["code"];
+        assert!(answer.status == 201 || (answer.status, code) == (503, &json!("not_ready")), "{}", answer.text());
+        answer.status == 201
+    };
+    wait_for("a sandbox again", patience(Duration::from_secs(20)), made);
 }
 
 /// Keeps asking for short sums in both languages, two callers each, while `disturb` does its worst. Every answer is

@@ -284,6 +284,7 @@ class Answer:
             status=raw["status"],
             templates=raw.get("templates") or {},
             reasons=raw.get("reasons") or [],
+            warnings=raw.get("warnings") or [],
             live=raw.get("live", 0),
             uptime_seconds=raw.get("uptime_seconds", 0),
             version=raw.get("version", ""),

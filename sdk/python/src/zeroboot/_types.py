@@ -92,6 +92,8 @@ class Health:
     templates: Mapping[str, TemplateHealth]
     #: Why it is not `ok`.
     reasons: Sequence[str]
+    #: What is weaker on this server than it could be; for callers with a key.
+    warnings: Sequence[str]
     #: Sandboxes that serve a request now.
     live: int
     uptime_seconds: int
