@@ -14,7 +14,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 what=${1:-all}
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/zeroboot-sdk.XXXXXX")
+# Not in /tmp: each sandbox has its own /tmp, which hides an interpreter that is in it, and a second context needs one.
+scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/zeroboot-sdk.XXXXXX")
 # Sandboxes run as another user and must be able to read the interpreter's packages.
 chmod 755 "$scratch"
 trap 'rm -rf "$scratch"' EXIT
@@ -60,7 +61,7 @@ install_node() {
     mkdir "$scratch/node"
     cd "$scratch/node"
     echo '{ "private": true, "type": "module" }' >package.json
-    npm install --silent --no-audit --no-fund "$scratch"/zeroboot-sdk-*.tgz typescript@5 @types/node@20
+    npm install --silent --no-audit --no-fund "$scratch"/zeroboot-sdk-*.tgz typescript@5 @types/node@20 ws@8
 }
 install_python & python_job=$!
 install_node & node_job=$!

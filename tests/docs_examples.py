@@ -168,7 +168,7 @@ def make_node(directory: Path) -> Path:
     run("npm", "pack", "--pack-destination", str(directory), cwd=sdk)
     (tarball,) = directory.glob("*.tgz")
     (directory / "package.json").write_text('{ "private": true, "type": "module" }\n')
-    run("npm", "install", tarball.name, "typescript@5", "@types/node@20", cwd=directory)
+    run("npm", "install", tarball.name, "typescript@5", "@types/node@20", "ws@8", cwd=directory)
     return directory
 
 

@@ -31,18 +31,21 @@ struct Served {
     child: Child,
     url: String,
     key: Option<String>,
+    /// The certificate that clients trust.
+    trust: Option<String>,
     _dir: tempfile::TempDir,
 }
 
 impl Served {
     fn start() -> Served {
-        Served::with(false)
+        Served::with(false, &[])
     }
 
-    fn with(keys: bool) -> Served {
+    fn with(keys: bool, options: &[&str]) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_zeroboot"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--pool", "2", "--engine", "process", "--warm", "json"]);
+        command.args(options);
         command.args(["--python", python(Who::Me)]);
         for name in ["ZEROBOOT_CONFIG", "ZEROBOOT_ENGINE", "ZEROBOOT_API_KEYS_FILE", "ZEROBOOT_LOG"] {
             command.env_remove(name);
@@ -62,15 +65,22 @@ impl Served {
             let from = said.len();
             assert!(words.read_line(&mut said).unwrap() > 0, "it ended: {said}");
             if let Some(at) = said[from..].split("zeroboot listens on ").nth(1) {
-                break format!("http://{}", at.split_whitespace().next().unwrap());
+                let address = at.split_whitespace().next().unwrap();
+                let port = address.rsplit(':').next().unwrap();
+                break if options.contains(&"--tls-cert") {
+                    format!("https://localhost:{port}")
+                } else {
+                    format!("http://{address}")
+                };
             }
         };
         // It goes on writing.
         std::thread::spawn(move || std::io::copy(&mut words, &mut std::io::sink()));
-        let served = Served { child, url, key, _dir: dir };
+        let trust = options.iter().skip_while(|option| **option != "--tls-cert").nth(1).map(|file| (*file).to_owned());
+        let served = Served { child, url, key, trust, _dir: dir };
         let started = Instant::now();
         // Until the first canary passed there is no sandbox.
-        while served.sandbox(["list"]).go().code() != 0 || !served.ready() {
+        while !served.ready() {
             assert!(started.elapsed() < PATIENCE, "the server is not ready");
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -85,7 +95,11 @@ impl Served {
     /// `zeroboot sandbox …` for this server.
     fn sandbox<const N: usize>(&self, args: [&str; N]) -> Cli {
         let cli = Cli::bare(Who::Me).args(["sandbox"]).args(args).env("ZEROBOOT_BASE_URL", &self.url);
-        cli.env("ZEROBOOT_API_KEY", self.key.as_deref().unwrap_or_default())
+        let cli = cli.env("ZEROBOOT_API_KEY", self.key.as_deref().unwrap_or_default());
+        match &self.trust {
+            Some(file) => cli.env("SSL_CERT_FILE", file),
+            None => cli,
+        }
     }
 
     /// A new sandbox's id.
@@ -455,7 +469,7 @@ fn sandboxes_are_listed_shown_extended_and_ended() {
 
 #[test]
 fn a_key_is_taken_from_the_environment_and_shown_to_nobody() {
-    let served = Served::with(true);
+    let served = Served::with(true, &[]);
     let id = &served.create();
     for key in ["", "zb_live_wrong"] {
         let done = served.sandbox(["show", id]).env("ZEROBOOT_API_KEY", key).go();
@@ -463,6 +477,35 @@ fn a_key_is_taken_from_the_environment_and_shown_to_nobody() {
         assert!(!done.err().contains("zb_live_wrong"));
     }
     served.sandbox(["rm", id]).go().good();
+}
+
+#[test]
+fn a_server_is_reached_over_tls_and_over_a_socket_of_the_file_system() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let certificate = |name: &str| {
+        let (cert, key) = (file(&format!("{name}.pem")), file(&format!("{name}.key")));
+        let made = Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"])
+            .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"])
+            .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout", &key, "-out", &cert])
+            .output()
+            .expect("openssl makes the test's certificate");
+        assert!(made.status.success(), "{made:?}");
+        (cert, key)
+    };
+    let ((cert, key), (other, _), socket) = (certificate("own"), certificate("other"), file("socket"));
+    let served = Served::with(false, &["--tls-cert", &cert, "--tls-key", &key]);
+    let id = &served.create();
+    ends(&served.sandbox(["run", id, "-c", "6 * 7"]).go(), 0, "42\n", "");
+    ends(&served.sandbox(["exec", id, "--", "cat"]).stdin("over TLS").go(), 0, "over TLS", "");
+    let distrusting = served.sandbox(["list"]).env("SSL_CERT_FILE", &other).go();
+    distrusting.refused("no TLS with https://localhost").says("SSL_CERT_FILE");
+
+    let served = Served::with(false, &["--listen", &format!("unix:{socket}")]);
+    let id = &served.create();
+    let over = |args: [&str; 4]| served.sandbox(args).args(["--base-url", &format!("unix:{socket}")]);
+    ends(&over(["run", id, "-c", "6 * 7"]).go(), 0, "42\n", "");
 }
 
 #[test]

@@ -1,8 +1,11 @@
+import type { CellResult, CommandResult } from "./live-answers.js";
 import type { Result } from "./result.js";
 
 export interface ErrorFacts {
   /** The server's stable error code. */
   code?: string | undefined;
+  /** Why a sandbox has ended, with the code `sandbox_gone`. */
+  reason?: string | undefined;
   /** The HTTP status. */
   status?: number | undefined;
   /** What to quote to whoever runs the server. */
@@ -101,6 +104,122 @@ export class BatchError extends ZerobootError {
   }
 }
 
+/** No sandbox of this key has this id. */
+export class SandboxNotFound extends BadRequestError {
+  override name = "SandboxNotFound";
+}
+
+/** The sandbox has ended. `reason`: `lease_ended`, `idle`, `requested`, `lost` ... */
+export class SandboxGone extends BadRequestError {
+  override name = "SandboxGone";
+  readonly reason: string | undefined;
+
+  constructor(message: string, facts: ErrorFacts = {}) {
+    super(message, facts);
+    this.reason = facts.reason;
+  }
+}
+
+/** The key has as many live sandboxes as it may have. */
+export class TooManySandboxes extends RateLimitError {
+  override name = "TooManySandboxes";
+}
+
+/** The sandbox has no context of this name. */
+export class ContextNotFound extends BadRequestError {
+  override name = "ContextNotFound";
+}
+
+/** The sandbox has a context of this name already. */
+export class ContextExists extends BadRequestError {
+  override name = "ContextExists";
+}
+
+/** The sandbox knows no command with this id. */
+export class CommandNotFound extends BadRequestError {
+  override name = "CommandNotFound";
+}
+
+/** The command has ended: it takes no input and no signal. */
+export class RunEnded extends BadRequestError {
+  override name = "RunEnded";
+}
+
+/** The program cannot be started: it does not exist, or is not executable. */
+export class CannotStart extends BadRequestError {
+  override name = "CannotStart";
+}
+
+/** The sandbox has no file of this name. */
+export class FileNotFound extends BadRequestError {
+  override name = "FileNotFound";
+}
+
+/** The name is taken. */
+export class FileExists extends BadRequestError {
+  override name = "FileExists";
+}
+
+/** The code in the sandbox may not do that either. */
+export class NotAllowed extends BadRequestError {
+  override name = "NotAllowed";
+}
+
+/** It is a directory, or is not one, or is not a regular file. */
+export class WrongKind extends BadRequestError {
+  override name = "WrongKind";
+}
+
+/** The directory is not empty. */
+export class NotEmpty extends BadRequestError {
+  override name = "NotEmpty";
+}
+
+/** The sandbox has no room: disk, processes, memory, descriptors, contexts. */
+export class NoRoom extends BadRequestError {
+  override name = "NoRoom";
+}
+
+/** Thrown by `check()` of a cell's result. */
+export class CellFailed extends ZerobootError {
+  override name = "CellFailed";
+  readonly result: CellResult;
+
+  constructor(message: string, result: CellResult) {
+    super(message, { mayHaveRun: true });
+    this.result = result;
+  }
+}
+
+/** Thrown by `check()` of a command's result. */
+export class CommandFailed extends ZerobootError {
+  override name = "CommandFailed";
+  readonly result: CommandResult;
+
+  constructor(message: string, result: CommandResult) {
+    super(message, { mayHaveRun: true });
+    this.result = result;
+  }
+}
+
+type Kind = new (message: string, facts: ErrorFacts) => ZerobootError;
+export const CODE_CLASSES: ReadonlyMap<string, Kind> = new Map<string, Kind>([
+  ["cannot_start", CannotStart],
+  ["context_exists", ContextExists],
+  ["context_not_found", ContextNotFound],
+  ["file_exists", FileExists],
+  ["file_not_found", FileNotFound],
+  ["no_room", NoRoom],
+  ["not_allowed", NotAllowed],
+  ["not_empty", NotEmpty],
+  ["run_ended", RunEnded],
+  ["run_not_found", CommandNotFound],
+  ["sandbox_gone", SandboxGone],
+  ["sandbox_not_found", SandboxNotFound],
+  ["too_many_sandboxes", TooManySandboxes],
+  ["wrong_kind", WrongKind],
+]);
+
 // Codes that are the server's fault. Needed where there is no HTTP status to go by: an item of a
 // batch, an `error` event in a stream.
 export const SERVER_CODES = new Set([
@@ -122,6 +241,8 @@ const RATE_CODES = new Set([
 
 export function errorFor(message: string, facts: ErrorFacts): ZerobootError {
   const { status, code } = facts;
+  const named = code === undefined ? undefined : CODE_CLASSES.get(code);
+  if (named !== undefined) return new named(message, facts);
   if (status === 401 || status === 403 || (status === undefined && code === "unauthorized")) {
     return new AuthenticationError(message, facts);
   }

@@ -1,5 +1,6 @@
 import { exact, join, lossy, toBase64 } from "./bytes.js";
 import { ConnectionError, errorFor, ServerError } from "./errors.js";
+import type { ZerobootError } from "./errors.js";
 import { dataOf, isObject, makeResult, OutputFile } from "./result.js";
 import type { Result } from "./result.js";
 import type { Isolation, WireFile } from "./wire.js";
@@ -45,6 +46,9 @@ export class SseReader {
   #afterCr = false;
   #event = "";
   #data: string[] = [];
+  #id: string | undefined;
+  /** The `id` of the last event, as a reader would send it to go on from there. */
+  lastId: string | undefined;
 
   *feed(chunk: Uint8Array): Generator<[string, string]> {
     let text = this.#decoder.decode(chunk, { stream: true });
@@ -69,6 +73,7 @@ export class SseReader {
     if (line === "") {
       const ready: [string, string] | undefined =
         this.#data.length > 0 ? [this.#event || "message", this.#data.join("\n")] : undefined;
+      if (ready !== undefined) this.lastId = this.#id ?? this.lastId;
       this.#event = "";
       this.#data = [];
       return ready;
@@ -79,7 +84,8 @@ export class SseReader {
     if (value.startsWith(" ")) value = value.slice(1);
     if (field === "event") this.#event = value;
     else if (field === "data") this.#data.push(value);
-    return undefined; // a comment (keep-alive), `id`, `retry`: nothing for us
+    else if (field === "id") this.#id = value;
+    return undefined; // a comment (keep-alive), `retry`: nothing for us
   }
 }
 
@@ -143,13 +149,8 @@ export class ExecReader {
       case "end":
         this.result = makeResult(this.#whole(fields), this.#requestId);
         return { type: name, result: this.result };
-      case "error": {
-        const code = typeof fields["code"] === "string" ? fields["code"] : undefined;
-        const requestId =
-          typeof fields["request_id"] === "string" ? fields["request_id"] : this.#requestId;
-        const message = typeof fields["error"] === "string" ? fields["error"] : "the exec failed";
-        throw errorFor(message, { code, requestId, mayHaveRun: true });
-      }
+      case "error":
+        throw failure(fields, this.#requestId);
       default:
         return undefined; // an event of a newer server
     }
@@ -173,7 +174,24 @@ export class ExecReader {
   }
 }
 
-function marked(chunks: readonly Uint8Array[]): { text: string; encoding: "utf-8" | "base64" } {
+/** What an error in the middle of a stream means. */
+export function failure(
+  fields: Record<string, unknown>,
+  requestId: string | undefined,
+): ZerobootError {
+  const text = (name: string): string | undefined => {
+    const value = fields[name];
+    return typeof value === "string" ? value : undefined;
+  };
+  return errorFor(text("error") ?? "the run failed", {
+    code: text("code"),
+    reason: text("reason"),
+    requestId: text("request_id") ?? requestId,
+    mayHaveRun: true,
+  });
+}
+
+export function marked(chunks: readonly Uint8Array[]): { text: string; encoding: "utf-8" | "base64" } {
   const bytes = join(chunks);
   const text = exact(bytes);
   return text === undefined

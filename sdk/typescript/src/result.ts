@@ -213,7 +213,8 @@ export function dataOf(content: { text: string } | { base64: string }): Uint8Arr
   return "base64" in content ? unbase64(content.base64) : utf8(content.text);
 }
 
-function streamOf(text: string | undefined, encoding: string): [string, Uint8Array] {
+/** The text and the bytes of a stream of an answer. */
+export function streamOf(text: string | undefined, encoding: string): [string, Uint8Array] {
   if (encoding === "base64") {
     const bytes = unbase64(text ?? "");
     return [lossy(bytes), bytes];
@@ -221,7 +222,7 @@ function streamOf(text: string | undefined, encoding: string): [string, Uint8Arr
   return [text ?? "", utf8(text ?? "")];
 }
 
-function unbase64(text: string): Uint8Array {
+export function unbase64(text: string): Uint8Array {
   try {
     return fromBase64(text);
   } catch (cause) {

@@ -2,8 +2,11 @@ import { toBase64 } from "./bytes.js";
 import { BatchError, errorFor, ServerError, ZerobootError } from "./errors.js";
 import { ExecReader } from "./events.js";
 import type { ExecEvent } from "./events.js";
+import { entriesOf, LiveSandbox, sandboxOf } from "./live.js";
+import type { SandboxInfo } from "./live-answers.js";
 import { isObject, makeResult } from "./result.js";
 import type { Result } from "./result.js";
+import type { WebSocketMaker } from "./terminal.js";
 import { Answer, ask, open, parse } from "./transport.js";
 import type { Transport } from "./transport.js";
 import { VERSION } from "./version.js";
@@ -27,6 +30,29 @@ export interface SandboxOptions {
   maxRetries?: number;
   /** Another `fetch`, for proxies, special certificates, tests. */
   fetch?: typeof fetch;
+  /** Another WebSocket for terminals. Default: the runtime's, else that of the package `ws`. */
+  webSocket?: WebSocketMaker;
+}
+
+/** What to make, and for whom. */
+export interface CreateOptions {
+  /** "node" if nothing is said, as for `run`. */
+  language?: Language | undefined;
+  /** A template by name. Excludes `language`. */
+  template?: string | undefined;
+  /** Seconds that it lives, unless its lease is extended. */
+  timeout?: number | undefined;
+  /** It also ends when nothing was asked of it for so many seconds. */
+  idleTimeout?: number | undefined;
+  /** Environment variables of everything in it. */
+  env?: Record<string, string> | undefined;
+  /** Words of yours, for the list. */
+  metadata?: Record<string, string> | undefined;
+  /** Spelled as the API spells them. */
+  limits?: { memory_mb?: number; processes?: number } | undefined;
+  /** Its key, address and `fetch` are used. A new one if nothing is said. */
+  client?: Sandbox | undefined;
+  signal?: AbortSignal | undefined;
 }
 
 export interface StreamOptions {
@@ -116,9 +142,61 @@ export class Sandbox {
       headers,
       maxRetries: options.maxRetries ?? 2,
       fetch: (...args) => send(...args),
+      webSocket: options.webSocket,
     };
     this.#timeout = options.timeout ?? 30;
     this.#grace = options.grace ?? 15;
+  }
+
+  /** Takes a sandbox that lives until its lease ends, or `kill()`, or the end of its `await using`. */
+  static async create(options: CreateOptions = {}): Promise<LiveSandbox> {
+    const { client = new Sandbox(), language, template, timeout = 300, idleTimeout } = options;
+    const answer = await ask(client.#transport, {
+      method: "POST",
+      path: "/v1/sandboxes",
+      body: JSON.stringify({
+        language: language ?? (template === undefined ? "node" : undefined),
+        template,
+        timeout_seconds: timeout,
+        idle_timeout_seconds: idleTimeout,
+        env: options.env,
+        metadata: options.metadata,
+        ...options.limits,
+      }),
+      accept: "application/json",
+      budget: client.#grace,
+      signal: options.signal,
+    });
+    return client.#live(answer, true);
+  }
+
+  /** A sandbox that lives already. The end of its `await using` does not end it. */
+  static async connect(
+    id: string,
+    options: { client?: Sandbox; signal?: AbortSignal } = {},
+  ): Promise<LiveSandbox> {
+    const { client = new Sandbox(), signal } = options;
+    return client.#live(await client.#get(`/v1/sandboxes/${encodeURIComponent(id)}`, signal), false);
+  }
+
+  /** The live sandboxes of this key; with `metadata`, those that have all of it. */
+  static async list(
+    options: { metadata?: Record<string, string>; client?: Sandbox; signal?: AbortSignal } = {},
+  ): Promise<SandboxInfo[]> {
+    const { client = new Sandbox(), metadata = {}, signal } = options;
+    const words = Object.entries(metadata).map(
+      ([name, value]) => `metadata=${encodeURIComponent(`${name}=${value}`)}`,
+    );
+    const found: SandboxInfo[] = [];
+    let cursor: string | undefined;
+    do {
+      const query = [...words, ...(cursor === undefined ? [] : [`cursor=${encodeURIComponent(cursor)}`])];
+      const path = `/v1/sandboxes${query.length > 0 ? "?" : ""}${query.join("&")}`;
+      const page = (await client.#get(path, signal)).json();
+      found.push(...entriesOf<SandboxInfo>(page, "sandboxes"));
+      cursor = typeof page["next_cursor"] === "string" ? page["next_cursor"] : undefined;
+    } while (cursor !== undefined);
+    return found;
   }
 
   get baseUrl(): string {
@@ -256,6 +334,16 @@ export class Sandbox {
     });
     if (answer.status !== 200) throw answer.error();
     return answer.text;
+  }
+
+  async #get(path: string, signal: AbortSignal | undefined): Promise<Answer> {
+    const call = { method: "GET", path, accept: "application/json" } as const;
+    return ask(this.#transport, { ...call, budget: this.#grace, signal });
+  }
+
+  #live(answer: Answer, killAtEnd: boolean): LiveSandbox {
+    const [transport, timeout, grace] = [this.#transport, this.#timeout, this.#grace];
+    return new LiveSandbox(sandboxOf(answer.json()), { transport, timeout, grace, killAtEnd });
   }
 
   /**

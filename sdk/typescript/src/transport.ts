@@ -4,6 +4,7 @@
 import { ConnectionError, errorFor, ServerError, TimeoutError } from "./errors.js";
 import type { ZerobootError } from "./errors.js";
 import { isObject } from "./result.js";
+import type { WebSocketMaker } from "./terminal.js";
 
 /** A longer Retry-After is given to the caller rather than slept through. */
 const MAX_RETRY_WAIT = 10;
@@ -14,12 +15,15 @@ export interface Transport {
   headers: Readonly<Record<string, string>>;
   maxRetries: number;
   fetch: typeof fetch;
+  webSocket?: WebSocketMaker | undefined;
 }
 
 export interface Call {
-  method: "GET" | "POST";
+  method: "GET" | "POST" | "PUT" | "DELETE";
   path: string;
-  body?: string;
+  /** JSON if it is text. A stream can be sent once only. */
+  body?: string | Uint8Array | ReadableStream<Uint8Array>;
+  headers?: Record<string, string>;
   accept: string;
   /** Seconds that one attempt may take. */
   budget: number;
@@ -43,6 +47,8 @@ export class Attempt {
     this.#controller.abort();
   };
   #late = false;
+  #silence: ReturnType<typeof setTimeout> | undefined;
+  #longest = 0;
 
   constructor(budget: number, caller: AbortSignal | undefined) {
     caller?.throwIfAborted();
@@ -63,9 +69,20 @@ export class Attempt {
     return this.#controller.signal;
   }
 
+  /** To be called at each piece of a stream: it may not be silent for longer than this. */
+  heard(seconds: number): void {
+    clearTimeout(this.#silence);
+    this.#longest = seconds;
+    this.#silence = setTimeout(() => {
+      this.#late = true;
+      this.#controller.abort();
+    }, seconds * 1000);
+  }
+
   /** The answer was read to its end: stops the clock, and leaves the connection for the next. */
   done(): void {
     clearTimeout(this.#timer);
+    clearTimeout(this.#silence);
     this.#caller?.removeEventListener("abort", this.#forward);
   }
 
@@ -79,7 +96,8 @@ export class Attempt {
   explain(error: unknown, baseUrl: string): unknown {
     if (this.#caller?.aborted) return this.#caller.reason;
     if (this.#late) {
-      return new TimeoutError(`no answer within ${this.#budget} s`, { mayHaveRun: true });
+      const waited = Math.min(this.#budget, this.#longest || this.#budget);
+      return new TimeoutError(`no answer within ${waited} s`, { mayHaveRun: true });
     }
     const said = reason(error);
     return neverSent(error)
@@ -93,6 +111,7 @@ export class Attempt {
 
 /** Sends until there is an answer to read. The caller must call `attempt.done()` or `attempt.abandon()`. */
 export async function open(transport: Transport, call: Call): Promise<Open> {
+  const streamed = typeof call.body === "object" && !(call.body instanceof Uint8Array);
   for (let failed = 0; ; failed += 1) {
     const attempt = new Attempt(call.budget, call.signal);
     let wait: number | undefined;
@@ -102,18 +121,24 @@ export async function open(transport: Transport, call: Call): Promise<Open> {
         headers: {
           ...transport.headers,
           Accept: call.accept,
-          ...(call.body === undefined ? {} : { "Content-Type": "application/json" }),
+          ...(typeof call.body === "string" ? { "Content-Type": "application/json" } : {}),
+          ...call.headers,
         },
-        ...(call.body === undefined ? {} : { body: call.body }),
+        ...(call.body === undefined ? {} : { body: call.body as NonNullable<RequestInit["body"]> }),
+        // fetch wants to hear that the answer comes after the last piece.
+        ...(streamed ? { duplex: "half" } : {}),
         signal: attempt.signal,
         // A redirect would send the code to a host that nobody named.
         redirect: "manual",
       });
-      if (failed < transport.maxRetries && call.retryAnswers !== false) wait = refused(response);
+      if (failed < transport.maxRetries && call.retryAnswers !== false && !streamed) {
+        wait = refused(response);
+      }
       if (wait === undefined) return { response, attempt };
     } catch (error) {
       attempt.abandon();
-      if (call.signal?.aborted || !neverSent(error) || failed >= transport.maxRetries) {
+      const once = streamed || !neverSent(error) || failed >= transport.maxRetries;
+      if (call.signal?.aborted || once) {
         throw attempt.explain(error, transport.baseUrl);
       }
       wait = 0;
@@ -151,9 +176,14 @@ export class Answer {
     this.requestId = response.headers.get("x-request-id") ?? undefined;
   }
 
-  /** The JSON of a 200; throws what any other answer means. */
+  /** Whether what was asked for was done. */
+  get good(): boolean {
+    return this.status >= 200 && this.status < 300;
+  }
+
+  /** The JSON of a good answer; throws what any other answer means. */
   json(): Record<string, unknown> {
-    if (this.status !== 200) throw this.error();
+    if (!this.good) throw this.error();
     const fields = parse(this.text);
     if (fields === undefined) {
       throw new ServerError(`the answer is not a JSON object: ${cut(this.text)}`, {
@@ -179,6 +209,7 @@ export class Answer {
     }
     return errorFor(message || "the request failed", {
       code: field("code"),
+      reason: field("reason"),
       status: this.status,
       requestId: field("request_id") ?? this.requestId,
       retryAfter: retryAfter(this.#headers),

@@ -89,6 +89,8 @@ export interface TemplateHealth {
   pool_target: number;
   forks: number;
   restarts: number;
+  /** Of this template that live. */
+  sandboxes: number;
   canary_age_seconds: number;
 }
 
@@ -173,6 +175,7 @@ export const TEMPLATE_FIELDS = names<keyof TemplateHealth>({
   pool_target: true,
   forks: true,
   restarts: true,
+  sandboxes: true,
   canary_age_seconds: true,
 });
 export const HEALTH_STATUSES = names<HealthStatus>({

@@ -3,7 +3,15 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 import type { TestContext } from "node:test";
-import { SERVER_CODES } from "../src/errors.js";
+import { CODE_CLASSES, SERVER_CODES } from "../src/errors.js";
+import {
+  CELL_OUTCOMES,
+  COMMAND_FIELDS,
+  CONTEXT_FIELDS,
+  ENTRY_FIELDS,
+  ENTRY_KINDS,
+  SANDBOX_FIELDS,
+} from "../src/live-answers.js";
 import {
   ANSWER_FIELDS,
   HEALTH_FIELDS,
@@ -124,4 +132,23 @@ compare("health has the same fields and words", () => {
 
 compare("error codes are known where only the code tells", () => {
   for (const code of SERVER_CODES) assert(text.includes(code), code);
+});
+
+compare("what live sandboxes say has the same fields and words", () => {
+  const answered = (path: string, method = "get", status = "200"): Record<string, Schema> =>
+    properties(operation(path, method).responses[status]?.content[json]?.schema ?? {});
+  const inside = "/v1/sandboxes/{id}";
+  same(SANDBOX_FIELDS, Object.keys(answered("/v1/sandboxes", "post", "201")));
+  const contexts = answered(`${inside}/contexts`)["contexts"];
+  same(CONTEXT_FIELDS, Object.keys(properties(resolve(contexts ?? {}).items ?? {})));
+  const entry = answered(`${inside}/files/stat`);
+  same(ENTRY_FIELDS, Object.keys(entry));
+  same(ENTRY_KINDS, words(entry["kind"]));
+  const command = Object.keys(answered(`${inside}/commands/{run}`));
+  for (const name of COMMAND_FIELDS) assert(command.includes(name), name);
+  same(CELL_OUTCOMES, words(answered(`${inside}/run`, "post")["outcome"]));
+});
+
+compare("every code that has a class is in the API", () => {
+  for (const code of CODE_CLASSES.keys()) assert(text.includes(`\`${code}\``), code);
 });

@@ -260,6 +260,13 @@ impl Client {
         )
     }
 
+    fn distrusted(&self, error: &io::Error) -> anyhow::Error {
+        hinted(
+            format!("no TLS with {}: {error}", self.named),
+            "this host must trust its certificate; SSL_CERT_FILE names a file of those that it trusts",
+        )
+    }
+
     fn take(&self) -> Option<SendRequest<Body>> {
         let mut free = self.free.lock().ok()?;
         let at = free.iter().position(SendRequest::is_ready)?;
@@ -279,7 +286,8 @@ impl Client {
                     Some(config) => {
                         let name = ServerName::try_from(host.clone()).map_err(|e| self.unreachable(&e.to_string()))?;
                         let connector = TlsConnector::from(config.clone());
-                        handshake(connector.connect(name, stream).await.map_err(failed)?).await
+                        let secured = connector.connect(name, stream).await;
+                        handshake(secured.map_err(|error| self.distrusted(&error))?).await
                     }
                 }
             }
