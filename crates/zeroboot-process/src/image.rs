@@ -263,7 +263,6 @@ fn without(runs: Vec<Range<usize>>, holes: &[Range<usize>]) -> Vec<Range<usize>>
 }
 
 #[cfg(test)]
-#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges, some of which have one")]
 mod tests {
     use super::*;
 
