@@ -171,8 +171,8 @@ fn an_upload_that_breaks_off_leaves_the_file_as_it_was() {
 #[test]
 fn a_full_disk_is_said_and_the_sandbox_lives_on() {
     let fixture = shared();
-    let guest = Guest::with(&fixture, &json!({"memory_mb": 256}));
-    // Files of a sandbox are in its memory, or on a disk of that size.
+    // More memory than disk: else files fill the memory, and the largest process goes.
+    let guest = Guest::with(&fixture, &json!({"memory_mb": 1024}));
     let answer = guest.shell("yes | head -c 1500000000 > big; echo status $?; rm -f big");
     let said = answer["outcome"] == "out_of_memory" || answer["stdout"].as_str().unwrap() != "status 0\n";
     assert!(said, "{answer}");
