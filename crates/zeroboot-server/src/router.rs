@@ -13,6 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{delete, get, post},
 };
+use hyper::body::Body as _;
 use tower_http::catch_panic::CatchPanicLayer;
 use uuid::Uuid;
 
@@ -85,6 +86,7 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
     let after = peer.after.clone();
+    let has_body = !request.body().is_end_stream();
     let admitted = app.let_in(route, request.headers(), peer.ip, client);
     let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
     let mut response = match admitted {
@@ -107,7 +109,11 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
         response.headers_mut().insert("x-request-id", value);
     }
     // A client that keeps its connection would come back to a server that ends. (HTTP/2 says it in a frame of its own.)
-    if version < Version::HTTP_2 && app.draining.load(Ordering::Relaxed) {
+    let ends = app.draining.load(Ordering::Relaxed);
+    // A sandbox can refuse before its request's body was read; hyper closes such a connection, and a client that was not
+    // told would send its next request into it.
+    let unread = has_body && response.status().is_client_error() && SANDBOX_ROUTES.contains(&route);
+    if version < Version::HTTP_2 && (ends || unread) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let status = response.status().as_u16();

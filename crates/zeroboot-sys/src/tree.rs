@@ -220,8 +220,10 @@ mod tests {
                     let (answer, _) = run(chain, arch, number, [0; 6]);
                     let (same, steps) = run(&tree, arch, number, [0; 6]);
                     assert_eq!(answer, same, "number {number} of architecture {arch:#x}");
-                    // The prologue, twice the tree's depth, the rules on arguments of prctl: the longest.
-                    assert!(steps <= 60, "{steps} steps for number {number}");
+                    // The prologue, twice the tree's depth, and the rules on arguments. The lists of socket options
+                    // and of ioctls are the longest; neither call is one that programs make often.
+                    let most = if [54, 16].contains(&number) { 140 } else { 60 };
+                    assert!(steps <= most, "{steps} steps for number {number}");
                 }
             }
             assert!(tree.len() <= chain.len() + 16, "{} instructions were {}", tree.len(), chain.len());
