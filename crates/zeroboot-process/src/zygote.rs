@@ -51,6 +51,8 @@ pub struct ZygoteConfig {
 /// Runs a zygote on the descriptors that `zeroboot_sys::process::as_zygote` placed. Returns why it could not.
 pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
     let step = |what: &'static str| move |e: io::Error| ServeError::Io(format!("{what}: {e}"), e);
+    // Whatever the service's is: a sandbox's user is another than ours, and has to see the root that we make.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     let prepared = (|| {
         let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         let proc = proc.map_err(|error| step("open /proc")(error.into()))?;
