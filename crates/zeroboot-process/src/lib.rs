@@ -11,11 +11,13 @@
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
 mod discover;
+mod environment;
 mod layout;
 mod serve;
 mod zygote;
 
 pub use discover::{DiscoverError, HostRuntime, node, python};
+pub use environment::{EnvironmentError, node_environment, python_environment};
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
 pub use serve::{ServeError, serve};
 pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

@@ -37,6 +37,8 @@ pub struct ZygoteConfig {
     pub warm: Vec<String>,
     /// Environment of the runtime.
     pub env: Vec<(String, String)>,
+    /// Node packages: the directory that appears at `/node_modules`.
+    pub node_modules: Option<PathBuf>,
 }
 
 /// Runs a zygote on the descriptors that `zeroboot_sys::process::as_zygote` placed. Returns why it could not.
@@ -55,7 +57,8 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
                 words(environment(config).into_iter().map(|(key, value)| format!("{key}={value}"))),
             ),
         ];
-        mount::enter_root(&layout::plan(&config.paths, files)).map_err(step("build the sandbox root"))?;
+        mount::enter_root(&layout::plan(&config.paths, config.node_modules.as_deref(), files))
+            .map_err(step("build the sandbox root"))?;
         keep_id_capabilities().map_err(step("drop capabilities"))
     })();
     if let Err(error) = prepared {
