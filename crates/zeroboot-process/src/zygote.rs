@@ -1,6 +1,11 @@
 //! The zygote of a process template: builds the root, then becomes the warm runtime or serves forks itself.
 
-use std::{ffi::CString, io, os::fd::AsFd, path::PathBuf};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use zeroboot_proto::Kind;
@@ -10,6 +15,9 @@ use crate::{
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
+
+/// Most bytes that warming may write to each of its directories.
+const WARMING_SIZE: u64 = 64 << 20;
 
 /// Files of ours that a sandbox needs.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +67,9 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
         ];
         mount::enter_root(&layout::plan(&config.paths, config.node_modules.as_deref(), files))
             .map_err(step("build the sandbox root"))?;
+        if !config.warm.is_empty() {
+            warming_places().map_err(step("mount directories for warming"))?;
+        }
         keep_id_capabilities().map_err(step("drop capabilities"))
     })();
     if let Err(error) = prepared {
@@ -158,12 +169,59 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
         ("OPENBLAS_NUM_THREADS", "1"),
         ("OMP_NUM_THREADS", "1"),
         ("MKL_NUM_THREADS", "1"),
+        ("NUMEXPR_NUM_THREADS", "1"),
+        ("BLIS_NUM_THREADS", "1"),
+        ("POLARS_MAX_THREADS", "1"),
+        ("NUMBA_NUM_THREADS", "1"),
+        ("RAYON_NUM_THREADS", "1"),
+        ("GOMAXPROCS", "1"),
+        // The allocator inside pyarrow.
+        ("JE_ARROW_MALLOC_CONF", "background_thread:false"),
+        // Without a network an installer fails at once, and what it prints says why.
+        ("PIP_INDEX_URL", "http://this-sandbox-has-no-network.see-pip-list-for-what-is-installed.invalid/"),
+        ("PIP_RETRIES", "0"),
+        ("PIP_TIMEOUT", "1"),
+        ("PIP_DISABLE_PIP_VERSION_CHECK", "1"),
+        ("PIP_BREAK_SYSTEM_PACKAGES", "1"),
+        ("npm_config_registry", "http://this-sandbox-has-no-network.see-npm-ls-for-what-is-installed.invalid/"),
+        ("npm_config_fetch_retries", "0"),
+        ("npm_config_audit", "false"),
+        ("npm_config_fund", "false"),
+        ("npm_config_update_notifier", "false"),
     ]
     .into_iter()
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .collect();
+    env.extend(own_packages(config));
     env.extend(config.env.iter().cloned());
     env
+}
+
+/// Where `pip install` of a file puts it: the user's own directory of packages, which is in the home directory.
+fn own_packages(config: &ZygoteConfig) -> Vec<(String, String)> {
+    if config.runtime != "python" {
+        return Vec::new();
+    }
+    let venv = config.interpreter.ancestors().nth(2).map(|prefix| prefix.join("pyvenv.cfg"));
+    let Some(text) = venv.and_then(|file| std::fs::read_to_string(file).ok()) else {
+        return vec![("PIP_USER".into(), "1".into())];
+    };
+    // A virtualenv has no such directory of its own, so it is named to pip and to interpreters that code starts.
+    let version =
+        text.lines().filter_map(|line| line.split_once('=')).find(|(key, _)| key.trim().starts_with("version"));
+    let mut numbers = version.map_or("", |(_, value)| value.trim()).split('.');
+    let minor = numbers.next().zip(numbers.next()).map(|(major, minor)| format!("{major}.{minor}")).unwrap_or_default();
+    vec![
+        ("PIP_PREFIX".into(), format!("{HOME}/.local")),
+        ("PYTHONPATH".into(), format!("{HOME}/.local/lib/python{minor}/site-packages")),
+    ]
+}
+
+/// Directories that modules may write to while they are warmed, such as a cache of fonts. Each sandbox mounts its own
+/// over them: what is in them is seen by the zygote alone.
+fn warming_places() -> io::Result<()> {
+    let uid = rustix::process::geteuid().as_raw();
+    [HOME, "/tmp"].into_iter().try_for_each(|path| mount::private_tmpfs(Path::new(path), uid, "700", WARMING_SIZE))
 }
 
 /// As an ordinary user: a user namespace in which we may mount. As root it is not needed.
