@@ -15,7 +15,7 @@ const { pathToFileURL } = require('url');
 // Frame kinds of crates/zeroboot-proto/src/frame.rs.
 const CODE = 0x01, ARG = 0x02, ENV = 0x03, IDENTITY = 0x09, RUN = 0x0a;
 const READY = 0x81, STARTED = 0x82, FAILURE = 0x87, NOTE = 0x88;
-const NOTE_ENDED = 2;
+const NOTE_ENDED = 2, NOTE_HINT = 3;
 const HEADER = 8, MAX_PAYLOAD = 64 * 1024 - HEADER, IDENTITY_LEN = 64 + 8 + 16;
 const CONTROL = 3;
 // EX_SOFTWARE: the agent reads the Failure frame, not this.
@@ -294,6 +294,50 @@ function prepareScript(source, name, args) {
   return extension === '.mjs' || detects ? startModule.bind(null, pathToFileURL(file).href) : startFromText(source);
 }
 
+// ---- hints
+
+const NAMED = 12, LONGEST = 400;
+// What may write files, look at directories and read names, before a program replaces it.
+const { readdirSync } = fs;
+
+function installed() {
+  let names = [];
+  try { names = readdirSync('/node_modules').filter((name) => !name.startsWith('.')); } catch { /* None. */ }
+  if (names.length === 0) return 'no package is installed';
+  return `installed: ${names.slice(0, NAMED).join(', ')}${names.length > NAMED ? ` and ${names.length - NAMED} more` : ''}`;
+}
+
+/** One line about an uncaught error, where the sandbox knows more than the code does. */
+function hintOf(error) {
+  const { code, message = '', syscall = '' } = error;
+  if (code === 'MODULE_NOT_FOUND' || code === 'ERR_MODULE_NOT_FOUND') {
+    const found = /Cannot find (?:module|package) '((?:@[^/']+\/)?[^./'][^/']*)/.exec(message);
+    return found && `package ${found[1]} is not installed in this sandbox; take a template with it (\`--with ${found[1]}\`); ${installed()}`;
+  }
+  if (['ENOTFOUND', 'EAI_AGAIN', 'ENETUNREACH', 'EHOSTUNREACH'].includes(code)) {
+    return "there is no network in this sandbox; put data in with the request's files";
+  }
+  if (code === 'EROFS' || (code === 'EACCES' && error.path && syscall !== 'spawn')) {
+    return `${error.path || 'this place'} is in a read-only place; write to /home/sandbox, /tmp or /dev/shm`;
+  }
+  if (code === 'ENOSPC') return 'the disk of this sandbox is full';
+  if (code === 'EFBIG') return 'the file is larger than a file may be in this sandbox';
+  if (code === 'EMFILE') return 'a process may not have more open files in this sandbox';
+  if (code === 'EAGAIN' && syscall.startsWith('spawn')) {
+    return 'the sandbox has reached its limit of processes and threads; start fewer, or ask for more (`processes`)';
+  }
+  return null;
+}
+
+function hint(error) {
+  // `fetch` hides what happened in `cause`.
+  for (let i = 0; error && typeof error === 'object' && i < 5; i++, error = error.cause) {
+    const text = hintOf(error);
+    if (text) return Buffer.from(text.replace(/[^\x20-\x7e\u00a1-\uffff]/g, '?')).subarray(0, LONGEST).toString().replace(/\ufffd+$/, '');
+  }
+  return null;
+}
+
 // ---- life
 
 /**
@@ -310,7 +354,14 @@ function tellTheEnd() {
   // wrapped it, as some packages do: then it ends as any process.
   const ours = process.emit = function (name, ...rest) {
     // Node prints an uncaught error after `exit`, in C++.
-    if (name === 'uncaughtExceptionMonitor') uncaught = true;
+    if (name === 'uncaughtExceptionMonitor') {
+      uncaught = true;
+      try {
+        const text = hint(rest[0]);
+        // Not into a file that the program has put in its place.
+        if (text && fstatSync(CONTROL).ino === ino) send(NOTE, Buffer.concat([Buffer.of(NOTE_HINT), Buffer.from(text)]));
+      } catch { /* A hint is not worth an error. */ }
+    }
     const heard = Reflect.apply(emit, this, [name, ...rest]);
     const status = process.exitCode ?? rest[0] ?? 0;
     if (name === 'exit' && process._exiting && process.emit === ours && !uncaught &&
