@@ -15,7 +15,7 @@ mod worker;
 pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 pub use engine::{Engine, EngineStats, ExecError, StartError, TemplateStatus};
 pub use execution::{Execution, StdinWriter, request_frames};
-pub use outcome::{Collected, Event, Hint, Outcome, OutputFile, Report};
+pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
     ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
 };
