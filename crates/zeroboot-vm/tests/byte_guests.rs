@@ -506,7 +506,10 @@ fn a_guest_that_turned_its_apic_off_does_not_hear_and_harms_only_itself() {
         let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
         assert_eq!(stats.raised, 1, "{name}");
         // The emulator of the Intel lane ends a guest at the first of these writes, which no processor does.
-        if end == SessionEnd::Done(Ending::Crashed) && std::env::var_os("ZEROBOOT_NESTED").is_some() {
+        let emulated_intel =
+            std::env::var_os("ZEROBOOT_NESTED").is_some() && std::path::Path::new("/sys/module/kvm_intel").exists();
+        if emulated_intel && name == "by its spurious vector register" {
+            assert_eq!(end, SessionEnd::Done(Ending::Crashed), "the emulator was mended: this exception can go");
             continue;
         }
         assert_eq!(end, SessionEnd::Done(Ending::DeadlinePassed), "{name}");
