@@ -42,6 +42,9 @@ pub enum ZygoteSpec {
         warm: Vec<String>,
         /// Environment of the runtime.
         env: Vec<(String, String)>,
+        /// Node packages: the directory that appears at `/node_modules`.
+        #[serde(default)]
+        node_modules: Option<PathBuf>,
     },
     /// The VM engine: a template directory.
     Vm {

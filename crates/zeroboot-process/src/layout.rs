@@ -24,6 +24,9 @@ pub(crate) const IMAGE_AT_ONCE: &str = "/.zeroboot/image-at-once";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
 
+/// Where Node packages appear: `require` and `import` climb from any directory to the root.
+pub(crate) const NODE_MODULES: &str = "/node_modules";
+
 /// Host paths that a sandbox may read, where they exist, and why.
 const SHARED: &[(&str, &str)] = &[
     ("/usr", "programs and libraries that code starts as subprocesses or loads"),
@@ -45,7 +48,7 @@ const SHARED: &[(&str, &str)] = &[
 ];
 
 /// The root of a sandbox: [`SHARED`], the runtime's own directories, a few files of ours, mount points.
-pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> RootPlan {
+pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: Vec<(PathBuf, Vec<u8>)>) -> RootPlan {
     let mut binds: Vec<PathBuf> = SHARED.iter().map(|(path, _)| PathBuf::from(path)).filter(|p| present(p)).collect();
     // /usr is the distribution's; a runtime's own directories are anybody's.
     let of_the_system = binds.len();
@@ -71,7 +74,8 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], own: Vec<(PathBuf, Vec<u8>)>) -> R
     files.push(text("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"));
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
-    RootPlan { binds, covered, files, directories }
+    let moved = node_modules.map(|from| (from.to_owned(), PathBuf::from(NODE_MODULES))).into_iter().collect();
+    RootPlan { binds, moved, covered, files, directories }
 }
 
 /// Sockets and FIFOs at and below `path`: processes of the host wait behind them. A directory that we may not read is
@@ -123,7 +127,7 @@ mod tests {
 
     #[test]
     fn what_lies_below_a_shared_directory_is_not_shared_twice() {
-        let plan = plan(&["/usr/lib/python3".into(), "/usr".into()], Vec::new());
+        let plan = plan(&["/usr/lib/python3".into(), "/usr".into()], None, Vec::new());
         assert_eq!(plan.binds.iter().filter(|p| p.starts_with("/usr")).count(), 1);
     }
 }

@@ -11,6 +11,7 @@
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
 mod discover;
+mod environment;
 mod ids;
 mod image;
 mod layout;
@@ -18,6 +19,7 @@ mod serve;
 mod zygote;
 
 pub use discover::{DiscoverError, HostRuntime, node, python};
+pub use environment::{EnvironmentError, node_environment, python_environment};
 pub use ids::shared_because;
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
 pub use serve::{Freeze, ServeError, serve};

@@ -46,6 +46,8 @@ pub struct ZygoteConfig {
     pub warm: Vec<String>,
     /// Environment of the runtime.
     pub env: Vec<(String, String)>,
+    /// Node packages: the directory that appears at `/node_modules`.
+    pub node_modules: Option<PathBuf>,
 }
 
 /// Runs a zygote on the descriptors that `zeroboot_sys::process::as_zygote` placed. Returns why it could not.
@@ -74,9 +76,12 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
         if std::env::var_os("ZEROBOOT_TEST_IMAGE").is_some() {
             files.push((PathBuf::from(layout::IMAGE_AT_ONCE), Vec::new()));
         }
-        let plan = layout::plan(&config.paths, files);
+        let plan = layout::plan(&config.paths, config.node_modules.as_deref(), files);
         let mut reads = config.paths.clone();
         reads.push(config.interpreter.clone());
+        if config.node_modules.is_some() {
+            reads.push(PathBuf::from(layout::NODE_MODULES));
+        }
         ids::enter(&reads, || mount::enter_root(&plan)).map_err(step("build the sandbox root"))
     })();
     if let Err(error) = prepared {

@@ -134,10 +134,22 @@ pub struct TemplateSection {
     /// The process engine: the interpreter.
     #[serde(default)]
     pub interpreter: Option<PathBuf>,
-    /// The process engine: modules to import ahead.
+    /// Python packages as `pip install` takes them; wheels only.
+    #[serde(default)]
+    pub pip: Vec<String>,
+    /// Node packages as `npm install` takes them; their install scripts are not run.
+    #[serde(default)]
+    pub npm: Vec<String>,
+    /// The VM engine: Debian packages.
+    #[serde(default)]
+    pub packages: Vec<String>,
+    /// The VM engine: memory of a sandbox, MiB.
+    #[serde(default)]
+    pub memory_mib: Option<u32>,
+    /// Modules to import ahead.
     #[serde(default)]
     pub warm: Option<Vec<String>>,
-    /// The process engine: environment of the runtime.
+    /// Environment of the runtime.
     #[serde(default)]
     pub env: std::collections::BTreeMap<String, String>,
     /// Sandboxes kept ready.

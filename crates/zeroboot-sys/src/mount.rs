@@ -58,6 +58,8 @@ fn set_attributes(path: &Path, attributes: u64) -> io::Result<()> {
 pub struct RootPlan {
     /// Host directories and files that appear at their own path, read-only.
     pub binds: Vec<PathBuf>,
+    /// Host directories that appear at another path, read-only: where they are, where they appear.
+    pub moved: Vec<(PathBuf, PathBuf)>,
     /// Sockets and FIFOs below `binds`, which a read-only mount lets anyone use: an empty file lies over each.
     pub covered: Vec<PathBuf>,
     /// Files that we write: path and bytes.
@@ -83,8 +85,9 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     mount("tmpfs", stage, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755,size=64m"))?;
     let inside = |path: &Path| stage.join(path.strip_prefix("/").unwrap_or(path));
 
-    for bind in &plan.binds {
-        let target = inside(bind);
+    let binds = plan.binds.iter().map(|bind| (bind, bind)).chain(plan.moved.iter().map(|(from, to)| (from, to)));
+    for (bind, place) in binds {
+        let target = inside(place);
         let seen = fs::symlink_metadata(bind).map_err(at("look at", bind))?;
         if target.symlink_metadata().is_ok() && !seen.is_dir() {
             continue;

@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// The recipes that come with the program.
-const EMBEDDED: [(&str, &str); 2] =
-    [("python", include_str!("../recipes/python.toml")), ("node", include_str!("../recipes/node.toml"))];
+const EMBEDDED: [(&str, &str); 3] = [
+    ("python", include_str!("../recipes/python.toml")),
+    ("node", include_str!("../recipes/node.toml")),
+    ("data-science", include_str!("../recipes/data-science.toml")),
+];
 /// What a small guest with a runtime needs.
 const LEAST_MEMORY: u32 = 128;
 /// Below the hole for devices under 4 GiB that a machine of ours has: its memory is one piece.
@@ -121,6 +124,12 @@ impl Recipe {
         let recipe: Recipe = toml::from_str(text)?;
         recipe.check()?;
         Ok(recipe)
+    }
+
+    /// The same, if what was changed in it is right.
+    pub fn checked(self) -> Result<Recipe, RecipeError> {
+        self.check()?;
+        Ok(self)
     }
 
     /// The recipe of this name that comes with the program.

@@ -113,7 +113,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
 fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Results) -> anyhow::Result<()> {
     let template = match engine {
         EngineChoice::Vm => resolve::vm_template(None, "python", 0)?,
-        _ => resolve::process_template(Runtime::Python, &args.from, None, 0)?,
+        _ => resolve::process_template(Runtime::Python, None, &args.from, None, 0)?,
     };
     let wants = |what| args.what.is_empty() || args.what.contains(&what);
     let tokio = runtime()?;

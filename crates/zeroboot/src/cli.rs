@@ -30,6 +30,11 @@ pub(crate) enum Command {
     /// Make sandboxes that live on a server, and work in them.
     Sandbox(SandboxArgs),
 
+    /// Show what code finds inside: interpreter, packages, limits, writable places.
+    ///
+    /// It asks a sandbox, so it shows what is there and not what should be.
+    Env(EnvArgs),
+
     /// Make, list and revoke the API's keys.
     #[command(subcommand)]
     Keys(KeysCommand),
@@ -139,7 +144,7 @@ pub(crate) struct TemplateArgs {
     #[arg(long, value_enum, env = "ZEROBOOT_ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
-    /// The Python of the process engine: an interpreter, or a virtualenv's bin/python.
+    /// The Python of the process engine: an interpreter, or a virtualenv's directory.
     #[arg(long, value_name = "PATH", env = "ZEROBOOT_PYTHON")]
     pub(crate) python: Option<PathBuf>,
 
@@ -151,6 +156,11 @@ pub(crate) struct TemplateArgs {
     /// they are installed].
     #[arg(long, value_name = "MODULES", value_delimiter = ',')]
     pub(crate) warm: Option<Vec<String>>,
+
+    /// An environment variable of the runtime, already there while modules are imported (process engine). May be
+    /// repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = units::variable)]
+    pub(crate) warm_env: Vec<(String, String)>,
 }
 
 #[derive(Args, Debug)]
@@ -167,9 +177,18 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum)]
     pub(crate) runtime: Option<Runtime>,
 
-    /// A template by name, instead of a runtime (VM engine).
+    /// A template by name, instead of a runtime: python, node, data-science, or one that was built (VM engine).
     #[arg(long, value_name = "NAME", conflicts_with = "runtime")]
     pub(crate) template: Option<String>,
+
+    /// Packages for this run (comma separated), as pip or npm takes them, such as pandas or lodash@4. They are
+    /// installed once and kept in the cache. May be repeated.
+    #[arg(long, value_name = "PACKAGES", conflicts_with = "template")]
+    pub(crate) with: Vec<String>,
+
+    /// A recipe (TOML) to run in; what it names is installed once and kept in the cache.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["template", "runtime", "with"])]
+    pub(crate) recipe: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) from: TemplateArgs,
@@ -217,6 +236,32 @@ pub(crate) struct RunArgs {
     /// Say on standard error what it cost: engine, fork, exec, total.
     #[arg(short, long)]
     pub(crate) verbose: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct EnvArgs {
+    /// The language.
+    #[arg(long, value_enum)]
+    pub(crate) runtime: Option<Runtime>,
+
+    /// A template by name, instead of a runtime.
+    #[arg(long, value_name = "NAME", conflicts_with = "runtime")]
+    pub(crate) template: Option<String>,
+
+    /// Packages as for `zeroboot run --with`.
+    #[arg(long, value_name = "PACKAGES", conflicts_with = "template")]
+    pub(crate) with: Vec<String>,
+
+    /// A recipe (TOML).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["template", "runtime", "with"])]
+    pub(crate) recipe: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) from: TemplateArgs,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args, Debug)]

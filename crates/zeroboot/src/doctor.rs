@@ -193,7 +193,7 @@ async fn canary(runtime: Runtime, args: &DoctorArgs, checks: &mut Vec<Check>) ->
         Runtime::Node => "process: node",
     };
     let missing = |found: String, mend: Option<String>| (Check { what, verdict: Verdict::Missing, found, mend }, false);
-    let template = match resolve::process_template(runtime, &args.from, None, 0) {
+    let template = match resolve::process_template(runtime, None, &args.from, None, 0) {
         Ok(template) => template,
         Err(error) => return missing(error.to_string(), crate::hint::of(&error)),
     };

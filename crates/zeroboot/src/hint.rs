@@ -1,7 +1,7 @@
 //! What a user can do about an error.
 
 use zeroboot_engine::{ExecError, InvalidRequest, StartError};
-use zeroboot_process::DiscoverError;
+use zeroboot_process::{DiscoverError, EnvironmentError};
 
 use crate::sandbox::Refused;
 
@@ -36,6 +36,9 @@ pub(crate) fn of(error: &anyhow::Error) -> Option<String> {
         }
         if let Some(discover) = cause.downcast_ref::<DiscoverError>() {
             return Some(discover.hint());
+        }
+        if let Some(environment) = cause.downcast_ref::<EnvironmentError>() {
+            return environment.hint();
         }
         if let Some(StartError::Template { reason, .. }) = cause.downcast_ref::<StartError>() {
             return of_start(reason);

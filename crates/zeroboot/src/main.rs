@@ -4,6 +4,7 @@ mod assets;
 mod bench;
 mod cli;
 mod doctor;
+mod env;
 mod hint;
 mod keys;
 mod printer;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         cli::Command::Run(args) => run::run(args),
         cli::Command::Serve(args) => serve::run(&args),
         cli::Command::Sandbox(args) => sandbox::run(args),
+        cli::Command::Env(args) => env::run(&args),
         cli::Command::Keys(command) => keys::run(command),
         cli::Command::Template(command) => template::run(command),
         cli::Command::Doctor(args) => doctor::run(&args),

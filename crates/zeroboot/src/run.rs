@@ -20,7 +20,7 @@ use zeroboot_engine::{
 };
 
 use crate::{
-    cli::{EngineChoice, RunArgs, Runtime},
+    cli::{RunArgs, Runtime},
     hint::hinted,
     printer, resolve,
 };
@@ -32,18 +32,15 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
         Some(runtime) => runtime,
         None => by_name(&source.name)?.unwrap_or(Runtime::Python),
     };
-    let request = request(&args, source, runtime)?;
+    let recipe = resolve::chosen_recipe(args.recipe.as_deref(), args.template.as_deref(), runtime, &args.with)?;
+    let runtime = recipe.as_ref().map_or(runtime, |recipe| recipe.runtime.into());
+    let mut request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
     request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
     let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
-    let template = if engine == EngineChoice::Vm {
-        resolve::refuse_process_flags(&args.from)?;
-        resolve::vm_template(None, &request.template, 0)?
-    } else if args.template.is_some() {
-        return Err(hinted("templates by name are the VM engine's", "use --runtime, or --engine vm"));
-    } else {
-        resolve::process_template(runtime, &args.from, Some(&request.code), 0)?
-    };
+    let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
+    let template = resolve::template(engine, asked, &args.from, Some(&request.code))?;
+    request.template.clone_from(&template.name);
     let language = template.language.clone();
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;

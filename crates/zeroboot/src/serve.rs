@@ -6,6 +6,7 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 use zeroboot_server::{FileConfig, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config};
+use zeroboot_template::Recipe;
 
 use crate::{
     cli::{EngineChoice, Runtime, ServeArgs, TemplateArgs},
@@ -192,7 +193,7 @@ fn default_templates(
     for runtime in [Runtime::Python, Runtime::Node] {
         let template = match engine {
             EngineChoice::Vm => resolve::vm_template(store, runtime.name(), pool),
-            _ => resolve::process_template(runtime, &args.from, None, pool),
+            _ => resolve::process_template(runtime, None, &args.from, None, pool),
         };
         match template {
             Ok(template) => templates.push(template),
@@ -230,29 +231,37 @@ fn template(
     };
     // What would change nothing is refused.
     let others: &[(&str, bool)] = match engine {
-        EngineChoice::Vm => &[
-            ("interpreter", section.interpreter.is_some()),
-            ("warm", section.warm.is_some()),
-            ("env", !section.env.is_empty()),
+        EngineChoice::Vm => &[("interpreter", section.interpreter.is_some())],
+        _ => &[
+            ("path", section.path.is_some()),
+            ("packages", !section.packages.is_empty()),
+            ("memory_mib", section.memory_mib.is_some()),
         ],
-        _ => &[("path", section.path.is_some())],
     };
     if let Some((key, _)) = others.iter().find(|(_, given)| *given) {
         let (of, hint) = match engine {
             EngineChoice::Vm => ("process", "build a template with what it shall have (see docs/templates.md)"),
-            _ => ("VM", "remove it, or use kind = \"vm\" in [engine]"),
+            _ => ("VM", "remove it (Python packages can stand in pip), or use kind = \"vm\" in [engine]"),
         };
         return Err(hinted(format!("template {name}: {key} is for the {of} engine"), hint));
     }
+    let recipe = recipe(section)?;
     let mut template = if engine == EngineChoice::Vm {
-        match &section.path {
-            Some(path) => TemplateConfig {
+        match (&section.path, &recipe) {
+            (Some(_), Some(_)) => {
+                return Err(hinted(
+                    format!("template {name}: path names a template that is built already"),
+                    "leave path out, or pip, npm, packages, memory_mib, warm and env",
+                ));
+            }
+            (None, Some(recipe)) => resolve::vm_recipe(store, recipe, pool)?,
+            (Some(path), None) => TemplateConfig {
                 name: name.clone(),
                 language: runtime()?.name().into(),
                 spec: ZygoteSpec::Vm { template: path.clone() },
                 pool,
             },
-            None => {
+            (None, None) => {
                 let template = resolve::vm_template(store, name, pool)?;
                 if section.language.is_some() && runtime()?.name() != template.language {
                     let text = format!("template {name}: its language is {}", template.language);
@@ -262,20 +271,50 @@ fn template(
             }
         }
     } else {
-        let runtime = runtime()?;
+        let recipe = recipe.or_else(|| Recipe::embedded(name));
+        let runtime = match &recipe {
+            Some(recipe) => recipe.runtime.into(),
+            None => runtime()?,
+        };
         let from = TemplateArgs {
             engine: from.engine,
             python: section.interpreter.clone().or_else(|| from.python.clone()),
             node: section.interpreter.clone().or_else(|| from.node.clone()),
             warm: section.warm.clone().or_else(|| from.warm.clone()),
+            warm_env: from.warm_env.clone(),
         };
-        resolve::process_template(runtime, &from, None, pool)?
+        resolve::process_template(runtime, recipe.as_ref(), &from, None, pool)?
     };
     template.name.clone_from(name);
-    if let ZygoteSpec::Process { env, .. } = &mut template.spec {
-        env.extend(section.env.iter().map(|(k, v)| (k.clone(), v.clone())));
-    }
     Ok(template)
+}
+
+/// The recipe that a section describes: one that comes with us, or its runtime's, and what the section says on top of
+/// it. None where it says nothing: then the template is what its name says.
+fn recipe(section: &TemplateSection) -> anyhow::Result<Option<Recipe>> {
+    let TemplateSection { name, pip, npm, packages, env, .. } = section;
+    let says_nothing = pip.is_empty() && npm.is_empty() && packages.is_empty() && env.is_empty();
+    if says_nothing && section.warm.is_none() && section.memory_mib.is_none() {
+        return Ok(None);
+    }
+    let base = section.language.as_deref().map(|word| if word == "javascript" { "node" } else { word }).unwrap_or(name);
+    let mut recipe = Recipe::embedded(base).ok_or_else(|| {
+        hinted(
+            format!("template {name}: unknown language {base:?}"),
+            "give language = \"python\" or \"node\"; without it the name is the language",
+        )
+    })?;
+    recipe.name.clone_from(name);
+    recipe.pip.extend(pip.iter().cloned());
+    recipe.npm.extend(npm.iter().cloned());
+    recipe.packages.extend(packages.iter().cloned());
+    recipe.env.extend(env.iter().map(|(key, value)| (key.clone(), value.clone())));
+    if let Some(warm) = &section.warm {
+        recipe.warm.clone_from(warm);
+    }
+    recipe.memory_mib = section.memory_mib.unwrap_or(recipe.memory_mib);
+    let checked = recipe.checked();
+    checked.map(Some).map_err(|error| hinted(format!("template {name}: {error}"), "see docs/templates.md"))
 }
 
 #[cfg(test)]
@@ -288,7 +327,7 @@ mod tests {
     }
 
     fn from() -> TemplateArgs {
-        TemplateArgs { engine: None, python: None, node: None, warm: None }
+        TemplateArgs { engine: None, python: None, node: None, warm: None, warm_env: Vec::new() }
     }
 
     #[test]
@@ -315,10 +354,13 @@ mod tests {
     #[test]
     fn what_an_engine_would_ignore_is_refused() {
         for (engine, text, word) in [
-            (EngineChoice::Vm, "warm = [\"numpy\"]", "warm is for the process engine"),
             (EngineChoice::Vm, "interpreter = \"/usr/bin/python3\"", "interpreter is for the process engine"),
-            (EngineChoice::Vm, "env = { A = \"b\" }", "env is for the process engine"),
             (EngineChoice::Process, "path = \"/t\"", "path is for the VM engine"),
+            (EngineChoice::Process, "packages = [\"perl\"]", "packages is for the VM engine"),
+            (EngineChoice::Process, "memory_mib = 600", "memory_mib is for the VM engine"),
+            (EngineChoice::Vm, "path = \"/t\"\npip = [\"six\"]", "is built already"),
+            (EngineChoice::Process, "npm = [\"lodash\"]", "npm packages need"),
+            (EngineChoice::Process, "pip = [\"--pre\"]", "is not a requirement"),
         ] {
             let error =
                 template(engine, &section(&format!("name = \"python\"\n{text}")), &from(), None, 1).unwrap_err();

@@ -26,7 +26,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 pub(crate) fn run(command: TemplateCommand) -> anyhow::Result<u8> {
     match command {
         TemplateCommand::Assemble(args) => {
-            let (recipe, made) = assembled(&args)?;
+            let recipe = recipe(&args)?;
+            let made = assembled(&recipe, &sources(&args))?;
             printer::note(format_args!(
                 "template {}: {}",
                 recipe.name,
@@ -36,7 +37,7 @@ pub(crate) fn run(command: TemplateCommand) -> anyhow::Result<u8> {
             printer::line(made.initramfs.display())?;
         }
         TemplateCommand::Build(args) => {
-            let template = build(&store()?, &args)?;
+            let template = build(&store()?, &recipe(&args)?, &sources(&args))?;
             printer::line(template.dir.display())?;
         }
         TemplateCommand::List => list()?,
@@ -77,12 +78,17 @@ fn list() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A recipe of the user's own.
+pub(crate) fn read_recipe(path: &Path) -> anyhow::Result<Recipe> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| hinted(format!("cannot read {}: {e}", path.display()), "--recipe takes a TOML file"))?;
+    Recipe::from_toml(&text).with_context(|| format!("recipe {}", path.display()))
+}
+
 fn recipe(args: &AssembleArgs) -> anyhow::Result<Recipe> {
     match &args.recipe {
         Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| hinted(format!("cannot read {}: {e}", path.display()), "--recipe takes a TOML file"))?;
-            let mut recipe = Recipe::from_toml(&text).with_context(|| format!("recipe {}", path.display()))?;
+            let mut recipe = read_recipe(path)?;
             recipe.name.clone_from(&args.name);
             Ok(recipe)
         }
@@ -103,36 +109,37 @@ fn runner(runtime: Runtime) -> &'static [u8] {
     }
 }
 
-fn assembled(args: &AssembleArgs) -> anyhow::Result<(Recipe, Assembled)> {
-    let recipe = recipe(args)?;
-    let sources = Sources {
+fn sources(args: &AssembleArgs) -> Sources {
+    Sources {
         rootfs: args.rootfs.clone().map_or(RootfsSource::Packages, RootfsSource::Directory),
         kernel: args.kernel.clone().map_or(KernelSource::Package, KernelSource::File),
         offline: args.offline,
         refresh: args.refresh,
-    };
+    }
+}
+
+fn assembled(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Assembled> {
     let cache = paths::cache_dir()
         .ok_or_else(|| hinted("there is no place for a cache", "set XDG_CACHE_HOME or HOME to a directory"))?;
     let made =
-        assemble(&recipe, &sources, ASSETS.agent, runner(recipe.runtime), &cache, &mut |progress| match progress {
+        assemble(recipe, sources, ASSETS.agent, runner(recipe.runtime), &cache, &mut |progress| match progress {
             Progress::Step(text) => printer::note(format_args!("template {}: {text}", recipe.name)),
             Progress::Detail(text) => tracing::info!(template = recipe.name, "{text}"),
             _ => {}
         });
-    let made = made.map_err(|error| match error.hint() {
+    made.map_err(|error| match error.hint() {
         Some(hint) => {
             let hint = hint.to_owned();
             hinted(format!("cannot assemble template {}: {:#}", recipe.name, anyhow::Error::from(error)), hint)
         }
         None => error.into(),
-    })?;
-    Ok((recipe, made))
+    })
 }
 
 /// Assembles, boots, warms, rehearses and freezes; shows progress on standard error.
-fn build(store: &Store, args: &AssembleArgs) -> anyhow::Result<Template> {
+fn build(store: &Store, recipe: &Recipe, sources: &Sources) -> anyhow::Result<Template> {
     let begin = Instant::now();
-    let (recipe, made) = assembled(args)?;
+    let made = assembled(recipe, sources)?;
     let say = |text: String| printer::note(format_args!("template {}: {text}", recipe.name));
     let host = Host::open()?;
     let options = BuildOptions {
@@ -187,24 +194,39 @@ fn build(store: &Store, args: &AssembleArgs) -> anyhow::Result<Template> {
 /// not the user's own.
 pub(crate) fn ensure(at: Option<&Path>, name: &str) -> anyhow::Result<Template> {
     let store = at.map_or_else(store, |at| Ok(Store::at(at)))?;
-    let args =
-        AssembleArgs { name: name.into(), recipe: None, rootfs: None, kernel: None, offline: false, refresh: false };
     match (store.open(name), Recipe::embedded(name)) {
         // Of the user's own making: it is what it is.
         (Ok(template), None) => Ok(template),
-        (Ok(template), Some(recipe)) => {
-            if template.manifest.recipe != recipe
-                || template.manifest.is_built_from(&recipe, ASSETS.agent, runner(recipe.runtime))
-            {
-                return Ok(template);
-            }
-            printer::note(format_args!("template {name} was made by another version of zeroboot; building it again"));
-            build(&store, &args)
-        }
-        (Err(StoreError::Missing(_)), Some(_)) => {
-            printer::note(format_args!("template {name} is missing; building it, once"));
-            build(&store, &args)
-        }
+        (Ok(template), Some(recipe)) if template.manifest.recipe != recipe => Ok(template),
+        (opened, Some(recipe)) => keep_or_build(&store, opened, &recipe),
         (Err(error), _) => Err(refused(error)),
     }
+}
+
+/// The template of this recipe, built now if it is missing, or was made of another recipe or of other parts than ours.
+pub(crate) fn ensure_recipe(at: Option<&Path>, recipe: &Recipe) -> anyhow::Result<Template> {
+    let store = at.map_or_else(store, |at| Ok(Store::at(at)))?;
+    let opened = store.open(&recipe.name);
+    if opened.as_ref().is_ok_and(|template| template.manifest.recipe != *recipe) {
+        printer::note(format_args!("the recipe of template {} has changed; building it again", recipe.name));
+        return build(&store, recipe, &Sources::default());
+    }
+    keep_or_build(&store, opened, recipe)
+}
+
+fn keep_or_build(store: &Store, opened: Result<Template, StoreError>, recipe: &Recipe) -> anyhow::Result<Template> {
+    let name = &recipe.name;
+    match opened {
+        Ok(template) if template.manifest.is_built_from(recipe, ASSETS.agent, runner(recipe.runtime)) => {
+            return Ok(template);
+        }
+        Ok(_) => {
+            printer::note(format_args!("template {name} was made by another version of zeroboot; building it again"));
+        }
+        Err(StoreError::Missing(_)) => {
+            printer::note(format_args!("template {name} is missing; building it, once"));
+        }
+        Err(error) => return Err(refused(error)),
+    }
+    build(store, recipe, &Sources::default())
 }

@@ -54,6 +54,14 @@ pub(crate) fn memory(text: &str) -> Result<u64, String> {
 /// Least memory of a sandbox: what a bare interpreter takes.
 const LEAST_MEMORY: u64 = 16 << 20;
 
+/// `KEY=VALUE` of an environment.
+pub(crate) fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        _ => Err("write KEY=VALUE".into()),
+    }
+}
+
 fn split(text: &str) -> (&str, &str) {
     let text = text.trim();
     let at = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());

@@ -26,8 +26,8 @@ pub(crate) fn main() -> u8 {
         .and_then(|_| serde_json::from_slice::<ZygoteSpec>(&json).map_err(|e| e.to_string()));
     let error = match spec {
         Err(error) => format!("read the template's description: {error}"),
-        Ok(ZygoteSpec::Process { runtime, interpreter, paths, warm, env }) => {
-            run_zygote(&ZygoteConfig { runtime, interpreter, paths, warm, env }, ASSETS).to_string()
+        Ok(ZygoteSpec::Process { runtime, interpreter, paths, warm, env, node_modules }) => {
+            run_zygote(&ZygoteConfig { runtime, interpreter, paths, warm, env, node_modules }, ASSETS).to_string()
         }
         Ok(ZygoteSpec::Vm { template }) => return vm(&template),
     };

@@ -91,6 +91,7 @@ async fn forks_differ_pairwise_in_every_source_of_identity() {
         paths: host.paths,
         warm: vec!["numpy?".into()],
         env: Vec::new(),
+        node_modules: None,
     };
     let (engine, seen) = drawn(spec, "python", SOURCES).await;
     assert!(seen.len() >= 14, "{seen:?}");
@@ -118,6 +119,7 @@ async fn what_a_module_that_node_warmed_keeps_differs_pairwise() {
         paths: host.paths.into_iter().chain([folder.path().to_owned()]).collect(),
         warm: vec![module.to_owned()],
         env: Vec::new(),
+        node_modules: None,
     };
     let (_engine, seen) = drawn(spec, "node", &format!("console.log(require({module:?})().join('\\n'))")).await;
     let drawn_while_warm = 4;

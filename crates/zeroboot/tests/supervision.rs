@@ -29,6 +29,7 @@ fn config(pool: usize) -> EngineConfig {
         paths: host.paths,
         warm: Vec::new(),
         env: Vec::new(),
+        node_modules: None,
     };
     EngineConfig {
         program: env!("CARGO_BIN_EXE_zeroboot").into(),

@@ -86,7 +86,7 @@ fn not_run(what: &'static str, why: impl Into<String>, mend: Option<&str>) -> Ch
 pub(super) async fn report(from: &TemplateArgs) -> Report {
     const LATER: [&str; 5] = ["save and restore", "little template", "little forks", "deadlines", "fork speed"];
     printer::note("doctor: trying the engines; this takes up to a minute");
-    let process = match resolve::process_template(cli::Runtime::Python, from, None, 0) {
+    let process = match resolve::process_template(cli::Runtime::Python, None, from, None, 0) {
         Ok(template) => step("process forks", real(template, Runtime::Python).await),
         Err(error) => not_run("process forks", format!("{error:#}"), None),
     };

@@ -96,6 +96,7 @@ fn template(language: &str, pool: usize) -> TemplateConfig {
             paths: host.paths,
             warm: Vec::new(),
             env: Vec::new(),
+            node_modules: None,
         },
         pool,
     }
