@@ -92,6 +92,8 @@ pub struct TemplateStatus {
     pub version: String,
     /// Modules that were warmed.
     pub warmed: Vec<String>,
+    /// Optional modules that were not, each with the reason. (It is the runner's word.)
+    pub skipped: Vec<String>,
     /// Resident memory of the zygote, bytes.
     pub memory: u64,
     /// Sandboxes waiting.

@@ -55,6 +55,7 @@ struct State {
     pool: VecDeque<Worker>,
     version: String,
     warmed: Vec<String>,
+    skipped: Vec<String>,
     restarts: u64,
 }
 
@@ -94,6 +95,7 @@ impl Template {
                 pool: VecDeque::new(),
                 version: String::new(),
                 warmed: Vec::new(),
+                skipped: Vec::new(),
                 restarts: 0,
             }),
             config,
@@ -154,6 +156,8 @@ impl Template {
             version: String,
             #[serde(default)]
             warmed: Vec<String>,
+            #[serde(default)]
+            skipped: Vec<String>,
         }
         let mut state = self.state();
         if state.version.is_empty()
@@ -162,6 +166,10 @@ impl Template {
         {
             state.version = info.version;
             state.warmed = info.warmed;
+            for skipped in &info.skipped {
+                tracing::warn!(template = self.config.name, skipped, "a module was not warmed");
+            }
+            state.skipped = info.skipped;
         }
     }
 
@@ -181,6 +189,7 @@ impl Template {
             reason,
             version: state.version.clone(),
             warmed: state.warmed.clone(),
+            skipped: state.skipped.clone(),
             memory,
             pool_ready: state.pool.len(),
             pool_target: self.config.pool,

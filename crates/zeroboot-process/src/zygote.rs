@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use zeroboot_proto::Kind;
 use zeroboot_sys::{
     control::{CONTROL_FD, PROC_FD},
-    mount, process,
+    jail, mount, process,
 };
 
 use crate::{
@@ -19,6 +19,9 @@ use crate::{
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
     serve::{ServeError, serve},
 };
+
+/// Most bytes that warming may write to each of its directories.
+const WARMING_SIZE: u64 = 64 << 20;
 
 /// Files of ours that a sandbox needs.
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +85,11 @@ pub fn run_zygote(config: &ZygoteConfig, assets: Assets) -> ServeError {
         if config.node_modules.is_some() {
             reads.push(PathBuf::from(layout::NODE_MODULES));
         }
-        ids::enter(&reads, || mount::enter_root(&plan)).map_err(step("build the sandbox root"))
+        let build = || {
+            mount::enter_root(&plan)?;
+            if config.warm.is_empty() { Ok(()) } else { warming_places() }
+        };
+        ids::enter(&reads, build).map_err(step("build the sandbox root"))
     })();
     if let Err(error) = prepared {
         return error;
@@ -183,12 +190,60 @@ fn environment(config: &ZygoteConfig) -> Vec<(String, String)> {
         ("OPENBLAS_NUM_THREADS", "1"),
         ("OMP_NUM_THREADS", "1"),
         ("MKL_NUM_THREADS", "1"),
+        ("NUMEXPR_NUM_THREADS", "1"),
+        ("BLIS_NUM_THREADS", "1"),
+        ("POLARS_MAX_THREADS", "1"),
+        ("NUMBA_NUM_THREADS", "1"),
+        ("RAYON_NUM_THREADS", "1"),
+        ("GOMAXPROCS", "1"),
+        // The allocator inside pyarrow.
+        ("JE_ARROW_MALLOC_CONF", "background_thread:false"),
+        // Without a network an installer fails at once, and what it prints says why.
+        ("PIP_INDEX_URL", "http://this-sandbox-has-no-network.see-pip-list-for-what-is-installed.invalid/"),
+        ("PIP_RETRIES", "0"),
+        ("PIP_TIMEOUT", "1"),
+        ("PIP_DISABLE_PIP_VERSION_CHECK", "1"),
+        ("PIP_BREAK_SYSTEM_PACKAGES", "1"),
+        ("npm_config_registry", "http://this-sandbox-has-no-network.see-npm-ls-for-what-is-installed.invalid/"),
+        ("npm_config_fetch_retries", "0"),
+        ("npm_config_audit", "false"),
+        ("npm_config_fund", "false"),
+        ("npm_config_update_notifier", "false"),
     ]
     .into_iter()
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .collect();
+    env.extend(own_packages(config));
     env.extend(config.env.iter().cloned());
     env
+}
+
+/// Where `pip install` of a file puts it: the user's own directory of packages, which is in the home directory.
+fn own_packages(config: &ZygoteConfig) -> Vec<(String, String)> {
+    if config.runtime != "python" {
+        return Vec::new();
+    }
+    let venv = config.interpreter.ancestors().nth(2).map(|prefix| prefix.join("pyvenv.cfg"));
+    let Some(text) = venv.and_then(|file| std::fs::read_to_string(file).ok()) else {
+        return vec![("PIP_USER".into(), "1".into())];
+    };
+    // A virtualenv has no such directory of its own, so it is named to pip and to interpreters that code starts.
+    let version =
+        text.lines().filter_map(|line| line.split_once('=')).find(|(key, _)| key.trim().starts_with("version"));
+    let mut numbers = version.map_or("", |(_, value)| value.trim()).split('.');
+    let minor = numbers.next().zip(numbers.next()).map(|(major, minor)| format!("{major}.{minor}")).unwrap_or_default();
+    vec![
+        ("PIP_PREFIX".into(), format!("{HOME}/.local")),
+        ("PYTHONPATH".into(), format!("{HOME}/.local/lib/python{minor}/site-packages")),
+    ]
+}
+
+/// Directories that modules may write to while they are warmed, such as a cache of fonts. Each sandbox mounts its own
+/// over them: what is in them is seen by the zygote alone.
+fn warming_places() -> io::Result<()> {
+    // Whose it is depends on where the zygote's user comes from (`ids`), so anybody may write.
+    let own = |path: &str| mount::private_tmpfs(Path::new(path), jail::SANDBOX_UID, "1777", WARMING_SIZE);
+    [HOME, "/tmp"].into_iter().try_for_each(own)
 }
 
 /// The fork before which an image is made, counted from 0. It costs as much as fifty forks, and `zeroboot run` makes only

@@ -109,6 +109,7 @@ impl Fake {
             reason: (!ready).then(|| "the zygote ended".into()),
             version: "Fake 1".into(),
             warmed: vec!["numpy".into()],
+            skipped: vec![],
             memory: 2 * 1024 * 1024,
             pool_ready: 1,
             pool_target: 2,

@@ -24,6 +24,7 @@ fn status() -> TemplateStatus {
         reason: None,
         version: "Python 3".into(),
         warmed: vec![],
+        skipped: vec![],
         memory: 1000,
         pool_ready: 3,
         pool_target: 4,

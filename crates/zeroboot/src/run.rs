@@ -242,6 +242,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
             }
             Event::End(report) => {
                 explain(&report, timeout, args.memory);
+                not_warmed(engine, args);
                 if args.verbose {
                     verbose(engine, &execution, &report);
                 }
@@ -290,6 +291,15 @@ fn explain(report: &Report, timeout: Duration, memory: u64) {
         Outcome::Crashed => "the sandbox crashed".to_owned(),
     };
     printer::note(format_args!("zeroboot: {text}"));
+}
+
+/// Names the modules that were not warmed, where a user named some.
+fn not_warmed(engine: &Engine, args: &RunArgs) {
+    if args.from.warm.is_some() || args.verbose {
+        for skipped in engine.templates().into_iter().flat_map(|template| template.skipped) {
+            printer::note(format_args!("zeroboot: not warmed: {skipped}"));
+        }
+    }
 }
 
 fn verbose(engine: &Engine, execution: &Execution, report: &Report) {

@@ -10,9 +10,10 @@ import sys
 from . import streams
 from .context import Context, set_environment, shell_maker, warm_cells
 from .identity import Generators, apply_identity
+from .installed import HomePackages
 from .program import Program
 from .streams import ctypes
-from .warm import plug_holes, warm
+from .warm import UNFIT, plug_holes, shares_memory, threads, warm
 from .wire import (
     ARG,
     CODE,
@@ -102,11 +103,13 @@ def fork_server(path, fd):
     """Hands the process to the cdylib, which forks it on demand; returns in each child."""
     if ctypes is None:
         raise RunnerError("this interpreter has no ctypes module, which the fork server needs")
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
+    count = threads()
+    if count != 1:
         raise RunnerError(
-            "the warmed interpreter has %d threads and cannot be forked safely; do not warm the module that starts them" % threads
+            "the warmed interpreter has %d threads and cannot be forked safely; do not warm the module that starts them" % count
         )
+    if shares_memory():
+        raise RunnerError("a warmed module shares memory with all forks; do not warm the module that maps it")
     library = ctypes.PyDLL(path)
     library.zb_serve.argtypes = [ctypes.c_int]
     library.zb_serve.restype = ctypes.c_int
@@ -123,7 +126,7 @@ def fork_server(path, fd):
 
 
 def parse(arguments):
-    options = {"--warm": "", "--fork-server": None, "--fork-fd": None, "--context": False}
+    options = {"--warm": "", "--dropped": "", "--fork-server": None, "--fork-fd": None, "--context": False}
     rest = list(arguments)
     while rest:
         name = rest.pop(0)
@@ -149,11 +152,13 @@ def prepare(arguments):
         del sys.path[0]
         sys.path_importer_cache.pop(here, None)
     streams.find_fflush()
+    sys.meta_path.append(HomePackages)
     ready = {"version": "Python " + sys.version.split()[0], "warmed": []}
     if options["--context"]:
         # Started cold for one context: nobody copies it, so there is nothing to warm and nothing that a copy froze.
         return options, json.dumps(ready).encode(), Generators(walk=False), shell_maker()
-    ready["warmed"], skipped = warm(options["--warm"])
+    ready["warmed"], skipped = warm(options["--warm"], forks=options["--fork-server"] is not None)
+    skipped += ["%s: %s" % (name, UNFIT) for name in options["--dropped"].split(",") if name]
     if skipped:
         ready["skipped"] = skipped
     warm_cells()

@@ -5,6 +5,7 @@ import io
 import linecache
 import os
 import sys
+import time
 
 from .report import print_exception, register_source
 from .wire import RunnerError
@@ -17,11 +18,57 @@ STDLIB_WARM = (
 ).split()
 
 # A warm runtime that is going to be forked may have one thread only, so numeric libraries must not start theirs.
-ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
+ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+    "BLIS_NUM_THREADS": "1",
+    "POLARS_MAX_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "GOMAXPROCS": "1",
+    # The allocator inside pyarrow.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+# How long the threads of an import may take to end.
+THREADS_END = 0.2
+UNFIT = "it starts threads, and a process with threads cannot be forked"
 
 
-def warm(spec):
-    """Imports what the template names. Returns ("name version" list, skipped list)."""
+def threads():
+    """How many this process has, once those that end at once have ended."""
+    until = time.monotonic() + THREADS_END
+    while True:
+        count = len(os.listdir("/proc/self/task"))
+        if count == 1 or time.monotonic() > until:
+            return count
+        time.sleep(0.005)
+
+
+def shares_memory():
+    """Whether forks would write to the same memory: one tenant's would be another's."""
+    with open("/proc/self/maps") as maps:
+        return any(line.split(None, 2)[1][1::2] == "ws" for line in maps)
+
+
+def start_without(name):
+    """Starts the interpreter anew and warms all but this module: threads cannot be taken back."""
+    command = list(getattr(sys, "orig_argv", None) or ["python3", "-E", "-s", "-X", "utf8"] + sys.argv)
+    at = command.index("--warm") + 1
+    command[at] = ",".join(item for item in command[at].split(",") if item.strip().rstrip("?") != name)
+    if "--dropped" in command:
+        command[command.index("--dropped") + 1] += "," + name
+    else:
+        command += ["--dropped", name]
+    os.execv(sys.executable, command)
+
+
+def warm(spec, forks=False):
+    """Imports what the template names. `forks`: this process is going to be forked, so no module may start threads.
+
+    Returns ("name version" list, skipped list).
+    """
     for name in STDLIB_WARM:
         try:
             importlib.import_module(name)
@@ -30,7 +77,7 @@ def warm(spec):
             pass
     ours = [name for name in ONE_THREAD if name not in os.environ]
     for name in ours:
-        os.environ[name] = "1"
+        os.environ[name] = ONE_THREAD[name]
     warmed, skipped = [], []
     try:
         for item in spec.split(","):
@@ -46,7 +93,16 @@ def warm(spec):
                 if not optional:
                     raise RunnerError("cannot warm module %r: %s" % (name, reason)) from None
                 skipped.append("%s: %s" % (name, " ".join(reason.split())[:200]))
+                # It may have come far enough.
+                if forks and threads() > 1:
+                    start_without(name)
                 continue
+            if forks and threads() > 1:
+                if not optional:
+                    raise RunnerError("cannot warm module %r: %s" % (name, UNFIT))
+                for set_by_us in ours:
+                    os.environ.pop(set_by_us, None)
+                start_without(name)
             version = getattr(module, "__version__", None)
             warmed.append("%s %s" % (name, version) if isinstance(version, str) else name)
         first_uses()
@@ -88,6 +144,20 @@ def first_uses():
         if pandas is not None:
             frame = pandas.DataFrame({"a": [1, 2], "b": [0.5, 1.5]})
             repr(frame), frame.groupby("a").sum(), frame.describe()
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if pyplot is not None:
+            # The backend, the fonts, and what draws text.
+            try:
+                figure, axes = pyplot.subplots()
+                axes.plot([1, 2], label="a")
+                axes.set_title("a")
+                axes.legend()
+                figure.savefig(io.BytesIO(), format="png")
+            except Exception:
+                # Only a warm-up, as above.
+                pass
+            finally:
+                pyplot.close("all")
     finally:
         sys.stdout, sys.stderr, sys.stdin = saved
         linecache.clearcache()
