@@ -6,7 +6,8 @@ const path = require('path');
 const vm = require('vm');
 const Module = require('module');
 const { pathToFileURL } = require('url');
-const { CONTROL, NOTE, NOTE_ENDED, send } = require('./wire.cjs');
+const { CONTROL, NOTE, NOTE_ENDED, NOTE_HINT, send } = require('./wire.cjs');
+const { hint } = require('./hints.cjs');
 const { dynamicImport } = require('./imports.cjs');
 
 // What a program ends with whose top-level await never ends.
@@ -133,7 +134,14 @@ function tellTheEnd() {
   // wrapped it, as some packages do: then it ends as any process.
   const ours = process.emit = function (name, ...rest) {
     // Node prints an uncaught error after `exit`, in C++.
-    if (name === 'uncaughtExceptionMonitor') uncaught = true;
+    if (name === 'uncaughtExceptionMonitor') {
+      uncaught = true;
+      try {
+        const text = hint(rest[0]);
+        // Not into a file that the program has put in its place.
+        if (text && fstatSync(CONTROL).ino === ino) send(NOTE, Buffer.concat([Buffer.of(NOTE_HINT), Buffer.from(text)]));
+      } catch { /* A hint is not worth an error. */ }
+    }
     const heard = Reflect.apply(emit, this, [name, ...rest]);
     const status = process.exitCode ?? rest[0] ?? 0;
     if (name === 'exit' && process._exiting && process.emit === ours && !uncaught &&

@@ -5,7 +5,7 @@ const fs = require('fs');
 
 const CODE = 0x01, ARG = 0x02, ENV = 0x03, IDENTITY = 0x09, RUN = 0x0a, CWD = 0x0b, SERVE = 0x0c, CELL = 0x0d;
 const READY = 0x81, STARTED = 0x82, FAILURE = 0x87, NOTE = 0x88, RESULT = 0x8a, ERROR = 0x8b, DONE = 0x8c;
-const NOTE_ENDED = 2;
+const NOTE_ENDED = 2, NOTE_HINT = 3;
 const HEADER = 8, MAX_PAYLOAD = 64 * 1024 - HEADER, IDENTITY_LEN = 64 + 8 + 16;
 const CONTROL = 3;
 // EX_SOFTWARE: the agent reads the Failure frame, not this.
@@ -72,6 +72,6 @@ function readFrames(decoder, each) {
 }
 
 module.exports = {
-  CODE, ARG, ENV, IDENTITY, RUN, CWD, SERVE, CELL, READY, STARTED, FAILURE, NOTE, RESULT, ERROR, DONE, NOTE_ENDED,
+  CODE, ARG, ENV, IDENTITY, RUN, CWD, SERVE, CELL, READY, STARTED, FAILURE, NOTE, RESULT, ERROR, DONE, NOTE_ENDED, NOTE_HINT,
   MAX_PAYLOAD, IDENTITY_LEN, CONTROL, RunnerError, send, fail, Decoder, readFrames,
 };

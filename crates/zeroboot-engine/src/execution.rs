@@ -13,8 +13,8 @@ use uuid::Uuid;
 use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
 
 use crate::{
-    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, reaper::Watched,
-    worker::Worker,
+    Collected, Event, ExecError, ExecRequest, Hint, Isolation, Limits, Outcome, OutputFile, Report, Stdin,
+    reaper::Watched, worker::Worker,
 };
 
 /// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
@@ -51,6 +51,7 @@ pub struct Execution {
     span: tracing::Span,
     /// At `kill_at`.
     timer: Pin<Box<Sleep>>,
+    hint: Option<Hint>,
     /// Why the guest crashed is heard once.
     crash_heard: bool,
     /// Ends the sandbox of a caller that has stopped asking.
@@ -101,6 +102,7 @@ impl Execution {
             last_file: None,
             span: tracing::info_span!("exec.run", %id),
             timer: Box::pin(tokio::time::sleep_until(kill_at.into())),
+            hint: None,
             crash_heard: false,
             _watched: watched,
         })
@@ -243,6 +245,7 @@ impl Execution {
             total_time: self.requested.elapsed(),
             cpu_time: Duration::from_nanos(report.map_or(0, |r| r.cpu_ns)),
             peak_memory: report.map_or(0, |r| r.peak_memory),
+            hint: self.hint,
         }));
     }
 
@@ -273,6 +276,7 @@ impl Execution {
                     Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
                         Step::Exit(report)
                     }
+                    Ok(Message::Hint(text)) if self.started && self.hint.is_none() => Step::Hint(Hint::new(text)),
                     // A VM's worker says it once; nobody else has a guest.
                     Ok(Message::Crash(why)) if self.isolation == Isolation::Vm && !self.crash_heard => {
                         Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect())
@@ -302,6 +306,7 @@ impl Execution {
                         return self.broken(reason);
                     }
                 }
+                Step::Hint(hint) => self.hint = Some(hint),
                 Step::Crash(reason) => {
                     self.crash_heard = true;
                     tracing::warn!(exec_id = %self.id, ?reason, "the guest crashed");
@@ -371,6 +376,7 @@ enum Step {
     Started,
     Output(Event),
     File { path: String, data: Vec<u8>, append: bool, failed: bool },
+    Hint(Hint),
     Crash(String),
     Exit(ExitReport),
     Broken(String),

@@ -109,6 +109,8 @@ struct Run {
     /// A limit that was hit. The first one counts.
     stopped: Option<Ending>,
     noted_out_of_memory: bool,
+    /// For the front, ahead of the end. One is enough.
+    hint: Option<Vec<u8>>,
     /// The program has ended with this status, says its runner, and its process lingers.
     ended: Option<u8>,
     /// The runner has said that user code begins: from now on it is not believed.
@@ -374,6 +376,7 @@ impl<T: Transport> Supervisor<T> {
             output_left: limits.output,
             stopped: None,
             noted_out_of_memory: false,
+            hint: None,
             ended: None,
             begun: false,
         };
@@ -418,6 +421,9 @@ impl<T: Transport> Supervisor<T> {
             cpu_ns: nanos(sys::reaped_cpu().max(last.cpu).saturating_sub(run.cpu_before)),
             peak_memory: run.peak_memory,
         };
+        if let Some(hint) = &run.hint {
+            encode(&mut self.out, Kind::Note, hint);
+        }
         encode(&mut self.out, Kind::Exit, &report.encode());
         self.flush_front()?;
         self.linger();
@@ -565,6 +571,9 @@ impl<T: Transport> Supervisor<T> {
                 }
                 Ok(Message::Failure(text)) if !run.begun => return Err(Stop::Failed(text.to_string())),
                 Ok(Message::Note(Note::OutOfMemory)) => run.noted_out_of_memory = true,
+                Ok(Message::Hint(_)) if run.begun => {
+                    run.hint.get_or_insert_with(|| payload.to_vec());
+                }
                 // Whoever says so without being the runner ends its own run with a status of its own choice, which
                 // it can do anyway. It changes no ending that is decided.
                 Ok(Message::Ended(status)) if run.begun && run.stopped.is_none() && self.status.is_none() => {

@@ -33,7 +33,7 @@ mod payload;
 pub use frame::{
     Decoder, Frame, FrameError, HEADER_LEN, Header, Kind, MAX_FRAME, MAX_PAYLOAD, encode, encode_header, encode_on,
 };
-pub use message::{Command, ENDED, Message, Note};
+pub use message::{Command, ENDED, HINT, MAX_HINT, Message, Note};
 pub use payload::{Ending, ExitReport, FileChunk, Identity, Limits, PayloadError};
 
 /// The version of this protocol. Server, worker and agent of one build always agree; a template

@@ -13,6 +13,11 @@ pub enum Note {
 /// First byte of a note of two that says that the program has ended; the second is its status.
 pub const ENDED: u8 = 2;
 
+/// First byte of a note that is a hint; one line of text follows.
+pub const HINT: u8 = 3;
+/// Most bytes of a hint's text.
+pub const MAX_HINT: usize = 400;
+
 /// One frame towards the sandbox.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command<'a> {
@@ -94,6 +99,8 @@ pub enum Message<'a> {
     /// A runner's word to its agent: the program has ended with this status and has written all its output, and its
     /// process waits to be thrown away.
     Ended(u8),
+    /// One line about an uncaught error, where the sandbox knows more than the code does: printable text.
+    Hint(&'a str),
 }
 
 impl<'a> Message<'a> {
@@ -112,9 +119,21 @@ impl<'a> Message<'a> {
             Kind::Note if payload.len() == 2 && payload.first() == Some(&ENDED) => {
                 Message::Ended(payload.last().copied().unwrap_or_default())
             }
+            Kind::Note if payload.first() == Some(&HINT) => Message::Hint(hint(payload)?),
             _ => return Err(PayloadError("message")),
         })
     }
+}
+
+/// It is shown to people: no control character, and nothing that turns the direction of a text.
+fn hint(payload: &[u8]) -> Result<&str, PayloadError> {
+    let text = core::str::from_utf8(payload.get(1..).unwrap_or_default()).map_err(|_| PayloadError("hint"))?;
+    let unfit =
+        |c: char| c.is_control() || ('\u{2028}'..='\u{202e}').contains(&c) || ('\u{2066}'..='\u{2069}').contains(&c);
+    if text.is_empty() || text.len() > MAX_HINT || text.contains(unfit) {
+        return Err(PayloadError("hint"));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -140,6 +159,15 @@ mod tests {
     fn a_note_is_exactly_its_bytes() {
         assert_eq!(Message::decode(Kind::Note, &[1]), Ok(Message::Note(Note::OutOfMemory)));
         for bad in [&b""[..], b"\0", b"\x01\0", b"\x02", b"\x02\0\0", b"\x03", b"\x03\0"] {
+            assert!(Message::decode(Kind::Note, bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_hint_is_one_line_of_text() {
+        assert_eq!(Message::decode(Kind::Note, b"\x03read this"), Ok(Message::Hint("read this")));
+        let long = [&[HINT][..], &[b'x'; MAX_HINT + 1]].concat();
+        for bad in [&b"\x03a\nb"[..], b"\x03\x1b[2J", b"\x03\xff", "\u{3}a\u{202e}b".as_bytes(), &long] {
             assert!(Message::decode(Kind::Note, bad).is_err(), "{bad:?}");
         }
     }

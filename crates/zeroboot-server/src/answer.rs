@@ -73,6 +73,9 @@ pub(crate) struct EndBody<'a> {
     pub(crate) cpu_time_ms: f64,
     /// Peak memory in bytes; 0 if unknown.
     pub(crate) peak_memory_bytes: u64,
+    /// What the sandbox knows about an uncaught error, one line each, such as that there is no network. The code can
+    /// forge it.
+    pub(crate) hints: Vec<String>,
     /// What stood between the code and the host.
     #[schema(value_type = IsolationName)]
     pub(crate) isolation: &'static str,
@@ -217,6 +220,7 @@ pub(crate) fn end_body<'a>(
         duration_ms: total,
         cpu_time_ms: milliseconds(report.cpu_time),
         peak_memory_bytes: report.peak_memory,
+        hints: report.hint.iter().map(|hint| hint.as_str().to_owned()).collect(),
         isolation: isolation.as_str(),
         pooled: report.pooled,
         truncated: is_truncated(report.outcome),
@@ -382,6 +386,7 @@ mod tests {
             total_time: Duration::from_millis(3),
             cpu_time: Duration::ZERO,
             peak_memory: 7,
+            hint: None,
         };
         let finished = Finished {
             id: Uuid::nil(),
@@ -401,7 +406,7 @@ mod tests {
             "id": "00000000-0000-0000-0000-000000000000", "stdout": "out\n", "stderr": "/w==", "output": "out\n",
             "encoding": {"stdout": "utf-8", "stderr": "base64"}, "exit_code": 137, "outcome": "signaled", "signal": 9,
             "fork_time_ms": 0.5, "exec_time_ms": 2.0, "total_time_ms": 3.0, "duration_ms": 3.0, "cpu_time_ms": 0.0,
-            "peak_memory_bytes": 7, "isolation": "process", "pooled": true, "truncated": false, "template": "python",
+            "peak_memory_bytes": 7, "hints": [], "isolation": "process", "pooled": true, "truncated": false, "template": "python",
             "language": "python", "files": {"a": {"text": "x"}, "b": {"error": "no such file"}},
         });
         assert_eq!(json, expected);

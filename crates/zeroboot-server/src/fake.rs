@@ -170,6 +170,7 @@ impl FakeRun {
             total_time: Duration::from_millis(2),
             cpu_time: Duration::from_millis(1),
             peak_memory: 1,
+            hint: None,
         })))
     }
 }

@@ -12,6 +12,7 @@ fn report(outcome: Outcome) -> Report {
         total_time: Duration::from_millis(3),
         cpu_time: Duration::ZERO,
         peak_memory: 0,
+        hint: None,
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) struct Exec {
     pub(crate) deadline: Instant,
     output: u64,
     files: u64,
+    hinted: bool,
 }
 
 impl Exec {
@@ -32,7 +33,7 @@ impl Exec {
         let wall = Duration::from_nanos(limits.wall_ns).saturating_add(DEADLINE_GRACE);
         // A limit beyond what a clock can hold is none.
         let deadline = started.checked_add(wall).unwrap_or(started + NEVER);
-        Exec { limits, started, deadline, output: 0, files: 0 }
+        Exec { limits, started, deadline, output: 0, files: 0, hinted: false }
     }
 
     /// What the front may still say.
@@ -70,6 +71,11 @@ impl Exec {
                 if self.files > self.limits.output_files.saturating_add(FILES_GRACE) {
                     return Verdict::Crashed("more bytes of files than the limit".into());
                 }
+                encode(out, kind, payload);
+            }
+            // Once, ahead of the end.
+            Message::Hint(_) if !self.hinted => {
+                self.hinted = true;
                 encode(out, kind, payload);
             }
             Message::Exit(report) => {

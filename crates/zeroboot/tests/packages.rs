@@ -54,7 +54,7 @@ fn packages_are_installed_once_and_what_the_python_has_stays() {
     wheel(place.path(), "zb_beta", "value = 41", "");
     let run =
         |code: &str| with_wheels(&place.path().join("cache"), place.path()).args(["--with", "zb_alpha"]).code(code);
-    let first = run("import zb_alpha, numpy; print(zb_alpha.value)").go();
+    let first = run("import zb_alpha, pip; print(zb_alpha.value)").go();
     assert_eq!(first.ended(0).says("installing zb_alpha for Python").out(), "42\n");
     assert_eq!(first.err().lines().count(), 1, "{first:?}");
     // In silence, and without pip: the wheels are not needed any more.
@@ -301,7 +301,7 @@ fn env_shows_what_is_inside() {
     let facts: serde_json::Value = serde_json::from_str(done.good()).unwrap();
     assert!(facts["interpreter"].as_str().unwrap().starts_with("CPython 3."), "{facts}");
     assert!(
-        facts["packages"].as_array().unwrap().iter().any(|one| one.as_str().unwrap().starts_with("numpy ")),
+        facts["packages"].as_array().unwrap().iter().any(|one| one.as_str().unwrap().starts_with("pip ")),
         "{facts}"
     );
     let places: Vec<&str> =
@@ -316,4 +316,80 @@ fn env_shows_what_is_inside() {
 fn a_template_that_is_neither_a_recipe_nor_built_is_refused_with_the_names() {
     let cli = Cli::run(Who::Me).args(["--template", "cobol"]).code("1");
     cli.go().refused("no recipe is called \"cobol\"").says("data-science");
+}
+
+/// The one hint of a run that ended with an uncaught error, as the API gives it.
+#[track_caller]
+fn hint(cli: Cli) -> String {
+    let done = cli.args(["--json"]).go();
+    let result: serde_json::Value = serde_json::from_str(done.ended(1).out()).unwrap();
+    let hints = result["hints"].as_array().unwrap();
+    assert_eq!(hints.len(), 1, "{result}");
+    hints[0].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn an_uncaught_error_gets_a_hint_where_the_sandbox_knows_more() {
+    for (code, says) in [
+        ("import urllib.request; urllib.request.urlopen('http://example.com')", "there is no network in this sandbox"),
+        ("import socket; socket.create_connection(('192.0.2.1', 80), 2)", "there is no network in this sandbox"),
+        ("import sklearn.svm", "package scikit-learn is not installed in this sandbox"),
+        ("import no_such_package", "(`--with no_such_package`); installed: "),
+        ("open('/usr/lib/x', 'w')", "/usr/lib/x is in a read-only place; write to /home/sandbox"),
+        ("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20)); f.flush()", "a file may have at most 64 MiB"),
+        ("fs = []\nwhile True: fs.append(open('/dev/null'))", "at most 256 open files"),
+        (
+            "n = 0\nwhile True:\n    n += 1\n    open(f'f{n}', 'wb').write(bytes(60 << 20))",
+            "the disk of this sandbox is full: it holds 256 MiB here",
+        ),
+        ("x = bytearray(1 << 44)", "needed more memory than this sandbox may use"),
+        ("import subprocess\np = []\nwhile True: p.append(subprocess.Popen(['sleep', '60']))", "limit of processes"),
+        (
+            "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+            "limit of processes",
+        ),
+    ] {
+        let memory = if code.contains("<< 20))") { "1G" } else { "512M" };
+        let got = hint(Cli::run(Who::Me).args(["--memory", memory, "--processes", "16"]).code(code));
+        assert!(got.contains(says), "{code}: {got}");
+    }
+}
+
+#[test]
+fn an_error_of_the_codes_own_gets_no_hint() {
+    for code in ["1/0", "open('missing')", "import sys; sys.exit(3)", "raise OSError(5, 'x')", "import os.nothing"] {
+        let done = Cli::run(Who::Me).args(["--json"]).code(code).go();
+        let result: serde_json::Value = serde_json::from_str(done.out()).unwrap();
+        assert_eq!(result["hints"], serde_json::json!([]), "{code}");
+    }
+}
+
+#[test]
+fn the_command_line_shows_the_hint_below_the_traceback() {
+    let done = Cli::run(Who::Me).code("import no_such_package").go();
+    done.ended(1).says("ModuleNotFoundError: No module named 'no_such_package'\nhint: package no_such_package is not");
+}
+
+#[test]
+fn node_gives_the_same_hints() {
+    for (code, says) in [
+        ("require('no-such-package')", "package no-such-package is not installed in this sandbox"),
+        ("import x from '@some/package/file.js'", "package @some/package is not installed in this sandbox"),
+        ("fetch('http://example.com')", "there is no network in this sandbox"),
+        ("require('fs').writeFileSync('/usr/x', '1')", "/usr/x is in a read-only place"),
+        ("const fs = require('fs'); for (;;) fs.openSync('/dev/null')", "open files"),
+    ] {
+        let got = hint(Cli::bare(Who::Me).args(["run", "--engine", "process", "--runtime", "node"]).code(code));
+        assert!(got.contains(says), "{code}: {got}");
+    }
+    let done =
+        Cli::bare(Who::Me).args(["run", "--engine", "process", "--runtime", "node", "--json"]).code("null.x").go();
+    assert!(done.out().contains("\"hints\":[]"), "{done:?}");
+}
+
+#[test]
+fn a_hint_that_the_code_forges_is_one_line_of_text() {
+    // What looks like one but has a control character is not passed on; a second one changes nothing.
+    let code = "import os, struct\nfor fd in range(20, 40):\n    try:\n        for text in (b'a\\x1b[2J', b'first', b'second'):\n            os.write(fd, struct.pack('<IB3x', len(text) + 1, 0x88) + b'\\x03' + text)\n    except OSError:\n        pass\nraise SystemExit(1)";
+    assert_eq!(hint(Cli::run(Who::Me).code(code)), "first");
 }

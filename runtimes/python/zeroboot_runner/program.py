@@ -9,9 +9,10 @@ import tempfile
 import time
 import types
 
+from . import hints
 from .finish import finish
 from .report import register_source, report
-from .wire import NOTE, NOTE_ENDED, NOTE_OUT_OF_MEMORY, send
+from .wire import NOTE, NOTE_ENDED, NOTE_HINT, NOTE_OUT_OF_MEMORY, send
 
 # Set by the agent of a VM.
 LINGER = os.environ.pop("ZEROBOOT_LINGER", None) == "1"
@@ -82,6 +83,16 @@ class Program:
         if sys.version_info >= (3, 14) and default._actual_context is None:
             default._default_context = context._concrete_contexts["fork"]
 
+    @staticmethod
+    def hint(note_fd, error):
+        hint = hints.of(error)
+        if hint:
+            try:
+                send(note_fd, NOTE, NOTE_HINT + hint.encode())
+            except OSError:
+                # The program closed the descriptor.
+                pass
+
     def run(self, note_fd):
         """Runs the code to its end; never returns."""
         note = os.fstat(note_fd)
@@ -101,6 +112,8 @@ class Program:
                     # The program closed the descriptor: it is then an ordinary exit 1.
                     pass
             status = report(error, program)
+            if os.getpid() == self.pid and not isinstance(error, (SystemExit, KeyboardInterrupt)):
+                self.hint(note_fd, error)
         interrupted = isinstance(error, KeyboardInterrupt)
         error = None
         status = finish(self.main, status)

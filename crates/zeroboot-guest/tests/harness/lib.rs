@@ -51,6 +51,7 @@ pub(crate) struct Answer {
     pub(crate) files: BTreeMap<String, Result<Vec<u8>, String>>,
     pub(crate) report: Option<ExitReport>,
     pub(crate) failure: Option<String>,
+    pub(crate) hint: Option<String>,
     /// Kinds as they came, repeats left out.
     pub(crate) order: Vec<Kind>,
     /// Frames of standard output.
@@ -296,6 +297,7 @@ impl Sandbox {
                 }
                 Message::Exit(report) => answer.report = Some(report),
                 Message::Failure(text) => answer.failure = Some(text.to_string()),
+                Message::Hint(text) => answer.hint = Some(text.to_owned()),
                 Message::Note(_) | Message::Ended(_) | Message::Crash(_) => {
                     panic!("{kind:?} is not the agent's to send")
                 }
