@@ -13,8 +13,8 @@ use uuid::Uuid;
 use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
 
 use crate::{
-    Collected, Event, ExecError, ExecRequest, Hint, Isolation, Limits, Outcome, OutputFile, Report, Stdin,
-    reaper::Watched, worker::Worker,
+    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, reaper::Watched,
+    worker::Worker,
 };
 
 /// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
@@ -51,7 +51,7 @@ pub struct Execution {
     span: tracing::Span,
     /// At `kill_at`.
     timer: Pin<Box<Sleep>>,
-    hint: Option<Hint>,
+    hint: Option<Box<str>>,
     /// Why the guest crashed is heard once.
     crash_heard: bool,
     /// Ends the sandbox of a caller that has stopped asking.
@@ -245,7 +245,7 @@ impl Execution {
             total_time: self.requested.elapsed(),
             cpu_time: Duration::from_nanos(report.map_or(0, |r| r.cpu_ns)),
             peak_memory: report.map_or(0, |r| r.peak_memory),
-            hint: self.hint,
+            hint: self.hint.take(),
         }));
     }
 
@@ -276,7 +276,7 @@ impl Execution {
                     Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
                         Step::Exit(report)
                     }
-                    Ok(Message::Hint(text)) if self.started && self.hint.is_none() => Step::Hint(Hint::new(text)),
+                    Ok(Message::Hint(text)) if self.started && self.hint.is_none() => Step::Hint(text.into()),
                     // A VM's worker says it once; nobody else has a guest.
                     Ok(Message::Crash(why)) if self.isolation == Isolation::Vm && !self.crash_heard => {
                         Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect())
@@ -376,7 +376,7 @@ enum Step {
     Started,
     Output(Event),
     File { path: String, data: Vec<u8>, append: bool, failed: bool },
-    Hint(Hint),
+    Hint(Box<str>),
     Crash(String),
     Exit(ExitReport),
     Broken(String),

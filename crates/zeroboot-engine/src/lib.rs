@@ -21,7 +21,7 @@ pub use live::{
     RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds, SandboxLimits,
     SandboxSpec, Watch,
 };
-pub use outcome::{Collected, Event, Hint, Outcome, OutputFile, Report};
+pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
     ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
 };

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
-use zeroboot_proto::MAX_HINT;
 
 /// How an exec ended. All of these are answers, none is an error of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -66,7 +65,7 @@ impl Outcome {
 }
 
 /// What an exec cost and how it ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
@@ -84,38 +83,8 @@ pub struct Report {
     pub cpu_time: Duration,
     /// Peak resident memory in bytes; zero if unknown.
     pub peak_memory: u64,
-    /// What its runner has to say about an uncaught error. It comes from inside: the code can forge it.
-    pub hint: Option<Hint>,
-}
-
-/// One line of printable text from a sandbox, at most 400 bytes. It is held here, so that a report can be copied.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Hint {
-    text: [u8; MAX_HINT],
-    len: usize,
-}
-
-impl Hint {
-    /// `text` as the protocol took it: not longer than it may be.
-    pub(crate) fn new(text: &str) -> Hint {
-        let mut hint = Hint { text: [0; MAX_HINT], len: 0 };
-        for (to, from) in hint.text.iter_mut().zip(text.bytes()) {
-            *to = from;
-            hint.len += 1;
-        }
-        hint
-    }
-
-    /// The text.
-    pub fn as_str(&self) -> &str {
-        self.text.get(..self.len).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default()
-    }
-}
-
-impl std::fmt::Debug for Hint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.as_str().fmt(f)
-    }
+    /// What its runner has to say about an uncaught error: one line of printable text. The code can forge it.
+    pub hint: Option<Box<str>>,
 }
 
 /// A file that was asked for.

@@ -220,7 +220,7 @@ pub(crate) fn end_body<'a>(
         duration_ms: total,
         cpu_time_ms: milliseconds(report.cpu_time),
         peak_memory_bytes: report.peak_memory,
-        hints: report.hint.iter().map(|hint| hint.as_str().to_owned()).collect(),
+        hints: report.hint.iter().map(|hint| hint.to_string()).collect(),
         isolation: isolation.as_str(),
         pooled: report.pooled,
         truncated: is_truncated(report.outcome),
@@ -264,7 +264,7 @@ pub(crate) struct BatchAnswerBody<'a> {
 /// An answer or an error.
 #[derive(ToSchema)]
 #[serde(untagged)]
-#[expect(dead_code, reason = "only its schema is used")]
+#[expect(dead_code, clippy::large_enum_variant, reason = "only its schema is used")]
 pub(crate) enum BatchItem<'a> {
     Answer(AnswerBody<'a>),
     Error(ErrorBody<'a>),

@@ -77,7 +77,7 @@ impl UnderWay {
         let (template, _) = self.app.catalog.get(self.template);
         self.app.canaries.worked(self.template);
         self.app.metrics.finished(template, run.isolation(), report);
-        let (app, report) = (self.app.clone(), *report);
+        let (app, report) = (self.app.clone(), report.clone());
         let (at, request_id, id, isolation) = (self.template, self.request_id, run.id(), run.isolation().as_str());
         self.after.push(move || {
             let (template, _) = app.catalog.get(at);

@@ -282,7 +282,7 @@ fn save(file: &zeroboot_engine::OutputFile, wanted: &[String]) -> anyhow::Result
 /// Says why the sandbox ended, where the code's own output cannot.
 fn explain(report: &Report, timeout: Duration, memory: u64) {
     if let Some(hint) = &report.hint {
-        printer::note(format_args!("hint: {}", hint.as_str()));
+        printer::note(format_args!("hint: {hint}"));
     }
     let text = match report.outcome {
         Outcome::Exited { .. } => return,

@@ -393,3 +393,43 @@ fn a_hint_that_the_code_forges_is_one_line_of_text() {
     let code = "import os, struct\nfor fd in range(20, 40):\n    try:\n        for text in (b'a\\x1b[2J', b'first', b'second'):\n            os.write(fd, struct.pack('<IB3x', len(text) + 1, 0x88) + b'\\x03' + text)\n    except OSError:\n        pass\nraise SystemExit(1)";
     assert_eq!(hint(Cli::run(Who::Me).code(code)), "first");
 }
+
+#[test]
+fn a_template_of_the_servers_configuration_has_its_packages() {
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+    let place = place();
+    wheel(place.path(), "zb_served", "import os\nvalue = os.environ['ZB_SAYS']", "");
+    let config = place.path().join("zeroboot.toml");
+    let text = "[[template]]\nname = \"mine\"\nlanguage = \"python\"\npip = [\"zb_served\"]\nwarm = [\"zb_served\"]\npool = 1\nenv = { ZB_SAYS = \"hello\" }\n";
+    fs::write(&config, text).unwrap();
+    let mut server = Command::new(env!("CARGO_BIN_EXE_zeroboot"))
+        .args(["serve", "--engine", "process", "--listen", "127.0.0.1:0", "--python", python(Who::Me), "--config"])
+        .arg(&config)
+        .env("XDG_CACHE_HOME", place.path().join("cache"))
+        .env("PIP_NO_INDEX", "1")
+        .env("PIP_FIND_LINKS", place.path())
+        .env_remove("ZEROBOOT_API_KEYS_FILE")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(server.stderr.take().unwrap());
+    let mut words = String::new();
+    let address = loop {
+        assert!(said.read_line(&mut words).unwrap() > 0, "it ended: {words}");
+        if let Some(rest) = words.split("zeroboot listens on ").nth(1) {
+            break rest.split_whitespace().next().unwrap().to_owned();
+        }
+    };
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let body = r#"{"code": "import sys; print(sys.modules['zb_served'].value)", "template": "mine"}"#;
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n";
+    write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::TERM).unwrap();
+    said.read_to_string(&mut words).unwrap();
+    server.wait().unwrap();
+    assert!(answer.contains(r#""stdout":"hello\n""#), "{answer}\n{words}");
+    assert!(words.contains("installing zb_served for Python"), "{words}");
+}
