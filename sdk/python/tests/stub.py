@@ -36,6 +36,7 @@ OK = {
     "encoding": {"stdout": "utf-8", "stderr": "utf-8"},
     "cpu_time_ms": 1.0,
     "peak_memory_bytes": 4096,
+    "hints": [],
 }
 
 

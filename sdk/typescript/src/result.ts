@@ -58,6 +58,8 @@ export interface ResultFields {
   /** 0 where the host cannot tell. */
   readonly cpu_time_ms: number;
   readonly peak_memory_bytes: number;
+  /** What the sandbox knows about an uncaught error. The code can forge it. */
+  readonly hints: readonly string[];
   /** The streams as bytes, exact even where they are not UTF-8 (then the text has U+FFFD). */
   readonly stdoutBytes: Uint8Array;
   readonly stderrBytes: Uint8Array;
@@ -102,6 +104,7 @@ class ResultObject extends String implements ResultFields {
   declare readonly encoding: Readonly<{ stdout: string; stderr: string }>;
   declare readonly cpu_time_ms: number;
   declare readonly peak_memory_bytes: number;
+  declare readonly hints: readonly string[];
   declare readonly files: Readonly<Record<string, OutputFile>>;
   readonly stdoutBytes: Uint8Array;
   readonly stderrBytes: Uint8Array;
@@ -190,6 +193,7 @@ const DEFAULTS = {
   language: "",
   cpu_time_ms: 0,
   peak_memory_bytes: 0,
+  hints: [],
 };
 
 export function makeResult(answer: unknown, requestId: string | undefined): Result {

@@ -70,6 +70,7 @@ export interface ExecAnswer {
   encoding: { stdout: string; stderr: string };
   cpu_time_ms: number;
   peak_memory_bytes: number;
+  hints: string[];
 }
 
 export type HealthStatus = "ok" | "degraded" | "unavailable" | "shutting_down";
@@ -151,6 +152,7 @@ export const ANSWER_FIELDS = names<keyof ExecAnswer>({
   encoding: true,
   cpu_time_ms: true,
   peak_memory_bytes: true,
+  hints: true,
 });
 export const HEALTH_FIELDS = names<keyof HealthAnswer>({
   status: true,

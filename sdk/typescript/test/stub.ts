@@ -26,6 +26,7 @@ export const OK = {
   encoding: { stdout: "utf-8", stderr: "utf-8" },
   cpu_time_ms: 1,
   peak_memory_bytes: 4096,
+  hints: [],
 };
 export const END: Record<string, unknown> = Object.fromEntries(
   Object.entries(OK).filter(([name]) => !["stdout", "stderr", "output"].includes(name)),

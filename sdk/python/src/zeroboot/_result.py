@@ -63,6 +63,8 @@ class Result(str):
     #: 0 where the host cannot tell.
     cpu_time_ms: float
     peak_memory_bytes: int
+    #: What the sandbox knows about an uncaught error. The code can forge it.
+    hints: list[str]
     #: The streams as bytes, exact even where they are not UTF-8 (then the text has U+FFFD).
     stdout_bytes: bytes
     stderr_bytes: bytes
@@ -101,6 +103,7 @@ class Result(str):
         self.language = raw.get("language", "")
         self.cpu_time_ms = raw.get("cpu_time_ms", 0.0)
         self.peak_memory_bytes = raw.get("peak_memory_bytes", 0)
+        self.hints = list(raw.get("hints") or [])
         self.files = {
             path: output_file(path, content) for path, content in (raw.get("files") or {}).items()
         }
