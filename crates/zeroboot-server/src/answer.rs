@@ -264,7 +264,7 @@ pub(crate) struct BatchAnswerBody<'a> {
 /// An answer or an error.
 #[derive(ToSchema)]
 #[serde(untagged)]
-#[expect(dead_code, clippy::large_enum_variant, reason = "only its schema is used")]
+#[expect(dead_code, reason = "only its schema is used")]
 pub(crate) enum BatchItem<'a> {
     Answer(AnswerBody<'a>),
     Error(ErrorBody<'a>),

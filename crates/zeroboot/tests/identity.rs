@@ -174,6 +174,7 @@ async fn forks_of_an_image_are_private_and_what_is_wiped_at_a_fork_stays_wiped()
         paths: host.paths,
         warm: vec!["keeper".into()],
         env: Vec::new(),
+        node_modules: None,
     };
     let (_engine, seen) = drawn(spec, "python", KEPT).await;
     let only = |name: &str| seen[name].iter().map(String::as_str).collect::<Vec<_>>();

@@ -62,6 +62,11 @@ fn packages_are_installed_once_and_what_the_python_has_stays() {
     assert_eq!(run("import zb_alpha; print(zb_alpha.value)").go().good(), "42\n");
     // Code cannot write there, so that it cannot leave anything for the next.
     run("import zb_alpha; open(zb_alpha.__file__, 'a')").go().ended(1).says("Error: [Errno ");
+    // What holds for every sandbox: its memory is an image's, and, where root starts it, its user is its own.
+    let facts = "import zb_alpha\nprint('zeroboot-image' in open('/proc/self/maps').read())\nprint(int(open('/proc/self/uid_map').read().split()[1]) > 1_500_000_000)";
+    let seen = run(facts).args(["--warm", "zb_alpha"]).env("ZEROBOOT_TEST_IMAGE", "1").go();
+    let own_user = if rustix::process::geteuid().is_root() { "True" } else { "False" };
+    assert_eq!(seen.good(), format!("True\n{own_user}\n"));
 }
 
 #[test]
