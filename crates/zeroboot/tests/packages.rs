@@ -246,12 +246,12 @@ fn a_module_may_write_while_it_is_warmed_and_no_sandbox_sees_it() {
 
 #[test]
 fn pip_without_a_network_fails_at_once_and_says_why() {
-    let code = "import subprocess, sys, time
-begun = time.monotonic()
+    // By default it tries five times more, with pauses, and says so.
+    let code = "import subprocess, sys
 done = subprocess.run([sys.executable, '-m', 'pip', 'install', 'zb-nowhere'], capture_output=True, text=True)
-print(done.returncode, 'this-sandbox-has-no-network' in done.stdout + done.stderr, time.monotonic() - begun < 5)
+print(done.returncode, 'this-sandbox-has-no-network' in done.stdout + done.stderr, 'Retrying' in done.stdout + done.stderr)
 print(done.stderr, file=sys.stderr)";
-    assert_eq!(Cli::run(Who::Me).code(code).go().ended(0).out(), "1 True True\n");
+    assert_eq!(Cli::run(Who::Me).code(code).go().ended(0).out(), "1 True False\n");
 }
 
 #[test]
@@ -269,12 +269,13 @@ print(subprocess.run([sys.executable, '-c', 'import zb_local; print(zb_local.val
 
 #[test]
 fn npm_without_a_network_fails_at_once_and_says_why() {
-    let code = "const begun = Date.now();
-const done = require('child_process').spawnSync('npm', ['install', 'zb-nowhere'], { encoding: 'utf8' });
-console.log(done.status !== 0, /this-sandbox-has-no-network/.test(done.stderr), Date.now() - begun < 10000);
+    // By default it waits 10 s and then 60 s before it tries again: longer than this run may take.
+    let code =
+        "const done = require('child_process').spawnSync('npm', ['install', 'zb-nowhere'], { encoding: 'utf8' });
+console.log(done.status !== 0, /this-sandbox-has-no-network/.test(done.stderr));
 console.error(done.stderr)";
     let cli = Cli::bare(Who::Me).args(["run", "--engine", "process", "--runtime", "node"]).code(code);
-    assert_eq!(cli.go().ended(0).out(), "true true true\n");
+    assert_eq!(cli.go().ended(0).out(), "true true\n");
 }
 
 #[test]
