@@ -28,7 +28,7 @@ pub(crate) struct Cgroups {
 }
 
 impl Cgroups {
-    /// A parent group of our own with all three controllers; the reason if that cannot be.
+    /// Zeroboot's own parent group with all three controllers; the reason if the host does not allow it.
     pub(crate) fn claim() -> Result<Cgroups, String> {
         let root = Path::new("/sys/fs/cgroup");
         let own = fs::read_to_string("/proc/self/cgroup")

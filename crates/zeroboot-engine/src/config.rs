@@ -87,7 +87,7 @@ pub struct EngineConfig {
     pub max_live: usize,
     /// Memory that live sandboxes may be promised, bytes, all templates together.
     pub max_memory: u64,
-    /// Sandboxes that live, apart from those that serve one exec.
+    /// Long-lived sandboxes, apart from those that serve one exec.
     pub sandboxes: SandboxBounds,
     /// How long a request may wait for admission before it is refused as busy.
     pub admission_wait: Duration,

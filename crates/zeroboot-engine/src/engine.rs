@@ -46,7 +46,7 @@ pub enum ExecError {
     #[error(transparent)]
     Invalid(#[from] InvalidRequest),
     /// No such template.
-    #[error("no template is called {0:?}")]
+    #[error("there is no template {0:?}")]
     UnknownTemplate(String),
     /// Every place is taken and none came free in time.
     #[error("all {live} sandboxes are in use")]
@@ -56,8 +56,8 @@ pub enum ExecError {
         /// When to try again.
         retry_after: Duration,
     },
-    /// Its owner has as many sandboxes that live as one may have.
-    #[error("{0} sandboxes live already, which is as many as one caller may have")]
+    /// Its owner already has the maximum of long-lived sandboxes.
+    #[error("this key already has its maximum of {0} sandboxes")]
     TooManySandboxes(usize),
     /// The template gave no sandbox: its zygote is down and being restarted, or the fork failed. No code ran.
     #[error("template {template} is not ready: {reason}")]
@@ -119,7 +119,7 @@ pub struct EngineStats {
     pub max_live: usize,
     /// Most memory that may be promised, bytes.
     pub max_memory: u64,
-    /// Sandboxes that live on, apart from the above.
+    /// Long-lived sandboxes, apart from the above.
     pub sandboxes: usize,
     /// Memory promised to those, bytes.
     pub sandbox_memory: u64,
@@ -150,7 +150,7 @@ struct Inner {
 }
 
 const MIB: u64 = 1024 * 1024;
-/// How long the end of an engine waits for what it killed to be gone.
+/// Longest wait of an ending engine for the processes that it killed.
 const CLEARING: Duration = Duration::from_secs(2);
 
 impl Drop for Inner {
@@ -266,7 +266,7 @@ impl Engine {
         }
     }
 
-    /// Takes a sandbox that lives until its lease ends. It has places and memory of its own, apart from those of execs.
+    /// Takes a long-lived sandbox. Its places and memory are separate from those of execs.
     pub async fn create(&self, spec: SandboxSpec) -> Result<Sandbox, ExecError> {
         let inner = &self.inner;
         if inner.closing.load(Ordering::Relaxed) {

@@ -17,11 +17,11 @@ use crate::{
     worker::Worker,
 };
 
-/// How long after its deadline a sandbox may take to say so itself, before it is killed from outside.
+/// Time after its deadline within which a sandbox must report its end, before the server kills it.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long after that it is killed, or a second later, even if nobody asks for its events.
+/// Time after that within which the sandbox is killed even if no caller asks for its events.
 const UNWATCHED: Duration = Duration::from_secs(1);
-/// Bytes by which a sandbox may overstep its output limit before it is taken for broken.
+/// Bytes by which a sandbox may exceed its output limit before it counts as broken.
 const OUTPUT_SLACK: u64 = 4096;
 
 /// An exec under way. Dropping it kills the sandbox.

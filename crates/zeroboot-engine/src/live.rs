@@ -1,4 +1,4 @@
-//! Sandboxes that live: many runs, files and terminals in one, until its lease ends.
+//! Long-lived sandboxes: many runs, files and terminals in one, until its lease ends.
 //!
 //! [`Sandbox`] and [`Run`] are handles: clones of one thing, cheap. The task of [`drive`] moves the bytes. All that both
 //! know stands in [`state::State`].
@@ -31,7 +31,7 @@ pub use self::{
 };
 use crate::{InvalidRequest, Isolation, Limits, request::check_env};
 
-/// Most sandboxes that live, and what they may have.
+/// Most long-lived sandboxes, and what they may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SandboxBounds {
     /// Most of them at once.
@@ -87,9 +87,9 @@ impl SandboxLimits {
 
 /// Counts bytes that are held for those who read a sandbox's output.
 pub trait Hold: Send + Sync + fmt::Debug {
-    /// `false`: there is no room for so many more.
+    /// Counts `bytes` more. `false`: the budget has no room for them.
     fn grow(&self, bytes: u64) -> bool;
-    /// So many fewer.
+    /// Counts `bytes` less.
     fn shrink(&self, bytes: u64);
 }
 
@@ -117,7 +117,7 @@ pub struct SandboxSpec {
 }
 
 impl SandboxSpec {
-    /// With default limits, nobody's, for five minutes.
+    /// With default limits, without an owner, for five minutes.
     pub fn new(template: impl Into<String>) -> SandboxSpec {
         SandboxSpec {
             template: template.into(),
@@ -298,7 +298,7 @@ impl Sandbox {
         Activity { runs, channels, begun }
     }
 
-    /// Starts something in it. It goes on until it ends, whoever listens.
+    /// Starts a run in it. The run goes on until it ends, whether or not a reader follows it.
     pub async fn start(&self, spec: RunSpec) -> Result<Run, RunError> {
         spec.check()?;
         let mut spec = Some(spec);
@@ -311,7 +311,7 @@ impl Sandbox {
         Ok(Run { handle: self.handle.clone(), id, changed })
     }
 
-    /// Starts something in it whose output nobody has missed yet: with its first reader.
+    /// Starts a run together with its first reader, which misses none of its output.
     pub async fn start_attached(&self, spec: RunSpec) -> Result<(Run, Attached), RunError> {
         let run = self.start(spec).await?;
         let attached = run.attach(0);

@@ -25,7 +25,7 @@ use crate::cgroup::Cgroup;
 /// How long a sandbox that has ended keeps its socket, and so stays as it is. Taking it apart costs more CPU time than most
 /// runs: its answer goes out first. (The agent and a VM's worker wait for it, for up to a second.)
 const LINGER: Duration = Duration::from_millis(1);
-/// How often sandboxes that overstay are looked for.
+/// Interval between searches for sandboxes that should have ended.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Registers a descriptor with the reactor.
@@ -40,7 +40,7 @@ pub(crate) fn kill(pidfd: &OwnedFd) {
     let _gone = pidfd_send_signal(pidfd, Signal::KILL);
 }
 
-/// What is left of a worker when it is dropped.
+/// The parts of a worker that remain when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Remains {
     pub(crate) pidfd: Arc<OwnedFd>,
@@ -75,7 +75,7 @@ impl Remains {
     }
 }
 
-/// Takes what is left of workers, and knows when each is to be gone at the latest.
+/// Takes the remaining parts of workers, and knows the latest end of each.
 #[derive(Debug)]
 pub(crate) struct Reaper {
     remains: mpsc::UnboundedSender<Remains>,

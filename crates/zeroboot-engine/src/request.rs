@@ -19,7 +19,7 @@ pub const MAX_ENV_BYTES: usize = 60 * 1024;
 /// What a sandbox may use. Every field has a finite default; none can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Wall time of the run.
+    /// Timeout of the run.
     pub timeout: Duration,
     /// CPU time of all the sandbox's processes. `None`: as the timeout.
     pub cpu: Option<Duration>,
@@ -213,13 +213,13 @@ pub enum InvalidRequest {
     #[error("the code has {0} bytes; the limit is {MAX_CODE}")]
     CodeTooLong(usize),
     /// A NUL byte.
-    #[error("the code has a NUL byte at offset {0}; source text cannot hold NUL bytes")]
+    #[error("the code has a NUL byte at offset {0}; remove it")]
     CodeHasNul(usize),
     /// Not UTF-8.
     #[error("the code is not valid UTF-8 from byte {0} on")]
     CodeNotUtf8(usize),
     /// A zero timeout.
-    #[error("the timeout is zero; give a time above zero")]
+    #[error("the timeout is zero; give a timeout above zero")]
     ZeroTimeout,
     /// Above [`MAX_ENV`].
     #[error("too many environment variables or arguments; the limit is {MAX_ENV} of each")]
@@ -240,7 +240,7 @@ pub enum InvalidRequest {
     #[error("the files have {0} bytes together; the limit is {MAX_FILES_BYTES}")]
     FilesTooLarge(usize),
     /// More memory than the whole engine may promise.
-    #[error("the memory limit of {asked} bytes is above the {limit} bytes that this server may give")]
+    #[error("the memory limit of {asked} bytes is above this server's maximum of {limit} bytes")]
     TooMuchMemory {
         /// Bytes asked for.
         asked: u64,
@@ -251,12 +251,12 @@ pub enum InvalidRequest {
     #[error("path {0:?} must be relative, without '.', '..' or empty parts, at most 1024 bytes and 255 in a part")]
     BadPath(String),
     /// A file that another file's path has as its folder.
-    #[error("path {0:?} is a file, and another file is in it")]
+    #[error("path {0:?} is a file, and another path uses it as a directory")]
     FileAndFolder(String),
     /// A command without a program.
     #[error("the command is empty; name a program")]
     NoProgram,
-    /// A working directory that is no path.
+    /// A working directory that is not a path.
     #[error("the working directory is empty, longer than 4096 bytes, or has a NUL byte")]
     BadDirectory,
     /// Above [`crate::MAX_TAG`].

@@ -144,7 +144,7 @@ async fn read_report(report: &mut UnixStream) -> Result<(), Option<String>> {
 /// tests of `zeroboot run` are tests of an image.
 const IMAGE_AT_ONCE: &str = "ZEROBOOT_TEST_IMAGE";
 
-/// Why there is no zygote.
+/// Why a zygote could not be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ZygoteError {
     #[error("cannot start a zygote: {0}")]

@@ -37,9 +37,9 @@ use crate::supervise::Stop;
 use crate::sys::{self, Setup};
 use crate::transport::{Received, Transport};
 
-/// Frames that wait for the front; above it nothing is read that would become one.
+/// Bytes of frames that may wait for the front. Above it the agent reads nothing that would become a frame.
 const OUT_FULL: usize = 4 * MAX_PAYLOAD;
-/// Pipes of programs that have ended which others may still write to. What comes is thrown away, so that they go on.
+/// Most pipes of ended programs to which other programs may still write. The agent drops their output, so that they go on.
 const MAX_LEFTOVERS: usize = 64;
 /// Interval between comparisons of a watched directory, and how many times longer than a comparison it is at least.
 const WATCH: Duration = Duration::from_millis(200);
@@ -378,7 +378,7 @@ impl<T: Transport> Live<T> {
         }
     }
 
-    /// Nobody waits any more.
+    /// The channel has no reader any more.
     fn close(&mut self, id: u16) {
         let Some(channel) = self.channels.get_mut(&id) else { return };
         match &mut channel.work {
@@ -740,7 +740,7 @@ impl<T: Transport> Live<T> {
         self.compare(now);
     }
 
-    /// Looks at watched directories.
+    /// Compares watched directories with what was seen before.
     fn compare(&mut self, now: Instant) {
         let mut gone = Vec::new();
         for (id, channel) in &mut self.channels {

@@ -36,7 +36,7 @@ use crate::transport::SocketTransport;
 /// The front's socket.
 const FRONT_FD: i32 = 3;
 
-/// Exit status when the front went away or was told a failure.
+/// Exit status when the front has ended or was told a failure.
 const STATUS_STOPPED: u8 = 1;
 /// Exit status when the agent was started wrongly.
 const STATUS_USAGE: u8 = 2;

@@ -9,7 +9,7 @@ use zeroboot_proto::Identity;
 
 use crate::vm;
 
-/// Where user code runs, and as whom in a VM.
+/// Home and working directory of user code.
 pub(crate) const HOME: &str = "/home/sandbox";
 pub(crate) const USER: (u32, u32) = (1000, 1000);
 /// The command line of one more interpreter, each word ended by a NUL.

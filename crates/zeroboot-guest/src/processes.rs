@@ -20,7 +20,7 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// File systems in memory that the program writes to: they are its memory.
 const IN_MEMORY: [&str; 3] = ["/home/sandbox", "/tmp", "/dev/shm"];
 const TMPFS_MAGIC: u64 = 0x0102_1994;
-/// Above this much address space that no limit counts (shared, read-only, reserved), page tables are looked at:
+/// Bytes of address space that no limit counts (shared, read-only, reserved) above which page tables are counted:
 /// reading empty pages costs nothing else.
 const WIDE: u64 = 1 << 30;
 
@@ -38,14 +38,14 @@ pub(crate) struct Processes {
     tick_ns: u64,
     /// In a fork of a VM: free memory of the machine when it was made, and what the sandbox held by then.
     at_rest: Option<(u64, u64)>,
-    /// The processes of the last look and their CPU time.
+    /// The processes of the last sample and their CPU time.
     seen: (Vec<i32>, Duration),
 }
 
-/// So many processes are worth a glimpse; more are worth a look.
+/// Most processes for which the cheap check is cheaper than a sample.
 const FEW: usize = 8;
 
-/// One look at them.
+/// One sample of them.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
     /// CPU time of live processes and of those that they have reaped.
@@ -112,19 +112,19 @@ impl Processes {
         self.list().len()
     }
 
-    /// The one with the most memory of its own.
+    /// The process with the most memory that only it has.
     pub(crate) fn largest(&self) -> Option<Pid> {
         let sized = |(pid, stat): (u32, Stat)| (self.anonymous(pid, &stat), pid);
         let (_, pid) = self.list().into_iter().map(sized).max()?;
         i32::try_from(pid).ok().and_then(Pid::from_raw)
     }
 
-    /// Whether any process has run since the last look, or may have. A glimpse: far cheaper than a look.
+    /// Whether any process has run since the last sample, or may have. This check is far cheaper than a sample.
     pub(crate) fn stir(&self, more_than: Duration) -> bool {
         self.seen_cpu().is_none_or(|now| now.saturating_sub(self.seen.1) > more_than)
     }
 
-    /// CPU time of the processes of the last look; `None` if they are too many, or one is gone.
+    /// CPU time of the processes of the last sample; `None` if there are too many, or one has ended.
     fn seen_cpu(&self) -> Option<Duration> {
         let (pids, _) = &self.seen;
         if pids.len() > FEW { None } else { pids.iter().map(|pid| sys::cpu_clock(*pid)).sum() }
@@ -136,8 +136,8 @@ impl Processes {
         sys::reaped_cpu() + sys::cpu_clock(pid).unwrap_or_default()
     }
 
-    /// As [`Processes::usage`], and does not look at all of `/proc`, which costs more than a short run. A process that
-    /// changes its parent meanwhile can be missed, so this is for the report and not for limits.
+    /// As [`Processes::usage`], without reading all of `/proc`, which costs more than a short run. It can miss a process
+    /// that changes its parent meanwhile, so this is for the report and not for limits.
     pub(crate) fn usage_at_end(&self) -> Usage {
         self.usage_of(&if self.has_children { self.tree() } else { self.list() })
     }

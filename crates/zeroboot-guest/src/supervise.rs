@@ -31,25 +31,25 @@ use crate::runner::{Runner, readable};
 use crate::sys;
 use crate::transport::{Received, Transport};
 
-/// How often memory and CPU time are looked at during a run.
+/// Interval between samples of memory and CPU time during a run.
 const TICK: Duration = Duration::from_millis(20);
-/// How far looks at a program that does nothing move apart: a thousand idle sandboxes must not keep the host busy.
+/// Longest interval between samples of an idle run: a thousand idle sandboxes must not keep the host busy.
 const IDLE_TICK: Duration = Duration::from_millis(320);
-/// Less CPU time than this between two looks is nothing.
+/// CPU time between two samples below which the run is idle.
 const IDLE_CPU: Duration = Duration::from_millis(1);
-/// How often an idle program is glimpsed at. One that ran for longer than [`STIR`] is looked at: a burst of memory after
-/// a pause is seen about as soon as any.
+/// Interval between cheap checks of an idle run. A run that used more CPU time than [`STIR`] is sampled at once, so
+/// that a burst of memory after a pause is seen about as soon as any.
 const GLIMPSE: Duration = Duration::from_millis(40);
 const STIR: Duration = Duration::from_micros(500);
-/// Output that waits for the front; above it the program's pipes are not read.
+/// Bytes of output that may wait for the front. Above it the agent does not read the program's pipes.
 const OUT_FULL: usize = MAX_PAYLOAD;
-/// Input that waits for the program; above it the front is not read.
+/// Bytes of input that may wait for the program. Above it the agent does not read from the front.
 const STDIN_FULL: usize = MAX_PAYLOAD;
-/// Input that may come before `Run`.
+/// Bytes of input that may come before `Run`.
 const STDIN_EARLY: usize = 1024 * 1024;
-/// How long the front may take to go once it has the last frame.
+/// Longest time from the last frame until the front closes its end.
 const LINGER: Duration = Duration::from_secs(1);
-/// How much of a failed runner's stderr goes into the report.
+/// Bytes of a failed runner's stderr that go into the report.
 const STDERR_KEPT: usize = 4096;
 /// What V8 writes when its heap is full, before it aborts.
 const NODE_OUT_OF_MEMORY: &[u8] = b"JavaScript heap out of memory";
@@ -80,18 +80,18 @@ struct Request {
     wanted: Vec<Vec<u8>>,
     /// As it came.
     env: Vec<Vec<u8>>,
-    /// It is to live, and not to run one program.
+    /// The request is for a long-lived sandbox, not for one program.
     live: bool,
 }
 
-/// What a run needs to know of the warm runner, found out while nobody waits.
+/// What a run needs to know of the warm runner. It is found out before the request, when no client waits.
 struct Prepared {
     ceilings: Ceilings,
     memory: u64,
     oom_kills: Option<u64>,
 }
 
-/// Figures of the run that is on.
+/// Figures of the present run.
 struct Run {
     limits: Limits,
     started: Instant,
@@ -99,7 +99,7 @@ struct Run {
     next_tick: Instant,
     next_glimpse: Instant,
     tick: Duration,
-    /// CPU time and memory at the last look.
+    /// CPU time and memory at the last sample.
     last_seen: (Duration, u64),
     /// CPU time at the start: warming is not the program's.
     cpu_before: Duration,
@@ -150,7 +150,7 @@ struct Seen {
     ended: bool,
 }
 
-/// What [`Supervisor::wait`] is to look at, beside the runner's end and the front's.
+/// What [`Supervisor::wait`] waits for, beside the runner's end and the front's.
 #[derive(Clone, Copy, Default)]
 struct Interest {
     front_input: bool,

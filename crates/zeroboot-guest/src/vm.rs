@@ -34,7 +34,7 @@ struct Mount {
     kind: &'static CStr,
     flags: libc::c_ulong,
     options: &'static CStr,
-    /// Without it there is no sandbox; others are a convenience that a small kernel may lack.
+    /// Whether the sandbox fails without it. The others are a convenience that a small kernel may lack.
     needed: bool,
 }
 
@@ -114,7 +114,7 @@ const MOUNTS: &[Mount] = &[
 struct Setting {
     path: &'static str,
     value: &'static str,
-    /// Without it there is no sandbox.
+    /// Whether the sandbox fails without it.
     needed: bool,
 }
 
@@ -341,7 +341,7 @@ impl Mailbox {
     }
 }
 
-/// One exit: the host looks at the mailbox, changes it, and lets us run on.
+/// One exit: the host reads the mailbox, changes it, and lets the guest go on.
 fn ring(value: u32) {
     compiler_fence(Ordering::SeqCst);
     // SAFETY: `ports` gave this thread the port. The host changes only mailbox pages, which are read
@@ -390,7 +390,7 @@ pub(crate) fn without_ports(command: &mut Command) {
 /// Leaves only zeros in free memory: pages of zeros are not stored in the template. What was freed (above all
 /// the initramfs, which the kernel fills with 0xcc) would be as large as the root file system.
 fn zero_free_memory() -> io::Result<()> {
-    /// Left free: enough that nothing else is pushed out while the rest is held.
+    /// Bytes that are left free, so that nothing else is evicted while the rest is held.
     const SPARE: usize = 24 << 20;
     let text = fs::read_to_string("/proc/meminfo")?;
     let free = text.lines().find_map(|l| l.strip_prefix("MemFree:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());

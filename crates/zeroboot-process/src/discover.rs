@@ -27,7 +27,7 @@ const COVERED: [&str; 5] = ["/tmp", "/home/sandbox", "/dev", "/proc", "/sys"];
 #[derive(Debug, thiserror::Error)]
 pub enum DiscoverError {
     /// Not on the search path.
-    #[error("no {0} was found on this machine")]
+    #[error("this machine has no {0}")]
     NotFound(&'static str),
     /// The program could not be started.
     #[error("cannot run {}", .0.display())]

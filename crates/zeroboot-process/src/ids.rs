@@ -31,7 +31,7 @@ pub(crate) const COUNT: u32 = 65_536;
 const BLOCKS: u32 = 4096;
 /// The zygotes' own ids, one for each block.
 const ZYGOTES: u32 = 1_800_000_000;
-/// Fewer subordinate ids than this are not worth a map: sandboxes would share them.
+/// Fewest subordinate ids for which a map is made. With fewer, sandboxes would share them.
 const FEWEST: u32 = 1024;
 
 /// Why sandboxes of a server that is started like this process would share a user of the host; `None`: each has its own.
@@ -171,7 +171,7 @@ fn keep(ids: bool) -> io::Result<()> {
     process::keep_capabilities(keep)
 }
 
-/// Supplementary groups of whoever started us would reach every sandbox.
+/// Supplementary groups of the user who started Zeroboot would reach every sandbox.
 fn forget_groups() -> io::Result<()> {
     let allowed = fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "allow");
     if allowed && rustix::process::geteuid().is_root() { process::clear_groups() } else { Ok(()) }

@@ -21,7 +21,7 @@ use crate::layout::PYFORK;
 
 const PAGE: usize = 4096;
 
-/// So many pages in a row that were never used stay out: in the file they would have to be stored.
+/// Unused pages in a row from which on they stay out of the image: the file would have to store them.
 const HOLE: usize = 64;
 
 /// Flags of a mapping (`VmFlags` in proc_pid_smaps(5)) that keep it where it is, and why.
@@ -97,7 +97,7 @@ fn plan() -> io::Result<(Vec<Move>, String)> {
     Ok((moves, stayed))
 }
 
-/// So many mappings are named for each reason.
+/// Most mappings that are named for each reason.
 const NAMED: usize = 4;
 
 /// One line of `maps` and what `smaps` says below it.
@@ -109,7 +109,7 @@ struct Mapping {
     shared: bool,
     file: bool,
     name: String,
-    /// Pages of its own, KiB.
+    /// Private pages, KiB.
     anonymous: usize,
     swapped: usize,
     flags: Vec<String>,

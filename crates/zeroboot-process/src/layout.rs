@@ -19,7 +19,7 @@ pub const RUNNER_NODE: &str = "/.zeroboot/node.cjs";
 pub(crate) const CONTEXT: &str = "/etc/zeroboot/context";
 /// The environment of what runs in a sandbox, for the agent.
 pub(crate) const ENVIRON: &str = "/etc/zeroboot/environ";
-/// Where it is there, the image is made before the first fork.
+/// A file; if it exists, the image is made before the first fork.
 pub(crate) const IMAGE_AT_ONCE: &str = "/.zeroboot/image-at-once";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";

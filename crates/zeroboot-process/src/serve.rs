@@ -31,7 +31,7 @@ use crate::{
 const TMPFS_SIZE: u64 = 256 * 1024 * 1024;
 
 const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json");
-/// On top of it where there is no cgroup.
+/// The filter that is added on hosts without a cgroup.
 const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
 
 /// Moves the memory of this process into an image.
@@ -264,7 +264,7 @@ impl Zygote {
         Ok(())
     }
 
-    /// Turns the worker into the agent: a small program of its own, without a copy of the warmed runtime.
+    /// Turns the worker into the agent: a small separate program, without a copy of the warmed runtime.
     fn become_agent(
         &self,
         runner: Pid,
@@ -289,7 +289,7 @@ impl Zygote {
     }
 }
 
-/// Limits that no request names: of what the kernel keeps for a user, and charges to the zygote's user, too.
+/// Limits that a request cannot set: of what the kernel keeps for a user, and also charges to the zygote's user.
 const COUNTS: [(Resource, u64); 3] = [
     // POSIX timers and queued signals.
     (Resource::Sigpending, 1024),
@@ -319,7 +319,7 @@ fn limit_counts() -> io::Result<()> {
 const AGENT_PATH: &std::ffi::CStr = c"/.zeroboot/agent";
 const _: () = assert!(AGENT_PATH.to_bytes().len() == AGENT.len());
 
-/// What a sandbox may write.
+/// Directories that a sandbox may write to.
 const WRITABLE: [&str; 5] = [HOME, "/tmp", "/dev/shm", "/dev/null", "/dev/pts"];
 
 fn number(pid: Pid) -> CString {

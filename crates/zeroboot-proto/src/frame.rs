@@ -63,7 +63,7 @@ kinds! {
     Signal = 0x10,
     /// A terminal's new size: [`crate::live::Size`].
     Resize = 0x11,
-    /// Nobody waits for this channel any more: what runs on it is stopped. It still ends with `End`.
+    /// This channel has no reader any more: its run is stopped. It still ends with `End`.
     Close = 0x12,
     /// Bytes that the front takes more on this channel: `u32`.
     Credit = 0x13,

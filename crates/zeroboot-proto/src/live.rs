@@ -36,7 +36,7 @@ pub const MAX_OPEN: usize = 256;
 pub const WINDOW: u32 = 256 * 1024;
 /// Most bytes of all `Arg`, `Env` and `Code` that wait for their `Open`.
 pub const MAX_PENDING: usize = 32 * 1024 * 1024;
-/// The name of the context that is there from the start: the warm interpreter.
+/// Name of the context that exists from the start: the warm interpreter.
 pub const DEFAULT_CONTEXT: &str = "default";
 /// Most bytes of a context's name.
 pub const MAX_NAME: usize = 64;
@@ -61,7 +61,7 @@ pub enum Open {
     Cell {
         /// The context's name.
         context: String,
-        /// Wall time; it is then interrupted, and its interpreter killed if that does not help. `u64::MAX`: none.
+        /// Timeout; the cell is then interrupted, and its interpreter killed if that does not help. `u64::MAX`: none.
         timeout_ns: u64,
     },
     /// The `Arg` frames as a program with its arguments; `Env` frames are added to the sandbox's environment.
@@ -73,7 +73,7 @@ pub enum Open {
         terminal: Option<Size>,
         /// Standard input follows. Else it is at its end (on a terminal there is always one).
         stdin: bool,
-        /// Wall time; all its processes are then killed. `u64::MAX`: none.
+        /// Timeout; all its processes are then killed. `u64::MAX`: none.
         timeout_ns: u64,
     },
     /// Something about contexts. Answered by `Reply`s.
@@ -270,7 +270,7 @@ pub enum Refusal {
     NotFound,
     /// The name is taken.
     Exists,
-    /// The code may not do that either.
+    /// The operation is not allowed; the code in the sandbox may not do it either.
     NotAllowed,
     /// It is a directory, or not one, or not a regular file.
     WrongKind,
@@ -312,7 +312,7 @@ pub enum How {
 pub struct End {
     /// How.
     pub how: How,
-    /// Wall time, nanoseconds.
+    /// Duration, nanoseconds.
     pub wall_ns: u64,
     /// A cell's interpreter is gone, and with it its state: it ended, or had to be killed.
     pub context_lost: bool,

@@ -51,7 +51,7 @@ impl<'a> Reader<'a> {
 /// What the sandbox enforces. `u64::MAX` / `u32::MAX` mean no limit of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Wall time of the run, nanoseconds.
+    /// Timeout of the run, nanoseconds.
     pub wall_ns: u64,
     /// CPU time of all the sandbox's processes, nanoseconds.
     pub cpu_ns: u64,
@@ -161,7 +161,7 @@ pub struct FileChunk<'a> {
 impl<'a> FileChunk<'a> {
     /// Bytes before path and data.
     pub const OVERHEAD: usize = 5;
-    /// Longest path taken.
+    /// Longest path.
     pub const MAX_PATH: usize = 4096;
     const APPEND: u8 = 1;
     const FAILED: u8 = 2;
@@ -222,7 +222,7 @@ pub enum Ending {
 pub struct ExitReport {
     /// How it ended.
     pub ending: Ending,
-    /// Wall time from `Run` to the end, nanoseconds, by the sandbox's clock.
+    /// Time from `Run` to the end, nanoseconds, by the sandbox's clock.
     pub wall_ns: u64,
     /// CPU time of all its processes, nanoseconds; 0 if unknown.
     pub cpu_ns: u64,

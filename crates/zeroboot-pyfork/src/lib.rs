@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use zeroboot_sys::arena::Arena;
 
-/// What a fork allocates is not written into the image.
+/// The allocator of this library. It keeps what a fork allocates out of the image.
 #[global_allocator]
 static ARENA: Arena = Arena;
 

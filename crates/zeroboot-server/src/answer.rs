@@ -11,7 +11,7 @@ use zeroboot_engine::{Collected, Isolation, Outcome, OutputFile, Report};
 
 use crate::error::ErrorBody;
 
-/// What came of an exec. 200 even if the code failed or its time was over: that is `outcome`.
+/// The result of an exec. The status is 200 even if the code failed or its timeout passed; `outcome` says so.
 #[derive(Serialize, ToSchema)]
 #[schema(as = ExecAnswer)]
 pub(crate) struct AnswerBody<'a> {
@@ -21,9 +21,9 @@ pub(crate) struct AnswerBody<'a> {
     pub(crate) stdout: &'a str,
     /// Standard error, exactly; base64 if `encoding.stderr` says so.
     pub(crate) stderr: &'a str,
-    /// The same as `stdout`, under a shorter name.
+    /// The same as `stdout`.
     pub(crate) output: &'a str,
-    /// How the two streams are written.
+    /// How the two streams are encoded.
     pub(crate) encoding: EncodingBody,
     /// Files that were asked for, by path.
     pub(crate) files: BTreeMap<&'a str, FileBody<'a>>,
@@ -48,15 +48,15 @@ pub(crate) enum EncodingName {
     Base64,
 }
 
-/// All that an answer says besides the output; also the event `end` of a stream.
+/// All fields of an answer except the output. They are also the event `end` of a stream.
 #[derive(Serialize, ToSchema)]
 #[schema(as = End)]
 pub(crate) struct EndBody<'a> {
     /// The exec's id (UUIDv7).
     pub(crate) id: Uuid,
-    /// The code's own exit status; 128 + signal; 124 for a passed limit of time; 137 for a sandbox that was ended.
+    /// The code's own exit status; 128 + signal; 124 on timeout or at the CPU limit; 137 if the sandbox was killed.
     pub(crate) exit_code: i32,
-    /// How it ended.
+    /// How the exec ended.
     #[schema(value_type = OutcomeName)]
     pub(crate) outcome: &'static str,
     /// The signal that ended it, if one did.
@@ -65,7 +65,7 @@ pub(crate) struct EndBody<'a> {
     pub(crate) fork_time_ms: f64,
     /// The run itself, milliseconds.
     pub(crate) exec_time_ms: f64,
-    /// All of it inside the server, milliseconds.
+    /// The whole exec inside the engine, milliseconds.
     pub(crate) total_time_ms: f64,
     /// The same as `total_time_ms`.
     pub(crate) duration_ms: f64,
@@ -79,11 +79,11 @@ pub(crate) struct EndBody<'a> {
     /// What stood between the code and the host.
     #[schema(value_type = IsolationName)]
     pub(crate) isolation: &'static str,
-    /// A sandbox was waiting in the pool.
+    /// Whether the sandbox was waiting in a pool.
     pub(crate) pooled: bool,
-    /// Output was cut at the output limit.
+    /// Whether the output was cut at the output limit.
     pub(crate) truncated: bool,
-    /// The template it ran in.
+    /// The template that the code ran in.
     pub(crate) template: &'a str,
     /// The template's language.
     pub(crate) language: &'a str,
@@ -110,7 +110,7 @@ pub(crate) enum IsolationName {
     Process,
 }
 
-/// A file that was asked for: its text, its bytes, or why there are none.
+/// An output file: its text, its bytes, or the reason why it is missing.
 #[derive(Debug, PartialEq, Serialize, ToSchema)]
 #[schema(as = File)]
 #[serde(rename_all = "lowercase")]
@@ -140,7 +140,7 @@ pub(crate) struct Text {
 }
 
 impl Text {
-    /// `cut`: the end was cut off, so half a character there is not the code's doing and is left out.
+    /// `cut`: the end was cut off. Half a character at the end then comes from the cut, and is left out.
     pub(crate) fn of(bytes: Vec<u8>, cut: bool) -> Text {
         let bytes = match std::str::from_utf8(&bytes) {
             Err(error) if cut && error.error_len().is_none() => {
@@ -159,7 +159,7 @@ impl Text {
     }
 }
 
-/// Up to here a text is a text, whatever it looks like in JSON.
+/// Most bytes of a stream that is sent as text even if JSON makes it much longer.
 const SMALL: usize = 64 * 1024;
 
 /// Whether JSON would make more than twice as much of it: a control character is six bytes there, and an answer must not
@@ -201,7 +201,7 @@ pub fn answer(id: Uuid, isolation: Isolation, template: &str, language: &str, do
     }
 }
 
-/// What an `end` event or an answer says.
+/// The fields of an `end` event or an answer.
 pub(crate) fn end_body<'a>(
     id: Uuid,
     report: &Report,

@@ -27,7 +27,7 @@ impl Backend {
         }
     }
 
-    /// Sandboxes that live are the real engine's: their fake is a worker, in the engine's own tests.
+    /// Long-lived sandboxes are the real engine's: their fake is a worker, in the engine's own tests.
     pub(crate) fn engine(&self) -> Option<&Engine> {
         match self {
             Backend::Engine(engine) => Some(engine),

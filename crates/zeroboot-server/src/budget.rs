@@ -19,11 +19,11 @@ use tokio::{
 
 use crate::{config::RequestLimits, error::ApiError, gate::Caller, keys::Key, peer::Peer};
 
-/// The slowest that a client may take a long answer, bytes a second.
+/// Lowest rate at which a client may take a long answer, bytes a second.
 const SLOWEST: u64 = 64 * 1024;
-/// Every exec has so much from its start on: one with little input and output never fails because others have much.
+/// Bytes that every exec has from its start: an exec with little input and output never fails because others have much.
 const RESERVE: u64 = 64 * 1024;
-/// How often the clocks of untaken answers are looked at.
+/// Interval between checks of the clocks of untaken answers.
 const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -49,7 +49,7 @@ struct Clock {
     cut: Arc<Notify>,
 }
 
-/// There is no room for more bytes.
+/// The budget has no room for more bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 
@@ -62,7 +62,10 @@ impl Full {
 
     /// Code ran.
     pub(crate) fn output_limit(self) -> ApiError {
-        ApiError::new("server_output_limit", "The server held too much input and output to take this exec's output")
+        ApiError::new(
+            "server_output_limit",
+            "The server already holds its maximum of input and output, so it cannot hold this exec's output",
+        )
     }
 }
 

@@ -11,9 +11,9 @@ use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
 
 use crate::{backend::Backend, wire::Catalog};
 
-/// A canary that takes longer has failed.
+/// Timeout of a canary.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// While every place is taken no canary can run. What worked this recently is believed to work still.
+/// Age up to which a success counts while every place is taken and no canary can run.
 const BUSY_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ struct Canary {
     template: String,
     memory: u64,
     code: &'static str,
-    /// Locked while it runs: whoever asks meanwhile waits for the same result.
+    /// Locked while it runs: callers who ask meanwhile wait for the same result.
     last: Mutex<Last>,
     /// When an exec last came to an outcome; also what the caller's code did says that the template works.
     worked: std::sync::Mutex<Option<Instant>>,
@@ -46,7 +46,7 @@ struct Canary {
 #[derive(Debug, Default)]
 struct Last {
     health: Option<Health>,
-    /// When it last really passed: what is only believed while every place is taken is no such time.
+    /// When it last really passed. An assumption while every place is taken does not count.
     passed: Option<Instant>,
 }
 

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
-/// The client's address. `peer` is `None` on a Unix socket: whoever may open that is believed if any proxy is.
+/// The client's address. `peer` is `None` on a Unix socket: its clients are believed if any proxy is configured.
 pub(crate) fn client_address(peer: Option<IpAddr>, headers: &HeaderMap, trusted: &[IpNet]) -> Option<IpAddr> {
     let believed = |ip: &IpAddr| trusted.iter().any(|network| network.contains(ip));
     let peer = peer.map(|ip| ip.to_canonical());

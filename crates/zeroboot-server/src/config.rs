@@ -115,7 +115,7 @@ pub struct RequestLimits {
     pub default_output: u64,
     /// The most bytes of output that may be asked for.
     pub max_output: u64,
-    /// Execs a second of a key that has no rate of its own.
+    /// Execs a second of a key without its own rate.
     pub key_rate: f64,
     /// Execs at once of a key that has no number of its own; `None`: where there are several keys, half of the engine's
     /// sandboxes and memory, else only the engine's admission limits it.
@@ -141,7 +141,7 @@ pub struct RequestLimits {
     pub default_lease: Duration,
     /// The longest lease that may be asked for.
     pub max_lease: Duration,
-    /// Sandboxes that live at once of one key.
+    /// Most long-lived sandboxes of one key at once.
     pub max_sandboxes_per_key: usize,
     /// Requests about sandboxes that one key may have open at once: streams, terminals, answers that are waited for.
     pub max_streams_per_key: usize,
@@ -293,10 +293,10 @@ pub enum ConfigError {
     #[error("the configuration file {0} is not valid")]
     Parse(PathBuf, #[source] toml::de::Error),
     /// Not an address.
-    #[error("{0:?} is no address to listen on; give ADDRESS:PORT or unix:/PATH")]
+    #[error("{0:?} is not an address to listen on; give ADDRESS:PORT or unix:/PATH")]
     Listen(String),
     /// Not a network.
-    #[error("{0:?} is no address and no network such as 10.0.0.0/8")]
+    #[error("{0:?} is neither an address nor a network such as 10.0.0.0/8")]
     Network(String),
     /// Only one of two TLS files.
     #[error("TLS needs both a certificate and a key file")]

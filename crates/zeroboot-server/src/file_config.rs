@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::config::{ConfigError, ServerConfig, TlsFiles, networks};
 
-/// The whole file. The server reads all but `[engine]` and `[[template]]`, which are for whoever starts the engine.
+/// The whole file. The server reads all but `[engine]` and `[[template]]`, which are for the caller that starts the engine.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FileConfig {
@@ -105,7 +105,7 @@ pub struct EngineSection {
     pub max_live: Option<usize>,
     /// Memory that live sandboxes may be promised, MiB.
     pub max_memory_mb: Option<u64>,
-    /// Most sandboxes that live at once, apart from those that serve one exec.
+    /// Most long-lived sandboxes at once, apart from those that serve one exec.
     pub max_sandboxes: Option<usize>,
     /// Memory that those may be promised, MiB; half of `max_memory_mb` if absent.
     pub sandbox_memory_mb: Option<u64>,

@@ -132,7 +132,7 @@ impl Gate {
             return match headers.get(header::ORIGIN) {
                 Some(origin) if !is_local_origin(origin.as_bytes()) => Err(ApiError::new(
                     "forbidden_origin",
-                    "This server has no keys, so it answers no web page: any page that you visit could use it",
+                    "This server has no keys, so it refuses requests of web pages: any page that you visit could use it",
                 )),
                 _ => Ok(Caller { key: None, address }),
             };

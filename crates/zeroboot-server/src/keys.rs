@@ -20,9 +20,9 @@ pub const LIVE_PREFIX: &str = "zb_live_";
 /// How tokens of demo keys begin: few requests a minute from each client address.
 pub const DEMO_PREFIX: &str = "zb_demo_";
 
-/// The file is read into memory whole; a larger one is not a key file.
+/// Most bytes of a key file. The file is read into memory as a whole.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
-/// A longer header value is not one of our tokens.
+/// Longest header value that can hold a token.
 const MAX_TOKEN: usize = 512;
 
 /// What is known about a key. The token itself is not.
@@ -117,7 +117,7 @@ pub enum KeyFileError {
     /// It cannot be written.
     #[error("cannot write the key file {0}")]
     Write(PathBuf, #[source] io::Error),
-    /// It is no key file. (The parser's words are left out: they quote the file, which may hold tokens.)
+    /// It is not a key file. (The parser's words are left out: they quote the file, which may hold tokens.)
     #[error("the key file {path} is malformed: {reason}")]
     Malformed {
         /// The file.
@@ -171,7 +171,7 @@ impl KeyRing {
         for (at, key) in ring.keys.iter().enumerate() {
             check_numbers(key.rate, key.concurrency).map_err(|reason| malformed(reason.into()))?;
             if ring.keys[..at].iter().any(|other| other.id == key.id || other.hash == key.hash) {
-                return Err(malformed(format!("key {} is there twice", key.id)));
+                return Err(malformed(format!("the key {} occurs twice", key.id)));
             }
         }
         Ok(ring)
@@ -214,7 +214,7 @@ fn parse(text: &str) -> Result<KeyRing, String> {
     let at = |error: &serde_json::Error| format!("JSON, line {} column {}", error.line(), error.column());
     if start.starts_with('[') && !start.starts_with("[[") {
         let tokens: Vec<String> = serde_json::from_str(text).map_err(|error| {
-            format!("neither TOML with [[key]] tables nor a JSON array of strings ({})", at(&error))
+            format!("it is neither TOML with [[key]] tables nor a JSON array of strings ({})", at(&error))
         })?;
         let keys = tokens.iter().enumerate().map(|(at, token)| plain_key(at, token)).collect::<Result<_, _>>()?;
         return Ok(KeyRing { keys, plain: true });
@@ -230,7 +230,7 @@ fn parse(text: &str) -> Result<KeyRing, String> {
         })?
     };
     if file.version != 1 {
-        return Err(format!("version {} is not known to this program", file.version));
+        return Err(format!("this program does not know version {}", file.version));
     }
     Ok(KeyRing { keys: file.keys.into_iter().map(Arc::new).collect(), plain: false })
 }
@@ -372,7 +372,7 @@ impl KeyStore {
     }
 }
 
-/// Whole seconds: nobody needs a finer date in the file.
+/// Whole seconds: the file needs no finer date.
 fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_second(now.as_second()).unwrap_or(now)

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// So many executions in a time, and as many at once after a quiet time.
+/// A rate: a number of executions in a time. After a pause of that time all of them may come at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Rate {
     /// Tokens that a full bucket holds.

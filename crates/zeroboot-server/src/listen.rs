@@ -34,9 +34,9 @@ use crate::{
     places::{Heads, Places},
 };
 
-/// How long a TLS handshake may take.
+/// Timeout of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Bytes of a request's head.
+/// Most bytes of a request's head.
 const MOST_HEAD: usize = 64 * 1024;
 
 /// A bound socket.
@@ -91,7 +91,7 @@ impl Bound {
     }
 }
 
-/// Binds under another name, sets the mode and renames: nobody can connect before the mode is right, and a socket that
+/// Binds under another name, sets the mode and renames: no process can connect before the mode is right, and a socket that
 /// a killed server left behind is replaced. One that still answers is not.
 fn bind_unix(path: &Path, mode: u32) -> io::Result<Bound> {
     match fs::symlink_metadata(path) {

@@ -11,7 +11,7 @@ use tracing_subscriber::{
 
 use crate::{LogFormat, otlp, otlp::OtlpError};
 
-/// What is logged if nothing is said.
+/// The default log filter.
 pub const DEFAULT_FILTER: &str = "info";
 
 /// Why logging could not be set up.
@@ -19,7 +19,7 @@ pub const DEFAULT_FILTER: &str = "info";
 #[non_exhaustive]
 pub enum LogError {
     /// Not a filter.
-    #[error("{0:?} is no log filter such as info or zeroboot_server=debug")]
+    #[error("{0:?} is not a log filter; write it like info or zeroboot_server=debug")]
     Filter(String, #[source] tracing_subscriber::filter::ParseError),
     /// There is a logger already.
     #[error("logging is set up already")]
@@ -29,7 +29,7 @@ pub enum LogError {
     Otlp(#[from] OtlpError),
 }
 
-/// Keeps the exporter; dropping it sends what is left.
+/// Keeps the exporter. Dropping it sends the remaining spans.
 #[derive(Debug, Default)]
 pub struct LogGuard {
     provider: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
@@ -60,7 +60,7 @@ impl Afterwards {
         lines.push(Box::new(move || span.in_scope(line)));
     }
 
-    /// Writes what is there.
+    /// Writes the waiting lines.
     pub(crate) fn write(&self) {
         self.0.write();
     }

@@ -56,7 +56,7 @@ pub mod names {
     pub const PROMISED_MEMORY: &str = "zeroboot_promised_memory_bytes";
     /// Requests refused because every sandbox was in use.
     pub const ADMISSIONS_REFUSED: &str = "zeroboot_admissions_refused_total";
-    /// Sandboxes that live, apart from those that serve one exec, by `isolation`, `template`.
+    /// Long-lived sandboxes, by `isolation`, `template`.
     pub const SANDBOXES: &str = "zeroboot_sandboxes";
     /// Runs in them that have not ended, by `isolation`, `template`.
     pub const SANDBOX_RUNS: &str = "zeroboot_sandbox_runs";
@@ -64,11 +64,11 @@ pub mod names {
     pub const SANDBOX_CHANNELS: &str = "zeroboot_sandbox_channels";
     /// Memory promised to them.
     pub const SANDBOX_MEMORY: &str = "zeroboot_sandbox_promised_memory_bytes";
-    /// Sandboxes made to live, by `isolation`, `template`.
+    /// Long-lived sandboxes made, by `isolation`, `template`.
     pub const SANDBOXES_MADE: &str = "zeroboot_sandboxes_made_total";
-    /// Sandboxes that lived and ended, by `isolation`, `template`, `reason`.
+    /// Long-lived sandboxes that ended, by `isolation`, `template`, `reason`.
     pub const SANDBOXES_ENDED: &str = "zeroboot_sandboxes_ended_total";
-    /// Histogram: how long they lived, by `isolation`, `template`, `reason`.
+    /// Histogram: lifetime of long-lived sandboxes, by `isolation`, `template`, `reason`.
     pub const SANDBOX_LIFETIME: &str = "zeroboot_sandbox_lifetime_seconds";
     /// 1 if the template's zygote is up, by `template`.
     pub const TEMPLATE_READY: &str = "zeroboot_template_ready";
@@ -296,12 +296,12 @@ impl Metrics {
         add(r, names::POOL_TARGET, "Sandboxes that should wait", &metrics.pool_target);
         add(r, names::POOL_REFILLS, "Sandboxes forked", &metrics.refills);
         add(r, names::ZYGOTE_RESTARTS, "Restarts of the zygote", &metrics.restarts);
-        add(r, names::SANDBOXES, "Sandboxes that live", &metrics.sandboxes);
+        add(r, names::SANDBOXES, "Long-lived sandboxes", &metrics.sandboxes);
         add(r, names::SANDBOX_RUNS, "Runs in them that have not ended", &metrics.sandbox_runs);
         add(r, names::SANDBOX_CHANNELS, "Runs and operations under way in them", &metrics.sandbox_channels);
-        add(r, names::SANDBOX_MEMORY, "Memory promised to sandboxes that live", &metrics.sandbox_memory);
+        add(r, names::SANDBOX_MEMORY, "Memory promised to long-lived sandboxes", &metrics.sandbox_memory);
         add(r, names::SANDBOXES_MADE, "Sandboxes made to live", &metrics.sandboxes_made);
-        add(r, names::SANDBOXES_ENDED, "Sandboxes that lived and ended", &metrics.sandboxes_ended);
+        add(r, names::SANDBOXES_ENDED, "Long-lived sandboxes that ended", &metrics.sandboxes_ended);
         add(r, names::SANDBOX_LIFETIME, "How long they lived", &metrics.sandbox_lifetime);
         add(r, names::RELOAD_FAILURES, "Failed reloads of keys or certificates", &metrics.reload_failures);
         // A series that is there from the start makes a rate right from its first event on.
@@ -441,7 +441,7 @@ impl Metrics {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     OpenMetrics,
-    /// The older text format 0.0.4, for whoever does not ask for OpenMetrics.
+    /// The older text format 0.0.4, for clients that do not ask for OpenMetrics.
     Text,
 }
 

@@ -19,9 +19,9 @@ use crate::{answer, error, openapi_sandboxes, routes, sandbox_answer, sandbox_wi
 #[openapi(
     info(
         title = "Zeroboot",
-        description = "Sandboxes in well under a millisecond for code that nobody vouches for. One exec, one fresh \
-                       sandbox; or a sandbox that lives, for many runs. 200 means that the code came to an outcome, whatever that is; errors are 4xx for the \
-                       caller's mistakes and 5xx for the server's.",
+        description = "Zeroboot runs untrusted code in a fresh sandbox, which starts from a pool in under a millisecond. \
+                       One exec has its own sandbox; a long-lived sandbox takes many runs. Status 200 means that the code \
+                       came to an outcome, whatever it is. 4xx is a mistake of the caller, 5xx a failure of the server.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     components(schemas(
@@ -109,7 +109,7 @@ impl Modify for Paths {
         document.components.get_or_insert_with(Components::default).add_security_scheme("key", key);
         document.tags = Some(vec![
             TagBuilder::new().name("exec").description(Some("Running code")).build(),
-            TagBuilder::new().name("sandboxes").description(Some("Sandboxes that live: many runs in one")).build(),
+            TagBuilder::new().name("sandboxes").description(Some("Long-lived sandboxes: many runs in one")).build(),
             TagBuilder::new().name("service").description(Some("The service itself")).build(),
         ]);
         let stream = "Events: `start` (schema Start), `stdout` and `stderr` (schema Chunk), `file` (schema File and a \
@@ -129,12 +129,12 @@ impl Modify for Paths {
                 .content("application/json", content("ExecAnswer"))
                 .content("text/event-stream", ContentBuilder::new().schema(Some(text())).build()),
         );
-        let batch = post("batch", "Runs several pieces of code, each in a sandbox of its own", "BatchRequest", &["400", "413", "415", "429", "500", "503"])
-            .description(Some("They run in parallel. The results keep the order; each is an answer or an error of its own. Each is charged to the key's rate."))
+        let batch = post("batch", "Runs several pieces of code, each in its own sandbox", "BatchRequest", &["400", "413", "415", "429", "500", "503"])
+            .description(Some("The items run in parallel. The results keep the order; each is an answer or an error. Each item counts against the key's rate."))
             .response("200", response("Every item came to a result").content("application/json", content("BatchAnswer")));
-        let health = get("health", "Whether code can be run")
+        let health = get("health", "Says whether code can be run")
             .response("200", response("At least one template runs code").content("application/json", content("Health")))
-            .response("503", response("None does").content("application/json", content("Health")));
+            .response("503", response("No template runs code").content("application/json", content("Health")));
         let metrics = get("metrics", "Prometheus metrics")
             .security(SecurityRequirement::new("key", Vec::<String>::new()))
             .security(SecurityRequirement::default())

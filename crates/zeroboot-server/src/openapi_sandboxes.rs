@@ -1,4 +1,4 @@
-//! The paths of sandboxes that live, as data.
+//! The paths of long-lived sandboxes, as data.
 
 use utoipa::openapi::{
     Required,
@@ -14,11 +14,11 @@ use crate::{
     params::MOST_OFFSET,
 };
 
-/// What every request about sandboxes can be answered with.
+/// Statuses of the errors of every request about sandboxes.
 const ALWAYS: [&str; 4] = ["401", "403", "429", "503"];
-/// The same, where the path names a sandbox.
+/// More of them, where the path names a sandbox.
 const OF_ONE: [&str; 2] = ["404", "410"];
-/// Of what the sandbox itself may refuse.
+/// Statuses of the errors that the sandbox itself can give.
 const REFUSALS: [&str; 4] = ["400", "409", "500", "507"];
 const OF_BODIES: [&str; 4] = ["400", "408", "413", "415"];
 
@@ -162,14 +162,14 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             item(vec![
                 (
                     Post,
-                    Op::new("createSandbox", "Makes a sandbox that lives until its lease ends")
+                    Op::new("createSandbox", "Makes a long-lived sandbox, which ends with its lease")
                         .body("CreateSandbox")
-                        .answer("201", "It lives", "Sandbox")
+                        .answer("201", "The sandbox", "Sandbox")
                         .failures(&["500"]),
                 ),
                 (
                     Get,
-                    Op::new("listSandboxes", "The key's sandboxes that live")
+                    Op::new("listSandboxes", "Lists the key's sandboxes")
                         .query("metadata", false, string())
                         .query("limit", false, number(1, 1000))
                         .query("cursor", false, uuid())
@@ -180,24 +180,24 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
         .path(
             "/v1/sandboxes/{id}",
             item(vec![
-                (Get, Op::of_one("showSandbox", "A sandbox as it is now").answer("200", "It lives", "Sandbox")),
-                (Delete, Op::of_one("deleteSandbox", "Ends a sandbox").nothing("It has ended")),
+                (Get, Op::of_one("showSandbox", "Shows a sandbox").answer("200", "The sandbox", "Sandbox")),
+                (Delete, Op::of_one("deleteSandbox", "Ends a sandbox").nothing("The sandbox has ended")),
             ]),
         )
         .path(
             "/v1/sandboxes/{id}/extend",
             item(vec![(
                 Post,
-                Op::of_one("extendSandbox", "Lets a sandbox's lease end so long from now")
+                Op::of_one("extendSandbox", "Sets the lease of a sandbox, counted from now")
                     .body("ExtendSandbox")
-                    .answer("200", "Its new lease", "Sandbox"),
+                    .answer("200", "The sandbox with its new lease", "Sandbox"),
             )]),
         )
         .path(
             "/v1/sandboxes/{id}/run",
             item(vec![(
                 Post,
-                Op::of_one("runCell", "Runs a cell in a context, whose state stays")
+                Op::of_one("runCell", "Runs a cell in a context, which keeps its state")
                     .about(&format!("With `Accept: text/event-stream` the answer is a stream of events. {EVENTS}"))
                     .body("RunCell")
                     .failures(&REFUSALS)
@@ -209,36 +209,43 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             item(vec![
                 (
                     Get,
-                    Op::of_one("listContexts", "The contexts of a sandbox").failures(&["500"]).answer(
+                    Op::of_one("listContexts", "Lists the contexts of a sandbox").failures(&["500"]).answer(
                         "200",
-                        "All of them",
+                        "All contexts",
                         "ContextList",
                     ),
                 ),
                 (
                     Post,
-                    Op::of_one("createContext", "A new interpreter with a state of its own")
+                    Op::of_one("createContext", "Starts an interpreter with its own state")
                         .body("CreateContext")
                         .failures(&REFUSALS)
-                        .answer("201", "It is there", "Context"),
+                        .answer("201", "The new context", "Context"),
                 ),
             ]),
         )
         .path(
             "/v1/sandboxes/{id}/contexts/{name}",
-            item(vec![(Delete, context("deleteContext", "Ends a context's interpreter").nothing("It is gone"))]),
+            item(vec![(
+                Delete,
+                context("deleteContext", "Ends a context's interpreter").nothing("The context has ended"),
+            )]),
         )
         .path(
             "/v1/sandboxes/{id}/contexts/{name}/interrupt",
-            item(vec![(Post, context("interruptContext", "Interrupts the cell that runs").nothing("It was told"))]),
+            item(vec![(
+                Post,
+                context("interruptContext", "Interrupts the cell that runs")
+                    .nothing("The interpreter has the interrupt"),
+            )]),
         )
         .path(
             "/v1/sandboxes/{id}/contexts/{name}/restart",
             item(vec![(
                 Post,
-                context("restartContext", "A new interpreter in the place of a context's own").answer(
+                context("restartContext", "Replaces the interpreter of a context by a new one").answer(
                     "200",
-                    "Its state is gone",
+                    "The context without its former state",
                     "Context",
                 ),
             )]),
@@ -248,7 +255,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             item(vec![
                 (
                     Get,
-                    Op::of_one("listCommands", "Commands that run, and the last that have ended").answer(
+                    Op::of_one("listCommands", "Lists the commands that run and the last that ended").answer(
                         "200",
                         "The oldest first",
                         "CommandList",
@@ -271,10 +278,11 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
         .path(
             "/v1/sandboxes/{id}/commands/{run}",
             item(vec![
-                (Get, command("showCommand", "A command as it is now").answer("200", "It is known", "Command")),
+                (Get, command("showCommand", "Shows a command").answer("200", "The command", "Command")),
                 (
                     Delete,
-                    command("killCommand", "Kills a command; one that has ended is forgotten").nothing("It was told"),
+                    command("killCommand", "Kills a command; the server forgets one that has ended")
+                        .nothing("The command was killed or forgotten"),
                 ),
             ]),
         )
@@ -296,7 +304,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                     .query("end", false, flag())
                     .bytes()
                     .failures(&["409"])
-                    .nothing("The sandbox has it"),
+                    .nothing("The sandbox has the input"),
             )]),
         )
         .path(
@@ -306,7 +314,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                 command("signalCommand", "Sends a signal to a command")
                     .body("SendSignal")
                     .failures(&["409"])
-                    .nothing("It was sent"),
+                    .nothing("The signal was sent"),
             )]),
         )
         .path(
@@ -316,7 +324,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                 command("resizeCommand", "Sets the size of a command's terminal")
                     .body("TerminalSize")
                     .failures(&["409"])
-                    .nothing("It was told"),
+                    .nothing("The terminal has the new size"),
             )]),
         )
         .path(
@@ -348,25 +356,25 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             item(vec![
                 (Get, {
                     let bytes = || ContentBuilder::new().schema(Some(binary())).build();
-                    let op = file("readFile", "A file's bytes").query("path", true, string()).failures(&["416"]);
-                    let whole = response("All of them").content("application/octet-stream", bytes());
-                    let part = response("The range that was asked for").content("application/octet-stream", bytes());
+                    let op = file("readFile", "Reads a file's bytes").query("path", true, string()).failures(&["416"]);
+                    let whole = response("The whole file").content("application/octet-stream", bytes());
+                    let part = response("The requested range").content("application/octet-stream", bytes());
                     Op(op.0.response("200", whole).response("206", part))
                 }),
                 (
                     Put,
-                    file("writeFile", "Writes a file, which appears when it is whole; makes its directories")
+                    file("writeFile", "Writes a file, which appears when it is complete; makes its directories")
                         .query("path", true, string())
                         .query("mode", false, string())
                         .bytes()
-                        .answer("200", "It is there", "Entry"),
+                        .answer("200", "The file", "Entry"),
                 ),
                 (
                     Delete,
                     file("removeFile", "Removes a file or directory")
                         .query("path", true, string())
                         .query("recursive", false, flag())
-                        .nothing("It is gone"),
+                        .nothing("The file was removed"),
                 ),
             ]),
         )
@@ -374,17 +382,17 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             "/v1/sandboxes/{id}/files/stat",
             item(vec![(
                 Get,
-                file("statFile", "What a name stands for").query("path", true, string()).answer("200", "It", "Entry"),
+                file("statFile", "Describes a file").query("path", true, string()).answer("200", "The file", "Entry"),
             )]),
         )
         .path(
             "/v1/sandboxes/{id}/files/list",
             item(vec![(
                 Get,
-                file("listFiles", "What is in a directory")
+                file("listFiles", "Lists a directory")
                     .query("path", false, string())
                     .query("depth", false, number(1, 64))
-                    .answer("200", "All of it", "EntryList"),
+                    .answer("200", "The entries of the directory", "EntryList"),
             )]),
         )
         .path(
@@ -393,7 +401,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                 Post,
                 file("makeDirectory", "Makes a directory and its parents").body("MakeDirectory").answer(
                     "200",
-                    "It is there",
+                    "The directory",
                     "Entry",
                 ),
             )]),
@@ -402,7 +410,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             "/v1/sandboxes/{id}/files/move",
             item(vec![(
                 Post,
-                file("moveFile", "Gives a file another name").body("MoveFile").answer("200", "Its new name", "Entry"),
+                file("moveFile", "Moves a file").body("MoveFile").answer("200", "The file under its new path", "Entry"),
             )]),
         )
         .path(
@@ -411,7 +419,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                 Post,
                 file("chmodFile", "Sets a file's permissions").body("ChangeMode").answer(
                     "200",
-                    "Its permissions",
+                    "The file with its permissions",
                     "Entry",
                 ),
             )]),

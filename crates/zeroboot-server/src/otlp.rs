@@ -6,9 +6,9 @@ use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{WithExportConfig as _, WithHttpConfig as _};
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 
-/// Of one delivery. The exporter has a thread of its own; a collector that hangs costs spans, not execs.
+/// Timeout of one delivery. The exporter has its own thread, so a collector that hangs costs spans, not execs.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of a collector's answer that are read.
+/// Most bytes of a collector's answer that are read.
 const MOST_ANSWER: u64 = 16 * 1024;
 
 /// Why traces cannot be sent.

@@ -124,7 +124,7 @@ async fn rounds_of(
     Ok(overhead)
 }
 
-/// Waits until the pool is full and the machine quiet, at most a second.
+/// Waits until the pool is full and the machine is idle, at most a second.
 async fn full_pool(engine: &Engine, template: &str) {
     for _ in 0..200 {
         let full =

@@ -32,13 +32,13 @@ impl InPath {
         self.0.iter().find(|(known, _)| known == name).map_or("", |(_, value)| value)
     }
 
-    /// `None`: it is no id, so nothing has it.
+    /// `None`: it is not an id, so nothing has it.
     pub(crate) fn id(&self, name: &str) -> Option<Uuid> {
         self.get(name).parse().ok()
     }
 }
 
-/// What stands behind the question mark. Each is taken once; what is left at the end is a mistake.
+/// The query of a request. Each name is taken once; a name that is left at the end is a mistake.
 #[derive(Debug)]
 pub(crate) struct InQuery(Vec<(String, String)>);
 
@@ -63,14 +63,14 @@ impl InQuery {
     pub(crate) fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         let mut found = self.all(name);
         if found.len() > 1 {
-            return Err(ApiError::new("invalid_request", format!("{name} stands in the query more than once")));
+            return Err(ApiError::new("invalid_request", format!("the query has {name} more than once")));
         }
         Ok(found.pop())
     }
 
     pub(crate) fn needed(&mut self, name: &str) -> Result<String, ApiError> {
         let found = self.text(name)?;
-        found.ok_or_else(|| ApiError::new("invalid_request", format!("{name} is missing in the query")))
+        found.ok_or_else(|| ApiError::new("invalid_request", format!("the query lacks {name}")))
     }
 
     /// A whole number in a range.
@@ -100,7 +100,7 @@ impl InQuery {
             None => Ok(()),
             Some((name, _)) => {
                 let name: String = name.chars().take(60).collect();
-                Err(ApiError::new("invalid_request", format!("unknown name {name:?} in the query")))
+                Err(ApiError::new("invalid_request", format!("the query has an unknown name {name:?}")))
             }
         }
     }

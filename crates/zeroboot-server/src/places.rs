@@ -26,13 +26,13 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-/// Most time between the requests, or before the first one, of a connection that has not yet brought a key.
+/// Longest time without a request on a connection that has not yet brought a key.
 const STRANGERS_TIME: Duration = Duration::from_secs(10);
-/// Bytes of a request's head on such a connection.
+/// Most bytes of a request's head on such a connection.
 const STRANGERS_HEAD: usize = 16 * 1024;
-/// How often a full server looks whether a connection has come to rest.
+/// Interval at which a full server searches for idle connections.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often it is looked whether strangers have left memory behind, and how many have.
+/// Interval at which memory of ended connections without a key is given back, and how many make that worthwhile.
 const TIDY: Duration = Duration::from_secs(5);
 const MANY: usize = 64;
 
@@ -271,7 +271,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// A stream that ends when a connection without a key sends a long head. (HTTP/2 has a limit of its own for that.)
+/// A stream that ends when a connection without a key sends a long head. (HTTP/2 has its own limit for that.)
 pub(crate) struct Heads<I> {
     pub(crate) io: I,
     /// `None`: as long as HTTP's own limit.

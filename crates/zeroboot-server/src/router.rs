@@ -65,9 +65,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/sandboxes/{id}/files/watch", get(routes::files::watch))
         .route("/openapi.json", get(routes::docs::openapi))
         .route("/docs", get(routes::docs::page))
-        .fallback(async || ApiError::new("not_found", "There is nothing at this path; see /docs"))
+        .fallback(async || ApiError::new("not_found", "The API has no such path; see /docs"))
         .method_not_allowed_fallback(async || {
-            ApiError::new("method_not_allowed", "This path has another method; see the Allow header")
+            ApiError::new("method_not_allowed", "This path does not take this method; see the Allow header")
         })
         // The body is read under our own limit and time, after authentication.
         .layer(DefaultBodyLimit::disable())

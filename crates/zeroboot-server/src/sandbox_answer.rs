@@ -1,4 +1,4 @@
-//! Answers about sandboxes that live, as they go over the wire.
+//! Answers about long-lived sandboxes, as they go over the wire.
 
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -14,7 +14,7 @@ use zeroboot_engine::{
 
 use crate::answer::{EncodingBody, Text, milliseconds};
 
-/// A sandbox that lives.
+/// A long-lived sandbox.
 #[derive(Serialize, ToSchema)]
 #[schema(as = Sandbox)]
 pub(crate) struct SandboxBody<'a> {
@@ -22,10 +22,10 @@ pub(crate) struct SandboxBody<'a> {
     id: Uuid,
     template: &'a str,
     language: &'a str,
-    /// What stands between the code and the host.
+    /// The engine between the code and the host.
     #[schema(value_type = crate::answer::IsolationName)]
     isolation: &'static str,
-    /// `running`: a sandbox that has ended is answered by 410.
+    /// Always `running`: for a sandbox that has ended the answer is 410.
     #[schema(value_type = SandboxState)]
     state: &'static str,
     /// RFC 3339.
@@ -37,11 +37,11 @@ pub(crate) struct SandboxBody<'a> {
     idle_timeout_seconds: Option<f64>,
     metadata: &'a BTreeMap<String, String>,
     limits: SandboxLimitsBody,
-    /// It was waiting in the pool.
+    /// Whether it was waiting in a pool.
     pooled: bool,
-    /// Until it was there, milliseconds.
+    /// Time until it was ready, milliseconds.
     fork_time_ms: f64,
-    /// Runs that have not ended.
+    /// Number of runs that have not ended.
     runs: usize,
 }
 
@@ -70,9 +70,9 @@ pub(crate) enum EndReasonName {
 pub(crate) struct SandboxLimitsBody {
     memory_mb: u64,
     processes: u32,
-    /// The largest file that can be written.
+    /// Size of the largest file that can be written, bytes.
     file_size_mb: u64,
-    /// Of one process.
+    /// Most open descriptors of one process.
     open_files: u32,
 }
 
@@ -104,13 +104,13 @@ impl SandboxBody<'_> {
     }
 }
 
-/// Sandboxes of a key.
+/// The sandboxes of a key.
 #[derive(Serialize, ToSchema)]
 #[schema(as = SandboxList)]
 pub(crate) struct SandboxList<'a> {
     /// The oldest first.
     pub(crate) sandboxes: Vec<SandboxBody<'a>>,
-    /// There are more: the `cursor` for the next request.
+    /// If there are more: the `cursor` of the next request.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub(crate) next_cursor: Option<Uuid>,
@@ -126,7 +126,7 @@ fn rfc3339_ms(ms: i64) -> String {
     Timestamp::from_millisecond(ms).unwrap_or_default().to_string()
 }
 
-/// JSON that is longer stays text: as a value it takes many times its bytes.
+/// Most bytes of JSON that is sent as a value. Longer JSON stays text: as a value it takes many times its bytes.
 const MOST_JSON: usize = 1024 * 1024;
 
 /// A result: its types by name, text as it is, JSON as JSON, and everything else in base64.
@@ -138,7 +138,7 @@ pub(crate) struct ResultBody<'a>(pub(crate) &'a MimeBundle);
 #[schema(as = Result)]
 #[expect(dead_code, reason = "only its schema is used")]
 pub(crate) struct ResultSchema {
-    /// The value of the cell's last expression; else something that it displayed.
+    /// Whether this is the value of the cell's last expression. Otherwise the cell displayed it.
     is_main: bool,
     #[serde(rename = "text/plain")]
     text_plain: Option<String>,
@@ -197,7 +197,7 @@ fn is_text(mime: &str) -> bool {
         || mime.ends_with("+xml")
 }
 
-/// The text of a result that stands for it.
+/// The text that represents a result.
 pub(crate) fn plain_text(bundle: &MimeBundle) -> Option<String> {
     let (_, data) = bundle.parts.iter().find(|(mime, _)| mime == "text/plain")?;
     Some(String::from_utf8_lossy(data).into_owned())
@@ -223,17 +223,17 @@ impl<'a> CellErrorBody<'a> {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = RunEnd)]
 pub(crate) struct RunEndBody {
-    /// How: a cell is `ok`, `error` or `interrupted`, or its interpreter ended as a command does; a command `exited`, was
+    /// A cell is `ok`, `error` or `interrupted`, or its interpreter ended as a command does. A command `exited`, was
     /// `signaled`, ran `deadline_passed` or `out_of_memory`, or was `closed`.
     #[schema(value_type = RunOutcomeName)]
     outcome: &'static str,
-    /// The program's own status; 128 + signal; 124 for a passed timeout; 137 for one that was killed otherwise.
+    /// The program's own status; 128 + signal; 124 on timeout; 137 if it was killed for another reason.
     exit_code: i32,
     /// The signal that ended it.
     signal: Option<i32>,
     /// A cell's number in its context; the first is 1.
     execution_count: Option<u32>,
-    /// The cell's interpreter is gone, and with it its state. The next cell of the context has a new one.
+    /// Whether the cell's interpreter ended and its state is lost. The next cell of the context gets a new one.
     context_lost: bool,
     wall_time_ms: f64,
 }
@@ -288,9 +288,9 @@ pub(crate) struct OutputBody<'a> {
     /// Standard error, exactly; base64 if `encoding.stderr` says so.
     stderr: &'a str,
     encoding: EncodingBody,
-    /// There was more output than one answer brings.
+    /// Whether there was more output than one answer brings.
     truncated: bool,
-    /// Where its output ends: for `…/output?offset=`.
+    /// The offset at which its output ends, for `…/output?offset=`.
     output_offset: u64,
 }
 
@@ -301,7 +301,7 @@ impl<'a> OutputBody<'a> {
     }
 }
 
-/// What came of a cell. 200 also if it failed: that is `outcome`.
+/// The result of a cell. The status is 200 even if the cell failed; `outcome` says so.
 #[derive(Serialize, ToSchema)]
 #[schema(as = CellAnswer)]
 pub(crate) struct CellAnswer<'a> {
@@ -311,16 +311,16 @@ pub(crate) struct CellAnswer<'a> {
     pub(crate) end: RunEndBody,
     #[serde(flatten)]
     pub(crate) output: OutputBody<'a>,
-    /// What it showed, in order.
+    /// What the cell showed, in order.
     #[schema(value_type = Vec<ResultSchema>)]
     pub(crate) results: Vec<ResultBody<'a>>,
     /// The text of the last expression's value.
     pub(crate) value: Option<String>,
-    /// Its uncaught error.
+    /// The uncaught error of the cell.
     pub(crate) error: Option<CellErrorBody<'a>>,
 }
 
-/// What came of a command. 200 whatever its status: that is `exit_code`.
+/// The result of a command. The status is 200 whatever the program's status is; `exit_code` has that.
 #[derive(Serialize, ToSchema)]
 #[schema(as = CommandAnswer)]
 pub(crate) struct CommandAnswer<'a> {
@@ -337,19 +337,19 @@ pub(crate) struct CommandAnswer<'a> {
 #[schema(as = Command)]
 pub(crate) struct CommandBodyOut<'a> {
     id: Uuid,
-    /// Its process, inside the sandbox.
+    /// Its process id inside the sandbox.
     pid: Option<u32>,
     tag: Option<&'a str>,
     argv: &'a [String],
-    /// It has a terminal.
+    /// Whether it has a terminal.
     terminal: bool,
     #[schema(value_type = CommandState)]
     state: &'static str,
     #[serde(flatten)]
     end: Option<RunEndBody>,
-    /// Where its output ends.
+    /// The offset at which its output ends.
     output_offset: u64,
-    /// Where the output that is still held begins.
+    /// The offset at which the output that the server still holds begins.
     first_offset: u64,
     /// RFC 3339.
     #[schema(format = DateTime)]
@@ -397,11 +397,11 @@ pub(crate) struct CommandList<'a> {
 pub(crate) struct ContextBodyOut<'a> {
     name: &'a str,
     cwd: &'a str,
-    /// A cell runs in it.
+    /// Whether a cell runs in it.
     busy: bool,
-    /// Cells that wait for it.
+    /// Number of cells that wait for it.
     waiting: u32,
-    /// Cells that have begun in its interpreter.
+    /// Number of cells that its interpreter has begun.
     executions: u32,
 }
 
@@ -437,7 +437,7 @@ pub(crate) struct EntryBody<'a> {
     modified_at: String,
     uid: u32,
     gid: u32,
-    /// Where a link leads.
+    /// Target of a link.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     target: Option<&'a str>,
@@ -489,7 +489,7 @@ pub(crate) struct ChangeBody<'a> {
 }
 
 impl<'a> ChangeBody<'a> {
-    /// The event's name, too.
+    /// Also the event's name.
     pub(crate) fn of(change: &'a Change) -> (&'static str, ChangeBody<'a>) {
         let name = match change.kind {
             ChangeKind::Created => "created",
@@ -506,7 +506,7 @@ impl<'a> ChangeBody<'a> {
 #[schema(as = RunStarted)]
 pub(crate) struct StartedBody {
     pub(crate) id: Uuid,
-    /// A command's process, inside the sandbox.
+    /// A command's process id inside the sandbox.
     pub(crate) pid: Option<u32>,
 }
 
@@ -514,7 +514,7 @@ pub(crate) struct StartedBody {
 #[derive(Serialize, ToSchema)]
 #[schema(as = OutputLost)]
 pub(crate) struct LostBody {
-    /// So many bytes of output are not held any more, or were too large to be.
+    /// Bytes of output that the server no longer holds, or that were too large to hold.
     pub(crate) bytes: u64,
 }
 

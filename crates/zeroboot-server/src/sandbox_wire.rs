@@ -1,4 +1,4 @@
-//! Requests about sandboxes that live, as they come over the wire.
+//! Requests about long-lived sandboxes, as they come over the wire.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use crate::{
     wire::{Catalog, Few, FewNamed, Object, positive, whole, within},
 };
 
-/// Most words of a caller's about one sandbox, and most bytes of one.
+/// Most labels of one sandbox, and most bytes of one.
 pub(crate) const MAX_METADATA: usize = 32;
 const MAX_WORD: usize = 512;
 const MIB: u64 = 1024 * 1024;
 
-/// A sandbox that lives.
+/// A long-lived sandbox.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = CreateSandbox)]
@@ -30,16 +30,16 @@ pub(crate) struct CreateBody {
     /// The language, instead of a template; `python` if neither is given.
     #[schema(example = "python")]
     pub(crate) language: Option<String>,
-    /// How long it lives, in seconds, unless its lease is extended; 300 and at most 86400 unless configured otherwise.
+    /// Lease in seconds; it can be extended. The default is 300 and the maximum 86400 unless configured otherwise.
     #[schema(exclusive_minimum = 0)]
     pub(crate) timeout_seconds: Option<f64>,
-    /// It ends after so many seconds without a run, a file operation or an open stream.
+    /// The sandbox also ends after this many seconds without a run, a file operation or an open stream.
     #[schema(exclusive_minimum = 0)]
     pub(crate) idle_timeout_seconds: Option<f64>,
     /// Environment variables of everything in it, added to the template's.
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
     pub(crate) env: Option<FewNamed<String, MAX_ENV>>,
-    /// Words of the caller's own; the list of sandboxes can be filtered by them.
+    /// Labels of the caller's choice. The list of sandboxes can be filtered by them.
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
     pub(crate) metadata: Option<FewNamed<String, MAX_METADATA>>,
     /// Memory of all its processes, MiB.
@@ -90,7 +90,7 @@ impl CreateBody {
     }
 }
 
-/// Whose the caller's sandboxes are.
+/// The owner of the caller's sandboxes.
 pub(crate) fn owner(caller: &Caller) -> &str {
     caller.key.as_ref().map_or("", |key| &key.id)
 }
@@ -131,7 +131,7 @@ pub(crate) struct RunBody {
     code: String,
     /// The context that it runs in.
     context: Option<String>,
-    /// Wall time in seconds; it is then interrupted. The server's default for execs if absent.
+    /// Timeout in seconds; the cell is then interrupted. If absent, the server's default for execs.
     #[schema(exclusive_minimum = 0)]
     timeout_seconds: Option<f64>,
     /// Answer with events, as `Accept: text/event-stream` does.
@@ -182,7 +182,7 @@ pub(crate) struct CommandBody {
     argv: Option<Few<String, MAX_ENV>>,
     /// A line for `/bin/sh`, instead of `argv`.
     command: Option<String>,
-    /// Where it runs; the home directory if absent.
+    /// Its working directory; if absent, the home directory.
     cwd: Option<String>,
     /// Environment variables, added to the sandbox's.
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
@@ -194,26 +194,26 @@ pub(crate) struct CommandBody {
     /// More input follows by `…/stdin`.
     #[serde(default)]
     keep_stdin_open: bool,
-    /// On a terminal of this size, whose output is all `stdout`.
+    /// Runs it on a terminal of this size. All of its output is `stdout`.
     #[schema(value_type = Option<SizeBody>)]
     terminal: Option<Object<SizeBody>>,
-    /// Wall time in seconds; as long as the sandbox lives if absent.
+    /// Timeout in seconds; if absent, the program may run as long as the sandbox lives.
     #[schema(exclusive_minimum = 0)]
     timeout_seconds: Option<f64>,
-    /// Answer as soon as it has started.
+    /// Answer when the program has started, not when it has ended.
     #[serde(default)]
     pub(crate) background: bool,
     /// Answer with events, as `Accept: text/event-stream` does.
     #[serde(default)]
     pub(crate) stream: bool,
-    /// The caller's own word for it.
+    /// A label of the caller's choice.
     tag: Option<String>,
-    /// It is killed when this request's client leaves before its end.
+    /// Kill the program when this request's client goes away.
     #[serde(default)]
     pub(crate) end_with_client: bool,
 }
 
-/// What a command reads.
+/// Standard input of a command.
 #[derive(Debug)]
 pub(crate) struct Input {
     pub(crate) bytes: Bytes,
@@ -298,7 +298,7 @@ impl SignalBody {
 
 impl SignalName {
     pub(crate) fn number(&self) -> Result<i32, ApiError> {
-        let unknown = || ApiError::new("invalid_request", "signal: not a signal's name, and not a number from 1 to 64");
+        let unknown = || ApiError::new("invalid_request", "signal: give a signal's name, or a number from 1 to 64");
         match self {
             SignalName::Number(number) if (1..=64).contains(number) => Ok(*number),
             SignalName::Number(_) => Err(unknown()),
@@ -316,9 +316,9 @@ impl SignalName {
 #[serde(deny_unknown_fields)]
 #[schema(as = CreateContext)]
 pub(crate) struct ContextBody {
-    /// Its name: 1 to 64 letters, digits, `-`, `_` or `.`. A new one if absent.
+    /// Its name: 1 to 64 letters, digits, `-`, `_` or `.`. If absent, the server chooses one.
     pub(crate) name: Option<String>,
-    /// Its working directory; the home directory if absent.
+    /// Its working directory; if absent, the home directory.
     pub(crate) cwd: Option<String>,
 }
 
@@ -336,9 +336,9 @@ pub(crate) struct PathBody {
 #[serde(deny_unknown_fields)]
 #[schema(as = MoveFile)]
 pub(crate) struct MoveBody {
-    /// Which.
+    /// The present path.
     pub(crate) from: String,
-    /// Its new name; a file of that name is replaced.
+    /// The new path. A file that has this path is replaced.
     pub(crate) to: String,
 }
 
@@ -347,7 +347,7 @@ pub(crate) struct MoveBody {
 #[serde(deny_unknown_fields)]
 #[schema(as = ChangeMode)]
 pub(crate) struct ChmodBody {
-    /// Which.
+    /// The present path.
     pub(crate) path: String,
     /// Octal, such as `"755"`.
     #[schema(pattern = "^[0-7]{1,4}$")]

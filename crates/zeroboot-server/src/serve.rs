@@ -58,9 +58,9 @@ pub struct Server {
     manager: Manager,
 }
 
-/// How often the templates are tried again while none of them could run code yet.
+/// Interval between canaries while no template has run code yet.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
-/// How often a server that ends looks whether execs are still under way.
+/// Interval at which a server that ends checks for running execs.
 const LOOK: Duration = Duration::from_millis(10);
 
 impl Server {
@@ -306,7 +306,7 @@ mod tests {
         }
     }
 
-    /// The status and text of an answer to a request over a connection of its own.
+    /// The status and text of an answer to a request over a new connection.
     async fn ask(address: SocketAddr, method: &'static str, path: &'static str, header: String) -> (u16, String) {
         let ask = move || {
             let mut stream = std::net::TcpStream::connect(address).unwrap();

@@ -24,9 +24,9 @@ use crate::{
     peer::Peer,
 };
 
-/// Proxies close connections on which nothing comes for long.
+/// Interval between keep-alives: proxies close connections that are silent for long.
 pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Events that may wait for the connection. More would only be memory: the kernel has a buffer of its own.
+/// Most events that wait for the connection. More would only cost memory: the kernel has its own buffer.
 const WAITING: usize = 8;
 
 /// Why an event was not sent.
@@ -34,7 +34,7 @@ const WAITING: usize = 8;
 pub(crate) enum Unsent {
     /// The client is gone, or was cut off.
     Gone,
-    /// There is no room to hold it until it is taken.
+    /// The server has no room to hold it until the client takes it.
     Full(Full),
 }
 

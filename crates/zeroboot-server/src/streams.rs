@@ -33,7 +33,7 @@ impl Streams {
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let count = open.entry(key.clone()).or_default();
             if *count >= self.most {
-                let text = format!("This key has {} open requests about sandboxes, as many as it may have", self.most);
+                let text = format!("This key already has its maximum of {} open requests about sandboxes", self.most);
                 return Err(ApiError::new("too_many_streams", text).retry_after(Duration::from_secs(1)));
             }
             *count += 1;

@@ -105,7 +105,7 @@ impl UnderWay {
                 let left =
                     budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size as u64));
                 left.map_err(|_| {
-                    self.refused(ApiError::new("batch_output_limit", "The batch brings back too much output"))
+                    self.refused(ApiError::new("batch_output_limit", "The batch has reached its maximum of output"))
                 })?;
             }
             // It is in the answer twice.

@@ -26,10 +26,10 @@ pub(crate) struct ExecBody {
     pub(crate) language: Option<String>,
     /// The template's name, instead of a language.
     pub(crate) template: Option<String>,
-    /// Wall time of the run in seconds; the server's default and maximum are 30 and 300 unless configured otherwise.
+    /// Timeout of the run in seconds. The server's default is 30 and its maximum 300 unless configured otherwise.
     #[schema(exclusive_minimum = 0)]
     pub(crate) timeout_seconds: Option<f64>,
-    /// Standard input: text, or bytes as base64. Without it the input is at its end from the start.
+    /// Standard input: text, or bytes as base64. Without it, standard input is empty.
     #[schema(value_type = Option<DataSchema>)]
     pub(crate) stdin: Option<Data>,
     /// Environment variables, added to the template's.
@@ -49,7 +49,7 @@ pub(crate) struct ExecBody {
     pub(crate) limits: Option<Object<LimitsBody>>,
 }
 
-/// What the sandbox may use. Each has a default and a maximum, none can be switched off.
+/// What the sandbox may use. Each limit has a default and a maximum, and none can be switched off.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Limits)]
@@ -113,7 +113,7 @@ pub(crate) struct BatchBody {
     executions: Vec<ExecBody>,
 }
 
-/// A list of which one more than `MOST` is kept, for [`ExecRequest::check`] to refuse. The rest is read over: three
+/// A list that keeps `MOST` items and one more, which [`ExecRequest::check`] refuses. The rest is read and dropped: three
 /// bytes of a body must not become many bytes of memory.
 #[derive(Debug)]
 pub(crate) struct Few<T, const MOST: usize>(pub(crate) Vec<T>);
@@ -124,7 +124,7 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for Few<T, MO
     }
 }
 
-/// The same for a number that is known only now. Gives the items that are kept, and how many there were.
+/// The same for a maximum that is known only at run time. Gives the items that were kept, and how many there were.
 struct FewSeed<T> {
     most: usize,
     of: PhantomData<T>,
@@ -164,7 +164,7 @@ impl<'de, T: Deserialize<'de>> de::Visitor<'de> for FewSeed<T> {
     }
 }
 
-/// As [`Few`], for an object with names of the caller's choice. Of two values of one name the last counts.
+/// As [`Few`], for an object with names of the caller's choice. If a name occurs twice, the last value counts.
 #[derive(Debug)]
 pub(crate) struct FewNamed<T, const MOST: usize>(pub(crate) BTreeMap<String, T>);
 
@@ -355,10 +355,10 @@ pub(crate) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiErro
 pub(crate) fn parse_batch(body: &[u8], most: usize) -> Result<Vec<ExecBody>, ApiError> {
     let (executions, count) = parse_as(body, BatchSeed { most })?;
     if count == 0 {
-        return Err(ApiError::new("invalid_request", "executions: at least one is needed"));
+        return Err(ApiError::new("invalid_request", "executions: give at least one item"));
     }
     if count > most {
-        let text = format!("executions: {count} are more than the {most} of one batch");
+        let text = format!("executions: {count} items; a batch may have {most}");
         return Err(ApiError::new("batch_too_large", text));
     }
     Ok(executions.into_iter().map(|Object(body)| body).collect())
@@ -389,7 +389,7 @@ fn blunt(error: &serde_json::Error) -> String {
     }
 }
 
-/// The templates that can be asked for, as the engine has them: name and language.
+/// The templates that a request can name, as the engine has them: name and language.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Catalog {
     pub(crate) templates: Vec<(String, String)>,
@@ -484,7 +484,7 @@ impl ExecBody {
     }
 }
 
-/// Seconds above zero. What is too short for our clock is its shortest time, not zero.
+/// Seconds above zero. A time that is too short for the clock becomes its shortest time, not zero.
 pub(crate) fn positive(seconds: f64) -> Option<Duration> {
     let time = Duration::try_from_secs_f64(seconds).ok()?;
     (seconds > 0.0).then(|| time.max(Duration::from_nanos(1)))

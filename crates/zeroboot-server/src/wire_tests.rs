@@ -94,7 +94,7 @@ fn errors_name_the_field() {
         (r#"{"executions": [{"code": "1"}, {"code": null}]}"#, "executions[1].code: "),
         (r#"{"executions": [{"code": "1"}, "1"]}"#, "executions[1]: invalid type: string \"1\", expected an object"),
         (r#"{"executions": null}"#, "executions: invalid type: null, expected a sequence"),
-        (r#"{"executions": []}"#, "executions: at least one is needed"),
+        (r#"{"executions": []}"#, "executions: give at least one item"),
         (r#"{"executions": [], "x": 1}"#, "x: unknown field `x`, expected `executions`"),
         (r#"{"executions": [], "executions": []}"#, "duplicate field `executions`"),
         (r#"{}"#, "missing field `executions`"),
@@ -113,7 +113,7 @@ fn of_a_list_that_is_too_long_little_more_than_allowed_is_kept() {
     let (kept, count) = parse_as(json.as_bytes(), BatchSeed { most: 7 }).unwrap();
     assert_eq!((kept.len(), kept.capacity() < 100, count), (8, true, 5000));
     let error = parse_batch(json.as_bytes(), 7).unwrap_err();
-    let text = "executions: 5000 are more than the 7 of one batch";
+    let text = "executions: 5000 items; a batch may have 7";
     assert_eq!((error.code, error.message.as_str()), ("batch_too_large", text));
     assert_eq!(parse_batch(json.as_bytes(), 5000).unwrap().len(), 5000);
 

@@ -8,13 +8,13 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-/// Address space, of which what is used is touched.
+/// Bytes of address space. Only the used part is touched.
 const SIZE: usize = 16 << 20;
 /// Size classes: powers of two from 16 bytes to 2^20.
 const SMALLEST: u32 = 4;
 const CLASSES: usize = 17;
 
-/// The C library's allocator until [`begin`], memory of our own from then on.
+/// The C library's allocator until [`begin`], and from then on this module's own memory.
 pub struct Arena;
 
 struct State {
@@ -36,7 +36,7 @@ static STATE: State = State {
     free: [const { AtomicUsize::new(0) }; CLASSES],
 };
 
-/// Allocates from memory of our own from now on. What was allocated before stays where it is.
+/// Allocates from this module's own memory from now on. What was allocated before stays where it is.
 pub fn begin() -> std::io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping that nobody else knows.

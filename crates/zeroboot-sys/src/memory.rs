@@ -136,7 +136,7 @@ impl MemoryImage {
         self.len as u64
     }
 
-    /// Whether there is no memory at all (never, for an image that was made here).
+    /// Whether its length is zero (never, for an image that was made here).
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -251,7 +251,7 @@ impl Mapping {
         self.len as u64
     }
 
-    /// Whether there is no memory at all (never).
+    /// Whether its length is zero (never).
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

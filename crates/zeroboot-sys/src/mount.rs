@@ -20,7 +20,7 @@ use rustix::{
 /// lives below it.
 pub(crate) const STAGE: &CStr = c"/sys";
 
-/// The file that lies over what must not be used.
+/// The empty file that covers what must not be used.
 const EMPTY: &str = "/.zeroboot/empty";
 
 /// `struct mount_attr` of mount_setattr(2), Linux 5.12.

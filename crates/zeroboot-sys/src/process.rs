@@ -181,7 +181,7 @@ pub fn reset_signals() -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether the process behind a pidfd has ended. In a pid namespace of its own a process cannot ask for its parent.
+/// Whether the process behind a pidfd has ended. In its own pid namespace a process cannot ask for its parent.
 pub fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::default()))? != 0)
 }

@@ -31,15 +31,15 @@ use crate::{
 /// Part of the names of what is in the cache: when the code that makes a root file system changes, so do they.
 const RULES: [&[u8]; 4] =
     [include_bytes!("rootfs.rs"), include_bytes!("unpack.rs"), include_bytes!("tree.rs"), include_bytes!("cpio.rs")];
-/// An assembly is taken as it is for so long; then newer packages are looked for.
+/// Age up to which an assembly is used as it is. An older one is made again from newer packages.
 const FRESH: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Package lists are taken as they are for so long.
+/// Age up to which package lists are used as they are.
 const LISTS_FRESH: Duration = Duration::from_secs(24 * 3600);
-/// Packages that stand for a kernel for virtual machines: Debian's, Ubuntu's, any.
+/// Names of packages with a kernel for virtual machines: Debian's, Ubuntu's, any.
 const KERNELS: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"];
-/// Above those of any root file system: it is one archive in the end.
+/// First inode of the overlay: above those of any root file system, since both become one archive.
 const OVERLAY_INODES: u32 = 1 << 24;
-/// What a guest's memory has to hold besides its root file system, at the least.
+/// Least memory that a guest needs besides its root file system.
 const KERNEL_AND_MORE: u64 = 128 << 20;
 const KERNEL_FILE: &str = "vmlinux";
 const INITRAMFS_FILE: &str = "initramfs.cpio";

@@ -7,17 +7,17 @@ use std::io::{self, Read};
 #[non_exhaustive]
 pub enum KernelError {
     /// Neither an ELF nor a bzImage.
-    #[error("not a kernel: neither an ELF file nor a bzImage")]
+    #[error("this is not a kernel: it is neither an ELF file nor a bzImage")]
     NotAKernel,
     /// A bzImage, but no payload in it could be unpacked to an ELF file.
-    #[error("the bzImage holds no ELF payload that is compressed with lz4, xz or zstd, or not at all")]
+    #[error("the bzImage has no ELF payload that is uncompressed or compressed with lz4, xz or zstd")]
     NoPayload,
     /// The payload does not unpack.
     #[error("the bzImage's payload is damaged")]
     Unpack(#[source] io::Error),
 }
 
-/// A `vmlinux` is not larger than this (a hostile file must not fill the memory).
+/// Most bytes of a `vmlinux`: a hostile file must not fill the memory.
 const MOST: u64 = 512 << 20;
 const ELF: &[u8] = b"\x7fELF";
 const XZ: &[u8] = b"\xfd7zXZ\x00";
@@ -84,7 +84,7 @@ fn unzstd(bytes: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Blocks, each with its compressed length before it, of 8 MiB each but for the last. What follows the last (the kernel
-/// appends the unpacked size) is no whole block.
+/// appends the unpacked size) is not a whole block.
 fn unlz4(bytes: &[u8]) -> io::Result<Vec<u8>> {
     const BLOCK: usize = 8 << 20;
     let mut rest = bytes.get(LZ4.len()..).unwrap_or_default();

@@ -9,7 +9,7 @@ use crate::{
 
 /// The manifest's version; other versions are refused.
 pub(crate) const FORMAT: u32 = 1;
-/// A manifest is a few KiB.
+/// Most bytes of a manifest, which is a few KiB.
 pub(crate) const MOST_BYTES: u64 = 1 << 20;
 
 /// What a template is.
@@ -71,13 +71,13 @@ pub struct WarmUp {
 #[non_exhaustive]
 pub enum ManifestError {
     /// Not TOML, or a field is missing, unknown or of the wrong type.
-    #[error("not a manifest")]
+    #[error("this is not a manifest")]
     Syntax(#[from] toml::de::Error),
     /// Another version.
-    #[error("format {0}, and this zeroboot reads format {FORMAT}")]
+    #[error("the manifest has format {0}; this zeroboot reads format {FORMAT}")]
     Format(i64),
     /// A value that cannot be.
-    #[error("{0} cannot be right")]
+    #[error("the value of {0} is not possible")]
     Value(&'static str),
 }
 
@@ -166,7 +166,7 @@ pub(crate) mod tests {
     #[test]
     fn another_version_is_refused_as_such() {
         let refused = Manifest::from_toml("format = 2\nnonsense = true").unwrap_err();
-        assert_eq!(refused.to_string(), "format 2, and this zeroboot reads format 1");
+        assert_eq!(refused.to_string(), "the manifest has format 2; this zeroboot reads format 1");
     }
 
     #[test]
@@ -176,11 +176,11 @@ pub(crate) mod tests {
             change(&mut manifest);
             Manifest::from_toml(&manifest.to_toml().unwrap()).unwrap_err().to_string()
         };
-        assert_eq!(refused(|m| m.name = "../../etc".to_owned()), "name cannot be right");
-        assert_eq!(refused(|m| m.engine = "process".to_owned()), "engine cannot be right");
-        assert_eq!(refused(|m| m.memory.bytes += 1), "memory cannot be right");
-        assert_eq!(refused(|m| m.state.blake3.clear()), "state cannot be right");
-        assert_eq!(refused(|m| m.runtime = Runtime::Node), "runtime cannot be right");
+        assert_eq!(refused(|m| m.name = "../../etc".to_owned()), "the value of name is not possible");
+        assert_eq!(refused(|m| m.engine = "process".to_owned()), "the value of engine is not possible");
+        assert_eq!(refused(|m| m.memory.bytes += 1), "the value of memory is not possible");
+        assert_eq!(refused(|m| m.state.blake3.clear()), "the value of state is not possible");
+        assert_eq!(refused(|m| m.runtime = Runtime::Node), "the value of runtime is not possible");
     }
 
     #[test]

@@ -12,7 +12,7 @@ const EMBEDDED: [(&str, &str); 3] = [
 ];
 /// What a small guest with a runtime needs.
 const LEAST_MEMORY: u32 = 128;
-/// Below the hole for devices under 4 GiB that a machine of ours has: its memory is one piece.
+/// Most memory of a guest, MiB. Its memory is one piece below the hole for devices under 4 GiB.
 const MOST_MEMORY: u32 = 3072;
 
 /// A language runtime.
@@ -88,7 +88,7 @@ fn default_memory() -> u32 {
 #[non_exhaustive]
 pub enum RecipeError {
     /// Not the TOML that a recipe is.
-    #[error("not a recipe")]
+    #[error("this is not a recipe")]
     Syntax(#[from] toml::de::Error),
     /// A name that cannot be a template's.
     #[error(
@@ -106,7 +106,7 @@ pub enum RecipeError {
         what: &'static str,
     },
     /// Too little or too much memory.
-    #[error("memory_mib = {0} is not from {LEAST_MEMORY} to {MOST_MEMORY}")]
+    #[error("memory_mib = {0} is out of range; give {LEAST_MEMORY} to {MOST_MEMORY}")]
     Memory(u32),
     /// A list for the other runtime.
     #[error("{list} packages need runtime = {runtime:?}")]

@@ -21,12 +21,12 @@ use crate::{
     unpack::Root,
 };
 
-/// A package's program may do what a sandbox's code may.
+/// The filter of a package's program: it may do what a sandbox's code may.
 const POLICY: &str = include_str!("../../../policy/process-sandbox.json");
 /// How long a package's program may take: to compile numpy and pandas takes half a minute on a slow machine.
 const PROGRAM_TIME: Duration = Duration::from_secs(15 * 60);
 
-/// In every sandbox, whatever the recipe: a shell and the commands that a program may call.
+/// Packages of every sandbox, whatever the recipe: a shell and the commands that a program may call.
 const BASE: [&str; 10] = [
     "base-files", // os-release
     "bash",       //
@@ -40,7 +40,7 @@ const BASE: [&str; 10] = [
     "tzdata",     // zoneinfo
 ];
 
-/// Dragged in by a dependency, of no use in a sandbox. A recipe that names one gets it.
+/// Packages that only a dependency wants and that no sandbox uses. A recipe that names one gets it.
 const DROPPED: [&str; 7] = [
     "debconf",         // asks questions at installation
     "debianutils",     // for maintainer scripts
@@ -51,7 +51,7 @@ const DROPPED: [&str; 7] = [
     "tar",             // for dpkg
 ];
 
-/// What no program needs, as patterns of [`crate::unpack::matches`].
+/// Files that no program needs, as patterns of [`crate::unpack::matches`].
 const STRIPPED: [&str; 19] = [
     "usr/share/doc",                               // 7 MB
     "usr/share/man",                               //
@@ -74,7 +74,7 @@ const STRIPPED: [&str; 19] = [
     "boot",                                        // the kernel comes another way
 ];
 
-/// What `update-alternatives` would link: the first target that is there.
+/// Links that `update-alternatives` would make, to the first target that exists.
 const ALTERNATIVES: [(&str, &[&str]); 5] = [
     (
         "usr/lib/x86_64-linux-gnu/libblas.so.3",
@@ -98,7 +98,7 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
 ";
 const GROUP: &str = "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n";
 
-/// Why there is no root file system.
+/// Why a root file system could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RootfsError {
@@ -221,7 +221,7 @@ pub(crate) fn build(
     Ok(contents)
 }
 
-/// Puts over a tree what every guest needs, and takes out what must not be in one. What is there already stays.
+/// Adds to a tree what every guest needs, and removes what must not be in one. Existing files stay.
 pub(crate) fn finish(tree: &mut Tree, recipe: &Recipe) -> Result<(), RootfsError> {
     if !tree.contains(recipe.runtime.interpreter()) {
         return Err(RootfsError::NoRuntime(recipe.runtime.interpreter()));

@@ -38,7 +38,7 @@ pub enum StoreError {
     #[error("{0:?} cannot be a template's name")]
     Name(String),
     /// There is none.
-    #[error("no template is called {0}")]
+    #[error("there is no template {0}")]
     Missing(String),
     /// A file of it is not there.
     #[error("template {name} is not complete: it has no {file}")]
@@ -49,7 +49,7 @@ pub enum StoreError {
         file: &'static str,
     },
     /// Its manifest.
-    #[error("template {name} has no manifest that can be used")]
+    #[error("the manifest of template {name} cannot be used")]
     Manifest {
         /// The template.
         name: String,
@@ -492,7 +492,7 @@ mod tests {
         let text = refused_after(|dir| fs::remove_file(dir.join(MANIFEST_FILE)).unwrap());
         assert_eq!(text, "template python is not complete: it has no manifest.toml");
         let text = refused_after(|dir| fs::write(dir.join(MANIFEST_FILE), "format = 9").unwrap());
-        assert_eq!(text, "template python has no manifest that can be used");
+        assert_eq!(text, "the manifest of template python cannot be used");
         let text = refused_after(|dir| fs::write(dir.join(MANIFEST_FILE), [0xff, 0xfe]).unwrap());
         assert_eq!(text, "template python is damaged: manifest.toml is not text");
         let text = refused_after(|dir| fs::write(dir.join(STATE_FILE), [8; 100]).unwrap());

@@ -28,7 +28,7 @@ use tar::EntryType;
 /// User and group of an unpacked tree where we are root: it is no account's, and lies behind the ids of sandboxes.
 /// What a package's program can do to files as this user it can do to the tree alone.
 const OWNER: u32 = 1_790_000_000;
-/// Bytes that one tree may have. An archive of a few kilobytes can stand for more than any disk has.
+/// Most bytes of one tree. An archive of a few kilobytes can expand to more than any disk has.
 const MOST_BYTES: u64 = 8 << 30;
 
 /// The top of a tree.

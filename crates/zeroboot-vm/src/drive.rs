@@ -47,7 +47,7 @@ pub enum SessionEnd {
     Failed,
     /// A sandbox that lived broke. The front has the reason.
     Crashed,
-    /// The front closed its end: nobody waits for an answer.
+    /// The front closed its end, so no caller waits for an answer.
     FrontGone,
 }
 
@@ -58,7 +58,7 @@ pub enum SessionError {
     /// The front's socket broke.
     #[error("the connection to the front failed")]
     Front(#[source] io::Error),
-    /// The front sent what is no frame: a bug of ours.
+    /// The front sent bytes that are not a frame: a bug in Zeroboot.
     #[error("the front sent a malformed frame")]
     FrontFrame(#[from] FrameError),
     /// The front sent a frame out of order: a bug of ours.

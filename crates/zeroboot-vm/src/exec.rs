@@ -12,7 +12,7 @@ use crate::{
 /// The agent's own enforcement of the wall-time limit comes first, since it can tell what the code had used;
 /// the host ends the machine this much later.
 pub const DEADLINE_GRACE: Duration = Duration::from_millis(100);
-/// Bytes of files beyond the limit that are not called a crash: the agent keeps to the limit, and says so per file.
+/// Bytes of files beyond the limit that do not count as a crash: the agent keeps the limit, and reports it for each file.
 const FILES_GRACE: u64 = 1 << 20;
 
 /// One program from its `Run` to its `Exit`.

@@ -73,8 +73,8 @@ fn become_nobody(held: CapabilitySet) -> Result<(), VmJailError> {
     rustix::thread::set_capabilities(None, sets).map_err(|e| step("keep one capability")(e.into()))
 }
 
-/// In a stripped zygote that ignores its children: whether it can give a worker namespaces of its own, found out by
-/// doing. A host may refuse them to whoever is not root (`user.max_user_namespaces`, AppArmor, a container's filter).
+/// In a stripped zygote that ignores its children: whether it can give a worker its own namespaces, found out by
+/// trying. A host may refuse them to users that are not root (`user.max_user_namespaces`, AppArmor, a container's filter).
 pub(crate) fn own_namespaces() -> io::Result<()> {
     match process::clone_into(WORKER_NAMESPACES)? {
         Forked::Child => process::exit_now(0),
@@ -82,7 +82,7 @@ pub(crate) fn own_namespaces() -> io::Result<()> {
     }
 }
 
-/// Whether workers get namespaces of their own on this host; without, they share their zygote's. Tries it in a child
+/// Whether workers get their own namespaces on this host; without, they share their zygote's. Tries it in a child
 /// process, which is stripped as a zygote is.
 pub fn workers_have_namespaces() -> io::Result<()> {
     const STRIP_FAILED: i32 = 255;

@@ -35,7 +35,7 @@ struct Channel {
     granted: u64,
 }
 
-/// What a guest may be wrong by. The agent sends a last frame that is larger than the credit that is left for it.
+/// Bytes by which a guest may exceed its credit: the agent's last frame can be larger than the remaining credit.
 const SLACK: u64 = MAX_PAYLOAD as u64;
 
 impl Channel {

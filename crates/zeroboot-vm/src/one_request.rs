@@ -6,7 +6,7 @@ use zeroboot_proto::{Decoder, Kind};
 
 use crate::{Front, Received};
 
-/// Bytes that are kept of each of what it hears.
+/// Most bytes that are kept of each stream.
 const KEPT: usize = 1 << 20;
 
 pub(crate) struct OneRequest {

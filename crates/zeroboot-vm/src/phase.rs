@@ -6,7 +6,7 @@ use zeroboot_proto::{Ending, Frame, Kind, Limits, encode};
 
 use crate::{SessionEnd, SessionError, exec::Exec, live::Live};
 
-/// Longer than any sandbox.
+/// A timeout longer than any sandbox.
 pub(crate) const NEVER: Duration = Duration::from_secs(86_400 * 365);
 
 /// Where a session is.
@@ -122,7 +122,7 @@ impl Phase {
 }
 
 impl Setup {
-    /// No user code without an identity of its own and limits.
+    /// User code needs its own identity and limits.
     fn front_says(&mut self, frame: &Frame<'_>) -> Result<(), SessionError> {
         let order = || SessionError::FrontOrder(frame.kind);
         match (frame.channel, frame.kind) {

@@ -29,7 +29,7 @@ const MAGIC: [u8; 8] = *b"ZBSTATE\0";
 /// The version of `state.bin`. Counted up with every change of what it holds.
 pub const FORMAT_VERSION: u32 = 3;
 const HEADER: usize = 8 + 4 + 4 + 32;
-/// A state is some 30 KiB; a file far above that is not one.
+/// Most bytes of a state file; a state is some 30 KiB.
 const MAX_STATE_FILE: u64 = 4 << 20;
 /// The names of the two files in a template's directory.
 pub const MEMORY_FILE: &str = "memory.img";

@@ -77,7 +77,7 @@ impl From<WakeVector> for u8 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NoWakeLine {
-    /// Nobody in the guest waits for the interrupt.
+    /// The guest does not wait for the interrupt.
     #[error("it left interrupt {LINE} masked; does its kernel have CONFIG_HPET?")]
     Masked,
     /// Vectors below 0x20 are the processor's own.

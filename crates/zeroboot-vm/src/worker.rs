@@ -31,7 +31,7 @@ use crate::{
     ForkError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError, Snapshot, jail, jail::VmJailError,
 };
 
-/// How long the front may take to go once it has the last frame.
+/// Longest time from the last frame until the front closes its end.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Why a worker ended without an answer.

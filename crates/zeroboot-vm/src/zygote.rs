@@ -102,7 +102,7 @@ struct Zygote {
     snapshot: Snapshot,
     filter: Filter,
     prefault: Prefault,
-    /// Whether this host gives workers namespaces of their own.
+    /// Whether this host gives workers their own namespaces.
     separated: bool,
     oom: OomScore,
     /// This process, for a worker to see whether it has ended.

@@ -8,7 +8,7 @@ use zeroboot_server::env;
 
 use crate::{sandbox::args::SandboxArgs, units};
 
-/// Sandboxes in well under a millisecond for code that nobody vouches for.
+/// Run untrusted code in a fresh sandbox that starts from a pool in under a millisecond.
 #[derive(Debug, Parser)]
 #[command(name = "zeroboot", version, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -20,14 +20,14 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run one piece of code in a fresh sandbox.
     ///
-    /// Its output comes out byte for byte and its exit status is ours: 124 for a passed time limit, 137 for a
-    /// killed sandbox, 125 for our own failure.
+    /// The output arrives byte for byte. zeroboot exits with the code's status, with 124 on timeout, with 137 if the
+    /// sandbox was killed, and with 125 if zeroboot itself failed.
     Run(RunArgs),
 
     /// Serve the HTTP API.
     Serve(ServeArgs),
 
-    /// Make sandboxes that live on a server, and work in them.
+    /// Make long-lived sandboxes on a server, and work in them.
     Sandbox(SandboxArgs),
 
     /// Show what code finds inside: interpreter, packages, limits, writable places.
@@ -43,16 +43,16 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Template(TemplateCommand),
 
-    /// Show what this host can do, what will be used, and what to fix.
+    /// Show what this host can do, which engine is used, and what to fix.
     ///
     /// With --full it also tries the VM engine: forks, identity, deadlines, speed. That takes under a minute and
-    /// gives a report for an issue.
+    /// prints a report for an issue.
     Doctor(DoctorArgs),
 
-    /// Measure forks, execs and density on this host; every answer is checked.
+    /// Measure forks, execs and density on this host, and check every answer.
     Bench(BenchArgs),
 
-    /// Print a shell's completion script, such as for `source <(zeroboot completions bash)`.
+    /// Print the completion script of a shell. Use it as in `source <(zeroboot completions bash)`.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -82,7 +82,7 @@ pub(crate) enum BenchWhat {
     Cpu,
     /// A pooled checkout against an unpooled fork.
     Fork,
-    /// Many sandboxes alive at once: how fast they come, what each costs, how fast they go.
+    /// Many sandboxes alive at once: their start, their cost, their end.
     Density,
     /// What the HTTP server adds to the direct path.
     Serve,
@@ -105,8 +105,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) alive: u32,
 
-    /// Measure forks of a guest of a few bytes in an image of a template's size, with no template: `fork` and `density` of
-    /// the vm engine. So it is wherever KVM cannot run Linux.
+    /// Measure forks of a guest of a few bytes in an image of a template's size, without a template: `fork` and `density`
+    /// of the VM engine. This is the default where KVM cannot run Linux.
     #[arg(long)]
     pub(crate) stand_in: bool,
 
@@ -115,7 +115,7 @@ pub(crate) struct BenchArgs {
     pub(crate) json: Option<PathBuf>,
 }
 
-/// Which engine holds the code in.
+/// The engine between the code and the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum EngineChoice {
     /// `vm` where /dev/kvm works at speed, else `process`.
@@ -140,7 +140,7 @@ pub(crate) enum Runtime {
 /// Where sandboxes come from.
 #[derive(Args, Debug)]
 pub(crate) struct TemplateArgs {
-    /// What holds the code in [default: auto, or what the configuration says].
+    /// The engine between the code and the host [default: auto, or that of the configuration].
     #[arg(long, value_enum, env = "ZEROBOOT_ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
@@ -165,15 +165,15 @@ pub(crate) struct TemplateArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct RunArgs {
-    /// The code itself.
+    /// The code.
     #[arg(short = 'c', value_name = "CODE", allow_hyphen_values = true)]
     pub(crate) code: Option<OsString>,
 
-    /// A file with the code (- or nothing for standard input), and its arguments; with -c all are arguments.
+    /// A file with the code, or - for standard input, and then its arguments. With -c all of them are arguments.
     #[arg(value_name = "FILE] [ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 
-    /// The language [default: by the file's name, else python].
+    /// The language [default: that of the file's name, else python].
     #[arg(long, value_enum)]
     pub(crate) runtime: Option<Runtime>,
 
@@ -193,11 +193,11 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) from: TemplateArgs,
 
-    /// Wall time that the code may take, such as 500ms, 2s, 1m.
+    /// Timeout of the code, such as 500ms, 2s, 1m.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     pub(crate) timeout: Duration,
 
-    /// CPU time that the code may take [default: as the timeout].
+    /// CPU time that the code may use [default: the timeout].
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) cpu_time: Option<Duration>,
 
@@ -205,7 +205,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::memory)]
     pub(crate) memory: u64,
 
-    /// Processes and threads that may be alive at once.
+    /// Processes and threads that the code may have at once.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) processes: u32,
 
@@ -213,11 +213,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::size)]
     pub(crate) max_output: u64,
 
-    /// An environment variable for the code; KEY alone passes ours on. May be repeated.
+    /// An environment variable for the code; KEY alone passes on your own value. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,
 
-    /// A file for the code's standard input [default: our own].
+    /// A file for the code's standard input [default: the standard input of zeroboot].
     #[arg(long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
 
@@ -229,11 +229,11 @@ pub(crate) struct RunArgs {
     #[arg(long = "get", value_name = "NAME[:FILE]")]
     pub(crate) get: Vec<String>,
 
-    /// Print one JSON object instead of the output: the API's result.
+    /// Print one JSON object instead of the output: the API's answer.
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Say on standard error what it cost: engine, fork, exec, total.
+    /// Print the cost of the run on standard error: engine, fork, exec, total.
     #[arg(short, long)]
     pub(crate) verbose: bool,
 }
@@ -266,7 +266,7 @@ pub(crate) struct EnvArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ServeArgs {
-    /// Where to listen: ADDRESS:PORT or unix:PATH. May be repeated [default: 127.0.0.1:8080].
+    /// An address to listen on: ADDRESS:PORT or unix:PATH. May be repeated [default: 127.0.0.1:8080].
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Vec<String>,
 
@@ -274,7 +274,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE", env = env::CONFIG)]
     pub(crate) config: Option<PathBuf>,
 
-    /// The key file (see `zeroboot keys`). Without one, only local addresses are served
+    /// The key file (see `zeroboot keys`). Without one, the server listens on local addresses only
     /// [env: ZEROBOOT_API_KEYS_FILE].
     #[arg(long, value_name = "FILE")]
     pub(crate) keys_file: Option<PathBuf>,
@@ -283,7 +283,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub(crate) tls_cert: Option<PathBuf>,
 
-    /// TLS: its private key (PEM).
+    /// TLS: the private key of the certificate (PEM).
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub(crate) tls_key: Option<PathBuf>,
 
@@ -295,7 +295,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N")]
     pub(crate) pool: Option<usize>,
 
-    /// Sandboxes that may live at once, apart from those of single execs [default: 64].
+    /// Long-lived sandboxes at once [default: 64].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_sandboxes: Option<u32>,
 
@@ -312,19 +312,19 @@ pub(crate) struct KeyFileArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KeysCommand {
-    /// Make a key and print it. It is shown once: the file holds only its hash.
+    /// Make a key and print it. Only this command shows it: the file holds only its hash.
     Create {
         #[command(flatten)]
         file: KeyFileArgs,
-        /// Whose it is.
+        /// The owner of the key.
         name: String,
-        /// When it ends, such as 24h.
+        /// Time until the key expires, such as 24h.
         #[arg(long, value_name = "TIME", value_parser = units::duration)]
         expires_in: Option<Duration>,
-        /// Execs a second.
+        /// Most requests a second.
         #[arg(long, value_name = "N")]
         rate: Option<f64>,
-        /// Execs at once.
+        /// Most execs at once.
         #[arg(long, value_name = "N")]
         concurrency: Option<u32>,
         /// A demo key: 10 execs a minute for each client address, unless the server says otherwise.
@@ -336,7 +336,7 @@ pub(crate) enum KeysCommand {
         #[command(flatten)]
         file: KeyFileArgs,
     },
-    /// Revoke a key by its id. Running servers notice by themselves.
+    /// Revoke a key by its id. A running server notices within seconds.
     Revoke {
         #[command(flatten)]
         file: KeyFileArgs,
@@ -347,10 +347,10 @@ pub(crate) enum KeysCommand {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct AssembleArgs {
-    /// The template's name; `python` and `node` come with us.
+    /// The template's name. `python` and `node` come with zeroboot.
     pub(crate) name: String,
 
-    /// A recipe (TOML) of your own.
+    /// Your own recipe (TOML).
     #[arg(long, value_name = "FILE")]
     pub(crate) recipe: Option<PathBuf>,
 
@@ -362,34 +362,34 @@ pub(crate) struct AssembleArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
 
-    /// Take only what is cached; do not look at the network.
+    /// Use only what is in the cache, and not the network.
     #[arg(long)]
     pub(crate) offline: bool,
 
-    /// Look for newer packages, whatever is cached.
+    /// Look for newer packages, even if the cache has some.
     #[arg(long, conflicts_with = "offline")]
     pub(crate) refresh: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TemplateCommand {
-    /// Put root file system and kernel together (needs the network, no KVM).
+    /// Make the root file system and the kernel of a template (needs the network, not KVM).
     Assemble(AssembleArgs),
     /// Assemble, boot, warm and freeze a template (needs KVM).
     Build(AssembleArgs),
     /// List the templates.
     List,
-    /// Show all that a template says of itself.
+    /// Show the manifest of a template.
     Inspect {
-        /// Its name.
+        /// The template's name.
         name: String,
-        /// Read all its memory and compare the hash.
+        /// Also read all of its memory and compare the hash.
         #[arg(long)]
         verify: bool,
     },
     /// Remove a template.
     Rm {
-        /// Its name.
+        /// The template's name.
         name: String,
     },
 }

@@ -1,4 +1,4 @@
-//! `zeroboot`: run code that nobody vouches for.
+//! `zeroboot`: runs untrusted code in sandboxes.
 
 mod assets;
 mod bench;
@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser};
 
-/// Our own failure, as `docker run` and `env` have it: the code's exit status is any other.
+/// Exit status when zeroboot itself failed, as of `docker run` and `env`. Every other status is the code's.
 pub(crate) const OWN_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {

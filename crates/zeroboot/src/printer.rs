@@ -22,7 +22,7 @@ pub(crate) fn line(text: impl Display) -> io::Result<()> {
     stdout(format!("{text}\n").as_bytes())
 }
 
-/// A line on standard error. Where that is closed, nobody wanted to know.
+/// A line on standard error. If that is closed, the line is dropped.
 pub(crate) fn note(text: impl Display) {
     let _closed = stderr(format!("{text}\n").as_bytes());
 }

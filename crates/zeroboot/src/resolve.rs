@@ -87,7 +87,7 @@ pub(crate) struct KvmFinding {
     pub(crate) mend: Option<String>,
 }
 
-/// Looks at /dev/kvm by using it: some milliseconds.
+/// Tests /dev/kvm by using it. That takes some milliseconds.
 pub(crate) fn kvm_finding() -> KvmFinding {
     let probe = zeroboot_vm::probe();
     let found = match (&probe, probe.verdict()) {
@@ -129,8 +129,8 @@ pub(crate) fn refuse_process_flags(from: &TemplateArgs) -> anyhow::Result<()> {
     match given.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((flag, _)) => Err(hinted(
-            format!("{flag} is the process engine's, and the VM engine was chosen"),
-            "use --engine process, or build a template with what it shall have (see docs/templates.md)",
+            format!("{flag} works with the process engine only, and this run uses the VM engine"),
+            "use --engine process, or build a template that has it (see docs/templates.md)",
         )),
     }
 }

@@ -335,11 +335,11 @@ async fn json(execution: Execution, template: &str, language: &str) -> anyhow::R
     }
 }
 
-/// As a program that SIGPIPE ends: the reader has seen enough.
+/// Exit status when the reader of the output has closed it: that of a program that SIGPIPE ends.
 const BROKEN_PIPE: u8 = 128 + 13;
 
 fn cannot_write(error: &io::Error) -> anyhow::Error {
-    hinted(format!("cannot write the output: {error}"), "is the disk full?")
+    hinted(format!("cannot write the output: {error}"), "check whether the disk is full")
 }
 
 /// Our standard input, chunk by chunk, from a thread that may block for ever.

@@ -1,4 +1,4 @@
-//! `zeroboot sandbox`: sandboxes that live, on a server.
+//! `zeroboot sandbox`: long-lived sandboxes on a server.
 
 pub(crate) mod args;
 mod client;
@@ -22,7 +22,7 @@ use self::{
 };
 use crate::{hint::hinted, printer};
 
-/// As a program that SIGPIPE ends: the reader has seen enough.
+/// Exit status when the reader of the output has closed it: that of a program that SIGPIPE ends.
 pub(crate) const BROKEN_PIPE: u8 = 128 + 13;
 
 /// Runs it; gives the exit status.

@@ -14,9 +14,9 @@ use crate::{
     printer, resolve,
 };
 
-/// Sandboxes kept ready for each template, unless said otherwise.
+/// Default number of sandboxes kept ready for each template.
 const POOL: usize = 4;
-/// Sandboxes alive at once, unless said otherwise.
+/// Default maximum of sandboxes alive at once.
 const MAX_LIVE: usize = 1000;
 /// Descriptors that this process has open for each sandbox: its socket and its pidfd; while it is asked for, both ends of
 /// the socket and `cgroup.procs`.
@@ -106,7 +106,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
         resolve::refuse_process_flags(&args.from)?;
     }
     if section.max_live == Some(0) {
-        return Err(hinted("[engine] max_live is zero: nothing could run", "give at least 1"));
+        return Err(hinted("[engine] max_live is zero, so no code could run", "give at least 1"));
     }
     let pool = args.pool.or(section.pool).unwrap_or(POOL);
     let templates = if file.template.is_empty() {
@@ -124,7 +124,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
         section.max_memory_mb.map_or_else(|| resolve::total_memory() / 4 * 3, |mb| mb.saturating_mul(MIB)),
     )?;
     if section.max_sandboxes == Some(0) {
-        return Err(hinted("[engine] max_sandboxes is zero: no sandbox could live", "give at least 1"));
+        return Err(hinted("[engine] max_sandboxes is zero, so no sandbox could be made", "give at least 1"));
     }
     let bounds = &mut config.sandboxes;
     bounds.most = args.max_sandboxes.map(|count| count as usize).or(section.max_sandboxes).unwrap_or(bounds.most);
@@ -135,7 +135,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
 }
 
 /// The server's limits and the engine's memory must go together: else every request that names no memory, and every
-/// canary, would be refused. A small host that nobody configured gets a smaller default.
+/// canary, would be refused. A small host without configuration gets a smaller default.
 fn fit_memory(limits: &mut RequestLimits, file: &FileConfig, most: u64) -> anyhow::Result<()> {
     if limits.default_memory <= most {
         return Ok(());
@@ -150,7 +150,7 @@ fn fit_memory(limits: &mut RequestLimits, file: &FileConfig, most: u64) -> anyho
     }
     Err(hinted(
         format!(
-            "a sandbox has {} MiB by default, and all of them together may have {} MiB",
+            "a sandbox has {} MiB by default, but all sandboxes together may have only {} MiB",
             limits.default_memory / MIB,
             most / MIB
         ),
@@ -265,7 +265,7 @@ fn template(
                 let template = resolve::vm_template(store, name, pool)?;
                 if section.language.is_some() && runtime()?.name() != template.language {
                     let text = format!("template {name}: its language is {}", template.language);
-                    return Err(hinted(text, "leave language out: the template says it"));
+                    return Err(hinted(text, "leave language out; the template has one"));
                 }
                 template
             }
@@ -348,7 +348,7 @@ mod tests {
             |store| template(EngineChoice::Vm, &section("name = \"mine\""), &from(), store, 1).unwrap_err().to_string();
         assert!(find(Some(folder.path())).contains("template mine is not complete"));
         let other = tempfile::tempdir().unwrap();
-        assert!(find(Some(other.path())).contains("no template is called mine"));
+        assert!(find(Some(other.path())).contains("there is no template mine"));
     }
 
     #[test]

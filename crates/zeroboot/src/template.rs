@@ -20,7 +20,7 @@ use crate::{
     printer,
 };
 
-/// How long a guest may take from its first instruction until it is warm. (An emulated host is slow.)
+/// Longest time from a guest's first instruction until it is warm. (An emulated host is slow.)
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
 pub(crate) fn run(command: TemplateCommand) -> anyhow::Result<u8> {
@@ -55,7 +55,7 @@ pub(crate) fn run(command: TemplateCommand) -> anyhow::Result<u8> {
 }
 
 fn store() -> anyhow::Result<Store> {
-    Store::of_user().ok_or_else(|| hinted("there is no place for templates", "set ZEROBOOT_HOME to a directory"))
+    Store::of_user().ok_or_else(|| hinted("cannot find a directory for templates", "set ZEROBOOT_HOME to a directory"))
 }
 
 fn refused(error: StoreError) -> anyhow::Error {
@@ -94,10 +94,7 @@ fn recipe(args: &AssembleArgs) -> anyhow::Result<Recipe> {
         }
         None => Recipe::embedded(&args.name).ok_or_else(|| {
             let names = Recipe::embedded_names().collect::<Vec<_>>().join(", ");
-            hinted(
-                format!("no recipe is called {:?}", args.name),
-                format!("take one of {names}, or give --recipe FILE"),
-            )
+            hinted(format!("there is no recipe {:?}", args.name), format!("take one of {names}, or give --recipe FILE"))
         }),
     }
 }
@@ -120,7 +117,7 @@ fn sources(args: &AssembleArgs) -> Sources {
 
 fn assembled(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Assembled> {
     let cache = paths::cache_dir()
-        .ok_or_else(|| hinted("there is no place for a cache", "set XDG_CACHE_HOME or HOME to a directory"))?;
+        .ok_or_else(|| hinted("cannot find a directory for the cache", "set XDG_CACHE_HOME or HOME to a directory"))?;
     let made =
         assemble(recipe, sources, ASSETS.agent, runner(recipe.runtime), &cache, &mut |progress| match progress {
             Progress::Step(text) => printer::note(format_args!("template {}: {text}", recipe.name)),

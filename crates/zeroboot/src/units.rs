@@ -13,7 +13,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         "h" => 3600.0,
         _ => return Err(format!("unknown unit {unit:?}; use ms, s, m or h")),
     };
-    let number: f64 = number.parse().map_err(|_| "not a time; write it like 500ms, 2s or 1.5m".to_owned())?;
+    let number: f64 = number.parse().map_err(|_| "this is not a time; write it like 500ms, 2s or 1.5m".to_owned())?;
     let seconds = number * factor;
     if seconds.is_nan() || seconds <= 0.0 {
         return Err("the time must be above zero".into());
@@ -35,7 +35,7 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         "g" => 1 << 30,
         _ => return Err(format!("unknown unit {unit:?}; use K, M or G")),
     };
-    let number: u64 = number.parse().map_err(|_| "not a size; write it like 512M or 2G".to_owned())?;
+    let number: u64 = number.parse().map_err(|_| "this is not a size; write it like 512M or 2G".to_owned())?;
     match number.checked_mul(factor) {
         None | Some(0) => Err("the size must be above zero and below 16 EiB".into()),
         Some(bytes) => Ok(bytes),
@@ -47,7 +47,7 @@ pub(crate) fn memory(text: &str) -> Result<u64, String> {
     match size(text)? {
         bytes if bytes >= LEAST_MEMORY => Ok(bytes),
         bytes if split(text).1.is_empty() => Err(format!("{bytes} bytes is too little; did you mean {bytes}M?")),
-        _ => Err(format!("too little for a language runtime; give at least {}M", LEAST_MEMORY >> 20)),
+        _ => Err(format!("this is too little for a language runtime; give at least {}M", LEAST_MEMORY >> 20)),
     }
 }
 

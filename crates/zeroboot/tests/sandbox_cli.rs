@@ -139,7 +139,7 @@ fn without_a_server_the_error_says_how_to_start_one() {
     for address in ["127.0.0.1:8080", "ftp://host", "http://", "http://a b"] {
         cli(&["list", "--base-url", address]).go().refused("is no address of a server");
     }
-    cli(&["list"]).env("ZEROBOOT_API_KEY", "a\u{7f}b").go().refused("has characters that no key has");
+    cli(&["list"]).env("ZEROBOOT_API_KEY", "a\u{7f}b").go().refused("has characters that a key cannot have");
     for wrong in
         [&["cp", "a"][..], &["run", "ID"], &["exec", "ID"], &["exec", "ID", "ls"], &["rm"], &["extend", "ID", "0"]]
     {
@@ -464,7 +464,7 @@ fn sandboxes_are_listed_shown_extended_and_ended() {
 
     let short = served.sandbox(["create", "--timeout", "500ms"]).go().good().trim().to_owned();
     std::thread::sleep(Duration::from_secs(1));
-    served.sandbox(["run", &short, "-c", "1"]).go().refused("The sandbox's lease is over").says("create --timeout");
+    served.sandbox(["run", &short, "-c", "1"]).go().refused("The sandbox's lease has ended").says("create --timeout");
 }
 
 #[test]
@@ -500,7 +500,7 @@ fn a_server_is_reached_over_tls_and_over_a_socket_of_the_file_system() {
     ends(&served.sandbox(["run", id, "-c", "6 * 7"]).go(), 0, "42\n", "");
     ends(&served.sandbox(["exec", id, "--", "cat"]).stdin("over TLS").go(), 0, "over TLS", "");
     let distrusting = served.sandbox(["list"]).env("SSL_CERT_FILE", &other).go();
-    distrusting.refused("no TLS with https://localhost").says("SSL_CERT_FILE");
+    distrusting.refused("cannot make a TLS connection to https://localhost").says("SSL_CERT_FILE");
 
     let served = Served::with(false, &["--listen", &format!("unix:{socket}")]);
     let id = &served.create();

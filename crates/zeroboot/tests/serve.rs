@@ -85,7 +85,7 @@ fn settings_that_do_not_go_together_are_refused_with_what_to_do() {
     for (config, text, hint) in [
         (
             "[engine]\nkind = \"process\"\nmax_memory_mb = 256",
-            "a sandbox has 512 MiB by default, and all of them together may have 256 MiB",
+            "a sandbox has 512 MiB by default, but all sandboxes together may have only 256 MiB",
             "lower default_memory_mb in [limits]",
         ),
         ("[engine]\nkind = \"process\"\nmax_live = 0", "max_live is zero", "give at least 1"),

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent / "src" / "zeroboot"
-HEAD = '''"""`LiveSandbox`: a sandbox that lives.
+HEAD = '''"""`LiveSandbox`: a long-lived sandbox.
 
 Made from `_live_async.py` by `tools/sync.py`.
 """

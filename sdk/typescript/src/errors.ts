@@ -8,7 +8,7 @@ export interface ErrorFacts {
   reason?: string | undefined;
   /** The HTTP status. */
   status?: number | undefined;
-  /** What to quote to whoever runs the server. */
+  /** The id of the request, which the server's log also has. */
   requestId?: string | undefined;
   /** Seconds, from the Retry-After header. */
   retryAfter?: number | undefined;
@@ -59,7 +59,7 @@ export class BadRequestError extends ZerobootError {
   override name = "BadRequestError";
 }
 
-/** The server could not do its part (5xx), or answered with what is not an answer. */
+/** The server failed (5xx), or its answer is not valid. */
 export class ServerError extends ZerobootError {
   override name = "ServerError";
 }
@@ -69,12 +69,12 @@ export class ConnectionError extends ZerobootError {
   override name = "ConnectionError";
 }
 
-/** This client gave up waiting. (An exec that passed its own deadline is a `Result`.) */
+/** This client stopped waiting. (An exec that passed its own timeout is a `Result`.) */
 export class TimeoutError extends ZerobootError {
   override name = "TimeoutError";
 }
 
-/** Thrown by `result.check()` when the code did not end well. */
+/** Thrown by `result.check()` if the result is not `ok`. */
 export class ExecutionError extends ZerobootError {
   override name = "ExecutionError";
   readonly result: Result;
@@ -120,7 +120,7 @@ export class SandboxGone extends BadRequestError {
   }
 }
 
-/** The key has as many live sandboxes as it may have. */
+/** The key already has its maximum of long-lived sandboxes. */
 export class TooManySandboxes extends RateLimitError {
   override name = "TooManySandboxes";
 }
@@ -130,7 +130,7 @@ export class ContextNotFound extends BadRequestError {
   override name = "ContextNotFound";
 }
 
-/** The sandbox has a context of this name already. */
+/** The sandbox already has a context of this name. */
 export class ContextExists extends BadRequestError {
   override name = "ContextExists";
 }
@@ -155,17 +155,17 @@ export class FileNotFound extends BadRequestError {
   override name = "FileNotFound";
 }
 
-/** The name is taken. */
+/** A file of this name exists. */
 export class FileExists extends BadRequestError {
   override name = "FileExists";
 }
 
-/** The code in the sandbox may not do that either. */
+/** Not allowed; the code in the sandbox may not do it either. */
 export class NotAllowed extends BadRequestError {
   override name = "NotAllowed";
 }
 
-/** It is a directory, or is not one, or is not a regular file. */
+/** A directory where a file is needed, or the reverse, or not a regular file. */
 export class WrongKind extends BadRequestError {
   override name = "WrongKind";
 }
@@ -175,7 +175,7 @@ export class NotEmpty extends BadRequestError {
   override name = "NotEmpty";
 }
 
-/** The sandbox has no room: disk, processes, memory, descriptors, contexts. */
+/** The sandbox has no room left: disk, processes, memory, descriptors, contexts. */
 export class NoRoom extends BadRequestError {
   override name = "NoRoom";
 }

@@ -1,4 +1,4 @@
-// What a sandbox that lives says. Fields of the API keep the names that they have there; the lists at
+// Answers about a long-lived sandbox. Fields of the API keep the names that they have there; the lists at
 // the end are held against `openapi/zeroboot.json` by `test/openapi.test.ts`.
 
 import { CellFailed, CommandFailed, ServerError } from "./errors.js";

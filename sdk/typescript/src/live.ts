@@ -21,29 +21,29 @@ import type { Data } from "./wire.js";
 /** A program with its arguments, or a line for the shell. */
 export type CommandLine = string | readonly string[];
 
-/** What a file is written from: its content, or pieces as they come. */
+/** The source of a file: its content, or pieces of it. */
 export type FileSource = Data | Blob | ReadableStream<Uint8Array> | AsyncIterable<Uint8Array>;
 
 export interface CellOptions {
-  /** Which context; "default" if nothing is said. */
+  /** The context. Default: "default". */
   context?: string | Context | undefined;
   /** Seconds after which the cell is interrupted. */
   timeout?: number | undefined;
   /** Aborting it stops the waiting. The cell goes on: `contexts.interrupt()` stops it. */
   signal?: AbortSignal | undefined;
-  /** How many seconds this client waits, in place of `timeout` and the grace. */
+  /** How many seconds this client waits, instead of `timeout` and the grace. */
   requestTimeout?: number | undefined;
 }
 
 export interface CellRunOptions extends CellOptions {
-  /** Called with what comes as it comes. It is in the result all the same. */
+  /** Called with the output as it comes. The result has it, too. */
   onStdout?: ((text: string) => unknown) | undefined;
   onStderr?: ((text: string) => unknown) | undefined;
   onResult?: ((result: RichResult) => unknown) | undefined;
 }
 
 export interface CommandOptions {
-  /** Where it runs; the home directory if nothing is said. */
+  /** The working directory. Default: the home directory. */
   cwd?: string | undefined;
   env?: Record<string, string> | undefined;
   stdin?: Data | undefined;
@@ -65,14 +65,14 @@ export interface CommandRunOptions extends CommandStreamOptions {
 export interface StartOptions extends CommandOptions {
   /** `write()` and `closeStdin()` come later. */
   keepStdinOpen?: boolean | undefined;
-  /** On a terminal of this size instead of pipes. */
+  /** Runs it on a terminal of this size instead of pipes. */
   terminal?: { columns: number; rows: number } | undefined;
-  /** A word of yours, for the list. */
+  /** Your own label, for the list. */
   tag?: string | undefined;
 }
 
 export interface WaitOptions {
-  /** Seconds after which this client gives up; the program goes on. */
+  /** Seconds after which this client stops waiting; the program goes on. */
   timeout?: number | undefined;
   signal?: AbortSignal | undefined;
 }
@@ -86,7 +86,7 @@ export interface TerminalOptions {
 
 const SSE = "text/event-stream";
 const BYTES = "application/octet-stream";
-/** The server says something every 15 s, so a minute of silence is a dead connection. */
+/** The server sends something every 15 s, so a minute of silence means a dead connection. */
 const SILENCE = 60;
 /** Node's fetch gives up on an answer after 300 s without a byte: what may take longer is streamed. */
 const LONG_SECONDS = 240;
@@ -101,7 +101,7 @@ interface Inside {
 }
 
 /**
- * A sandbox that lives: many runs, commands, files and terminals, until its lease ends. Made by
+ * A long-lived sandbox: many runs, commands, files and terminals, until its lease ends. Made by
  * `Sandbox.create()` and `Sandbox.connect()`. `await using` ends one that was created.
  */
 export class LiveSandbox {
@@ -188,7 +188,7 @@ export class LiveSandbox {
     return this.info;
   }
 
-  /** Lets its lease end `timeout` seconds from now. */
+  /** Sets its lease to `timeout` seconds from now. */
   async extend(timeout: number): Promise<SandboxInfo> {
     const answer = await say(this.#in, "POST", ["extend"], { body: { timeout_seconds: timeout } });
     this.info = sandboxOf(answer.json());
@@ -229,7 +229,7 @@ interface CellBody {
   timeout_seconds: number;
 }
 
-/** Things as they come. Iterate once. Leaving the loop, or `close()`, stops the listening. */
+/** Items of a stream. Iterate once. Leaving the loop, or `close()`, stops it. */
 export class LiveStream<T> implements AsyncIterableIterator<T> {
   readonly #items: AsyncGenerator<T, void>;
 
@@ -280,7 +280,7 @@ export class RunStream<E extends { type: string }, R> extends LiveStream<E> {
   }
 }
 
-/** The named interpreters of a sandbox. The one called `default` is there from the start. */
+/** The named interpreters of a sandbox. `default` exists from the start. */
 export class Contexts {
   readonly #in: Inside;
 
@@ -289,7 +289,7 @@ export class Contexts {
     this.#in = inside;
   }
 
-  /** A new interpreter. Without a name the server gives one. */
+  /** Starts an interpreter. Without a name the server chooses one. */
   async create(name?: string, options: { cwd?: string } = {}): Promise<Context> {
     const answer = await say(this.#in, "POST", ["contexts"], { body: { name, ...options } });
     return checked<Context>(answer.json(), "name");
@@ -300,12 +300,12 @@ export class Contexts {
     return entriesOf<Context>(answer.json(), "contexts");
   }
 
-  /** Interrupts the cell that runs: `KeyboardInterrupt` in Python. The state stays. */
+  /** Interrupts the cell that runs: `KeyboardInterrupt` in Python. The context keeps its state. */
   async interrupt(context: string | Context = "default"): Promise<void> {
     await say(this.#in, "POST", ["contexts", nameOf(context), "interrupt"]);
   }
 
-  /** A new interpreter in the place of this one. What it ran is over, its state is gone. */
+  /** Replaces the interpreter by a new one. Its cell ends and its state is lost. */
   async restart(context: string | Context = "default"): Promise<Context> {
     const answer = await say(this.#in, "POST", ["contexts", nameOf(context), "restart"]);
     return checked<Context>(answer.json(), "name");
@@ -377,13 +377,13 @@ export class Commands {
     return new Command(this.#in, checked<CommandInfo>(answer.json(), "id"));
   }
 
-  /** The programs that run, and some that have ended. */
+  /** Lists the programs that run, and some that have ended. */
   async list(): Promise<CommandInfo[]> {
     const answer = await say(this.#in, "GET", ["commands"]);
     return entriesOf<CommandInfo>(answer.json(), "commands");
   }
 
-  /** A program that was started before, perhaps by another client. */
+  /** Connects to a program that was started before, perhaps by another client. */
   async connect(id: string): Promise<Command> {
     const answer = await say(this.#in, "GET", ["commands", id]);
     return new Command(this.#in, checked<CommandInfo>(answer.json(), "id"));
@@ -428,7 +428,7 @@ export class Command {
     return new RunStream(this.#output(offset, options));
   }
 
-  /** Its end, with all its output that the server still has. */
+  /** Waits for its end. The result has all its output that the server still has. */
   async wait(
     options: WaitOptions & Pick<CommandRunOptions, "onStdout" | "onStderr"> = {},
   ): Promise<CommandResult> {
@@ -443,12 +443,12 @@ export class Command {
     return this.info;
   }
 
-  /** Bytes for its standard input, or its terminal. */
+  /** Writes bytes to its standard input, or its terminal. */
   async write(data: Data): Promise<void> {
     await this.#stdin(typeof data === "string" ? utf8(data) : data, undefined);
   }
 
-  /** The end of its standard input. */
+  /** Closes its standard input. */
   async closeStdin(): Promise<void> {
     await this.#stdin(new Uint8Array(), true);
   }
@@ -458,17 +458,17 @@ export class Command {
     await say(this.#in, "POST", ["commands", this.id, "signal"], { body: signalBody(signal) });
   }
 
-  /** Ends it and its children now. One that has ended is forgotten by the server. */
+  /** Kills it and its children. The server forgets a command that has ended. */
   async kill(): Promise<void> {
     await say(this.#in, "DELETE", ["commands", this.id]);
   }
 
-  /** The new size of its terminal. */
+  /** Sets the size of its terminal. */
   async resize(columns: number, rows: number): Promise<void> {
     await say(this.#in, "POST", ["commands", this.id, "resize"], { body: { columns, rows } });
   }
 
-  /** Its terminal, from byte `offset` of its output on. Closing it leaves the program alone. */
+  /** Opens its terminal, from byte `offset` of its output on. Closing it does not end the program. */
   async terminal(offset = 0, options: { signal?: AbortSignal } = {}): Promise<Terminal> {
     const path = pathOf(this.#in, ["commands", this.id, "terminal"], { offset });
     return openTerminal(this.#in, path, undefined, options.signal);
@@ -525,7 +525,7 @@ export class Files {
     this.#in = inside;
   }
 
-  /** The content of a file, or `length` bytes of it from `offset`. */
+  /** Reads a file, or `length` bytes of it from `offset`. */
   async read(path: string, options: { offset?: number; length?: number } = {}): Promise<Uint8Array> {
     const pieces: Uint8Array[] = [];
     for await (const piece of this.stream(path, options)) pieces.push(piece);
@@ -537,7 +537,7 @@ export class Files {
     return lossy(await this.read(path));
   }
 
-  /** The content of a file, piece by piece: for those that are larger than memory. */
+  /** Reads a file piece by piece: for files that are larger than memory. */
   stream(
     path: string,
     options: { offset?: number; length?: number } = {},
@@ -570,13 +570,13 @@ export class Files {
     return entryOf(answer.json());
   }
 
-  /** What is in a directory; with `depth` 2 also what is in its directories, and so on. */
+  /** Lists a directory; with `depth` 2 also its directories, and so on. */
   async list(path = ".", options: { depth?: number } = {}): Promise<Entry[]> {
     const answer = await this.#ask("GET", ["list"], { path, depth: options.depth ?? 1 });
     return entriesOf<Entry>(answer.json(), "entries");
   }
 
-  /** What stands under a name; a link itself, if it is one. */
+  /** Describes a file; of a link, the link itself. */
   async stat(path: string): Promise<Entry> {
     return entryOf((await this.#ask("GET", ["stat"], { path })).json());
   }
@@ -591,17 +591,17 @@ export class Files {
     }
   }
 
-  /** Makes a directory and its parents. It may be there. */
+  /** Makes a directory and its parents. It may exist. */
   async mkdir(path: string): Promise<Entry> {
     return entryOf((await this.#ask("POST", ["mkdir"], {}, { path })).json());
   }
 
-  /** Gives a file or a directory another name. A file of that name is replaced. */
+  /** Moves a file or a directory. A file at the new path is replaced. */
   async move(from: string, to: string): Promise<Entry> {
     return entryOf((await this.#ask("POST", ["move"], {}, { from, to })).json());
   }
 
-  /** Removes a file, or a directory; with `recursive` with all that is in it. */
+  /** Removes a file or a directory; with `recursive` also everything in it. */
   async remove(path: string, options: { recursive?: boolean } = {}): Promise<void> {
     await this.#ask("DELETE", [], { path, recursive: options.recursive === true || undefined });
   }
@@ -612,7 +612,7 @@ export class Files {
     return entryOf((await this.#ask("POST", ["chmod"], {}, body)).json());
   }
 
-  /** What changes in a directory from now on. Leave the loop, or close it, to stop. */
+  /** Watches a directory for changes. Leave the loop, or close it, to stop. */
   async watch(
     path = ".",
     options: { recursive?: boolean; signal?: AbortSignal } = {},

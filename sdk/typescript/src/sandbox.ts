@@ -23,9 +23,9 @@ export interface SandboxOptions {
   apiKey?: string | undefined;
   /** Default: the environment's ZEROBOOT_BASE_URL, else a server on this machine. */
   baseUrl?: string | undefined;
-  /** Default wall-clock limit of an exec, in seconds. */
+  /** Default timeout of an exec, in seconds. */
   timeout?: number;
-  /** How many seconds longer than the exec may take this client waits. */
+  /** How many seconds longer than the exec's timeout this client waits. */
   grace?: number;
   maxRetries?: number;
   /** Another `fetch`, for proxies, special certificates, tests. */
@@ -34,33 +34,33 @@ export interface SandboxOptions {
   webSocket?: WebSocketMaker;
 }
 
-/** What to make, and for whom. */
+/** Options of a new long-lived sandbox. */
 export interface CreateOptions {
-  /** "node" if nothing is said, as for `run`. */
+  /** Default: "node", as for `run`. */
   language?: Language | undefined;
   /** A template by name. Excludes `language`. */
   template?: string | undefined;
-  /** Seconds that it lives, unless its lease is extended. */
+  /** Its lease in seconds. It can be extended. */
   timeout?: number | undefined;
-  /** It also ends when nothing was asked of it for so many seconds. */
+  /** It also ends when it was idle for this many seconds. */
   idleTimeout?: number | undefined;
   /** Environment variables of everything in it. */
   env?: Record<string, string> | undefined;
-  /** Words of yours, for the list. */
+  /** Your own labels, for the list. */
   metadata?: Record<string, string> | undefined;
   /** Spelled as the API spells them. */
   limits?: { memory_mb?: number; processes?: number } | undefined;
-  /** Its key, address and `fetch` are used. A new one if nothing is said. */
+  /** The client whose key, address and `fetch` are used. Default: a new one. */
   client?: Sandbox | undefined;
   signal?: AbortSignal | undefined;
 }
 
 export interface StreamOptions {
-  /** "node" if nothing is said: this SDK is written for people who write JavaScript. */
+  /** Default: "node", because users of this SDK write JavaScript. */
   language?: Language | undefined;
   /** A template by name. Excludes `language`. */
   template?: string | undefined;
-  /** Wall-clock limit of the exec, in seconds. */
+  /** Timeout of the exec, in seconds. */
   timeout?: number | undefined;
   stdin?: Data | undefined;
   env?: Record<string, string> | undefined;
@@ -72,17 +72,17 @@ export interface StreamOptions {
   limits?: Limits | undefined;
   /** Aborting it ends the sandbox. */
   signal?: AbortSignal | undefined;
-  /** How many seconds this client waits, in place of `timeout` and the grace. */
+  /** How many seconds this client waits, instead of `timeout` and the grace. */
   requestTimeout?: number | undefined;
 }
 
 export interface RunOptions extends StreamOptions {
-  /** Called with the output as it comes. It is in the result all the same. */
+  /** Called with the output as it comes. The result has it, too. */
   onStdout?: ((text: string) => unknown) | undefined;
   onStderr?: ((text: string) => unknown) | undefined;
 }
 
-/** One exec of a batch. What is left out is taken from the batch's own options. */
+/** One exec of a batch. Missing fields are taken from the options of the batch. */
 export interface Exec
   extends Omit<StreamOptions, "signal" | "requestTimeout"> {
   code: string;
@@ -99,11 +99,11 @@ export interface BatchOptions {
 export interface Health extends HealthAnswer {
   /** Whether all is well. */
   ok: boolean;
-  /** Whether something can run: `ok` or `degraded`. */
+  /** Whether code can be run: `ok` or `degraded`. */
   ready: boolean;
 }
 
-/** A client of a Zeroboot server. Every `run` gets a sandbox of its own, gone with the answer. */
+/** A client of a Zeroboot server. Every `run` uses a new sandbox, which ends with the answer. */
 export class Sandbox {
   readonly #transport: Transport;
   readonly #timeout: number;
@@ -121,7 +121,7 @@ export class Sandbox {
     const key = (options.apiKey ?? environment("ZEROBOOT_API_KEY") ?? "").trim();
     if (!/^[\x21-\x7e]*$/.test(key)) {
       // Said here, without the key: fetch would put it into its message.
-      throw new TypeError("the API key has characters that no key has");
+      throw new TypeError("the API key has characters that a key cannot have");
     }
     const baseUrl = (options.baseUrl || environment("ZEROBOOT_BASE_URL") || DEFAULT_BASE_URL)
       .trim()
@@ -148,7 +148,7 @@ export class Sandbox {
     this.#grace = options.grace ?? 15;
   }
 
-  /** Takes a sandbox that lives until its lease ends, or `kill()`, or the end of its `await using`. */
+  /** Makes a sandbox that lives until its lease ends, `kill()`, or the end of its `await using`. */
   static async create(options: CreateOptions = {}): Promise<LiveSandbox> {
     const { client = new Sandbox(), language, template, timeout = 300, idleTimeout } = options;
     const answer = await ask(client.#transport, {
@@ -170,7 +170,7 @@ export class Sandbox {
     return client.#live(answer, true);
   }
 
-  /** A sandbox that lives already. The end of its `await using` does not end it. */
+  /** Connects to an existing sandbox. The end of its `await using` does not end it. */
   static async connect(
     id: string,
     options: { client?: Sandbox; signal?: AbortSignal } = {},
@@ -179,7 +179,7 @@ export class Sandbox {
     return client.#live(await client.#get(`/v1/sandboxes/${encodeURIComponent(id)}`, signal), false);
   }
 
-  /** The live sandboxes of this key; with `metadata`, those that have all of it. */
+  /** Lists the sandboxes of this key; with `metadata`, those that have all of it. */
   static async list(
     options: { metadata?: Record<string, string>; client?: Sandbox; signal?: AbortSignal } = {},
   ): Promise<SandboxInfo[]> {
@@ -300,7 +300,7 @@ export class Sandbox {
     return results;
   }
 
-  /** What the server says about itself. Throws only if it cannot be asked. */
+  /** Asks for the server's health. Throws only if the server cannot be asked. */
   async health(options: { signal?: AbortSignal } = {}): Promise<Health> {
     const answer = await ask(this.#transport, {
       method: "GET",

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{Isolation, worker::Worker};
 
-/// Bytes read at once: few while little comes, many while much does.
+/// Bytes of one read: few while little comes, many while much comes.
 const SMALL_READ: usize = 4 * 1024;
 const LARGE_READ: usize = 256 * 1024;
 

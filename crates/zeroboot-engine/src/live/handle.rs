@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{SandboxLimits, run::RunError, state::State};
 use crate::Isolation;
 
-/// Bytes of frames that may wait for the sandbox to read, before more are made of input.
+/// Most bytes of frames that wait until the sandbox reads them. Above it no more input becomes frames.
 const MOST_OUTGOING: usize = 1024 * 1024;
 
 /// A channel, and which use of it.

@@ -39,9 +39,9 @@ pub enum Item {
     Lost(u64),
 }
 
-/// Memory that an item takes beside its bytes, about.
+/// Memory that an item takes beside its bytes (about).
 const EACH: usize = 96;
-/// Pieces of one stream are put together up to this size.
+/// Size up to which pieces of one stream are joined.
 const PIECE: usize = 4096;
 
 impl Item {

@@ -1,4 +1,4 @@
-//! The sandboxes that live, and for a while those that have ended: their owners may ask why.
+//! The long-lived sandboxes, and for a while those that have ended: their owners may ask why.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -82,7 +82,7 @@ impl Registry {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The right to one more sandbox. Nobody waits for one: those that live can do so for hours.
+    /// The right to one more sandbox. A caller never waits for it: sandboxes can live for hours.
     pub(crate) fn admit(
         self: &Arc<Self>,
         spec: &SandboxSpec,

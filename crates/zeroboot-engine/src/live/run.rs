@@ -33,7 +33,7 @@ pub enum RunSpec {
         context: String,
         /// The code.
         code: Bytes,
-        /// Wall time; `None`: as long as the sandbox lives.
+        /// Timeout; `None`: as long as the sandbox lives.
         timeout: Option<Duration>,
     },
     /// A program.
@@ -48,7 +48,7 @@ pub enum RunSpec {
         terminal: Option<Size>,
         /// Standard input follows; else it is at its end. A terminal has one anyway.
         stdin: bool,
-        /// Wall time; `None`: as long as the sandbox lives.
+        /// Timeout; `None`: as long as the sandbox lives.
         timeout: Option<Duration>,
         /// The caller's own word for it.
         tag: Option<String>,
@@ -118,7 +118,7 @@ pub enum RunError {
     #[error("{1}")]
     Refused(Refusal, String),
     /// As many runs and file operations are under way as a sandbox may have.
-    #[error("the sandbox has {0} runs and file operations under way, which is as many as it may have")]
+    #[error("the sandbox already has its maximum of {0} runs and file operations")]
     TooMany(usize),
     /// The run has ended.
     #[error("the run has ended")]
@@ -161,7 +161,7 @@ pub enum RunKind {
 pub struct RunEnd {
     /// How.
     pub how: RunHow,
-    /// Wall time, by the sandbox's clock.
+    /// Duration, by the sandbox's clock.
     pub wall: Duration,
     /// A cell's interpreter is gone, and with it its state.
     pub context_lost: bool,
@@ -309,12 +309,12 @@ impl Run {
         self.tell(|state, id| state.resize(id, size))
     }
 
-    /// Kills it: nobody waits for it any more. Its end still comes.
+    /// Kills it, because no caller waits for it any more. Its end still comes.
     pub fn close(&self) -> Result<(), RunError> {
         self.tell(State::close_run)
     }
 
-    /// Lets its sandbox forget it, once it has ended and nobody reads it.
+    /// Lets its sandbox forget it once it has ended and has no reader.
     pub fn forget(&self) {
         self.handle.state().forget(self.id);
     }

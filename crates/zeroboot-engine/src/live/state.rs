@@ -36,9 +36,9 @@ const MAX_PARTS: usize = 64;
 const MAX_REPLIES: usize = 64 * 1024 * 1024;
 /// Ended runs that a sandbox remembers.
 const REMEMBERED: usize = 256;
-/// Channels that runs and streams leave for short operations: an interrupt must find one.
+/// Channels that are kept free for short operations: an interrupt must find one.
 const SPARE: usize = 32;
-/// Held bytes are counted in steps of this, so that the budget of all sandboxes is not asked for each line.
+/// Step in which held bytes are counted, so that the budget of all sandboxes is not asked for each line.
 const STEP: usize = 64 * 1024;
 
 /// What a channel sent was none of what it may send: the sandbox has ended.
@@ -138,12 +138,12 @@ impl RunState {
         }
     }
 
-    /// Where the slowest reader is; the end, if nobody reads.
+    /// The position of the slowest reader; the end, if the run has no reader.
     fn read_up_to(&self) -> Place {
         self.readers.values().copied().min_by_key(|place| place.offset).unwrap_or_else(|| self.log.end())
     }
 
-    /// Bytes that were passed on. Results that nobody took yet hold the next ones up.
+    /// Bytes that were passed on. Results that no reader has taken yet hold up the next ones.
     fn consumed(&self) -> u64 {
         let read = self.read_up_to();
         let unread = self.log.end().shown.saturating_sub(read.shown);
@@ -406,7 +406,7 @@ impl State {
         Ok(())
     }
 
-    /// Nobody waits for this channel any more.
+    /// This channel has no reader any more.
     pub(crate) fn close(&mut self, key: ChannelKey) {
         let Some(channel) = self.channel(key) else { return };
         if let Use::Op(events) = &mut channel.what {
@@ -449,7 +449,7 @@ impl State {
         (live, self.channels.len(), self.begun)
     }
 
-    /// Lets a run be forgotten that has ended and that nobody reads.
+    /// Forgets a run that has ended and has no reader.
     pub(crate) fn forget(&mut self, id: Uuid) {
         if self.runs.get(&id).is_some_and(|run| run.end.is_some() && run.readers.is_empty()) {
             self.runs.remove(&id);

@@ -20,7 +20,7 @@ use zeroboot_proto::live::{How, Refusal, Size};
 use crate::place::Place;
 use crate::sys::{self, Setup};
 
-/// What a terminal that has no more to say at its program's end may still hold.
+/// Most bytes that a terminal can still hold when its program ends.
 const TERMINAL_HOLDS: usize = 64 * 1024;
 /// Ctrl-D: the end of input on a terminal.
 const END_OF_INPUT: u8 = 4;

@@ -18,9 +18,9 @@ use zeroboot_proto::{Decoder, Identity, Kind, MAX_PAYLOAD, Message, encode};
 use crate::runner::Runner;
 use crate::sys;
 
-/// How long a cell may take to stop once it was interrupted.
+/// Longest time from an interrupt to the end of the cell.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
-/// How long an interpreter may take to start.
+/// Longest start of an interpreter.
 pub(super) const START: Duration = Duration::from_secs(60);
 
 /// What a context does.

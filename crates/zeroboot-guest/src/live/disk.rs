@@ -15,7 +15,7 @@ use zeroboot_proto::live::{Change, ChangeKind, Entry, EntryKind, MAX_ENTRIES, Re
 use crate::place::Place;
 use crate::sys::AsUser;
 
-/// Longest path taken.
+/// Longest path.
 const MAX_PATH: usize = 4096;
 /// Deepest directory that is walked into.
 const MAX_DEPTH: usize = 128;

@@ -8,11 +8,11 @@ use rustix::process::{Pid, Signal};
 
 use crate::processes::Processes;
 
-/// Interval between looks while something happens.
+/// Interval between samples while something runs.
 const TICK: Duration = Duration::from_millis(20);
-/// Longest interval.
+/// Longest interval between samples of an idle sandbox.
 const LONGEST: Duration = Duration::from_millis(1280);
-/// Less CPU time than this between two looks is nothing.
+/// CPU time between two samples below which the sandbox is idle.
 const IDLE_CPU: Duration = Duration::from_millis(1);
 
 pub(super) struct Watchdog {

@@ -23,7 +23,7 @@ async fn ask(sandbox: &Sandbox, op: ContextOp) -> Result<Vec<ContextInfo>, ApiEr
 async fn one(call: &Call, sandbox: &Sandbox, name: &str, status: StatusCode) -> Result<Response, ApiError> {
     let all = ask(sandbox, ContextOp::List).await?;
     let found = all.iter().find(|context| context.name == name);
-    let found = found.ok_or_else(|| ApiError::new("context_not_found", "The context is gone already"))?;
+    let found = found.ok_or_else(|| ApiError::new("context_not_found", "The context has already ended"))?;
     call.json(status, &ContextBodyOut::of(found))
 }
 

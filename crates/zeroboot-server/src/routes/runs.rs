@@ -24,7 +24,7 @@ use crate::{
     sandbox_wire::{CommandBody, Input, RunBody, SignalBody, SizeBody},
 };
 
-/// How long the answer of a command in the background waits for its process.
+/// Longest wait of the answer to a background command for its process.
 const START: Duration = Duration::from_secs(10);
 
 /// Runs a cell.

@@ -19,7 +19,7 @@ use crate::{
     sandbox_wire::{CreateBody, ExtendBody, owner},
 };
 
-/// Sandboxes of one page, at most and unless asked otherwise.
+/// Most sandboxes of one page, and the default.
 const MOST_LISTED: u64 = 1000;
 const LISTED: u64 = 100;
 
@@ -72,7 +72,7 @@ pub(crate) async fn list(call: Call, mut query: InQuery) -> Result<Response, Api
         None => None,
         Some(text) => {
             let id = text.parse::<Uuid>();
-            Some(id.map_err(|_| ApiError::new("invalid_request", "cursor is none that this list gave"))?)
+            Some(id.map_err(|_| ApiError::new("invalid_request", "cursor is not one that this list gave"))?)
         }
     };
     query.end()?;

@@ -94,11 +94,11 @@ pub(crate) struct TemplateBody<'a> {
     canary_age_seconds: f64,
 }
 
-/// What everyone may know of a template that is down. The engine's words name processes and paths of the host.
+/// What everyone may know of a template that is down. The engine's own text names processes and paths of the host.
 const NOT_UP: &str = "it is not up; the server's log says why";
 const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
 
-/// What serving tenants without cgroups means.
+/// The warning of a server that serves tenants without cgroups.
 pub(crate) const NO_CGROUP: &str = "sandboxes have no cgroup: the kernel's memory behind descriptors and mappings is in no limit, so one \
      key's code can take memory from all; see docs/threat-model.md";
 

@@ -45,12 +45,12 @@ use crate::{
     wire::{self, Object},
 };
 
-/// How often a client is asked whether it is there, and how long it may say nothing.
+/// Interval between pings, and the longest silence of a client.
 const PING: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(90);
 /// Most bytes of one message.
 const MOST_MESSAGE: usize = 256 * 1024;
-/// What a shell is, if nothing else is asked for.
+/// The default program of a terminal.
 const SHELL: &str = "command -v bash >/dev/null && exec bash; exec sh";
 
 /// Follows a command that has a terminal.
@@ -129,7 +129,7 @@ impl Handshake {
             (Some(accept), Some(upgrade)) => Ok((Handshake { accept }, upgrade)),
             _ => Err(ApiError::new(
                 "not_a_websocket",
-                "This path is for WebSockets of version 13, over HTTP/1.1: the request does not ask for one",
+                "This path takes WebSocket requests only (version 13, over HTTP/1.1)",
             )),
         }
     }

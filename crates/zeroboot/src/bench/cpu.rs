@@ -14,7 +14,7 @@ use super::{Results, checked, exec::wait_for_pool, start};
 use crate::cli::BenchArgs;
 
 const PRINT: &str = "print(1)";
-/// Execs between two looks at the account. A teardown that one look misses is in the next one.
+/// Execs between two samples of the CPU account. A teardown that one sample misses is in the next one.
 const BATCH: u32 = 5;
 
 /// CPU time of this process and of all below it.

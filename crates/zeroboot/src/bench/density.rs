@@ -14,9 +14,9 @@ use zeroboot_engine::{Engine, Event, ExecRequest, Execution, Outcome, Stdin, Std
 use super::Results;
 use crate::cli::BenchArgs;
 
-/// How many are kept alive, step by step, up to `--alive`.
+/// Numbers of sandboxes alive at once, step by step, up to `--alive`.
 const STEPS: [usize; 4] = [10, 100, 1000, 10_000];
-/// Forks one after the other while that many live.
+/// Forks one after the other while that number is alive.
 const ONE_MORE: usize = 20;
 
 /// What the sandboxes do: say that they live, wait for a number, answer with something that only this number gives.

@@ -27,13 +27,13 @@ use crate::{
 const FORKS: usize = 200;
 /// Forks alive at once.
 const AT_ONCE: usize = 20;
-/// Longest time for the forks of one step; then fewer must do, and the report says how many.
+/// Longest time for the forks of one step. If it passes, the step makes fewer forks, and the report says how many.
 const BUDGET: Duration = Duration::from_secs(12);
 /// Memory of the little template, and how much of it is not zero.
 const LITTLE: (MiB, MiB) = (MiB(16), MiB(4));
 /// Timeout of the runs that never end by themselves.
 const TIMEOUT: Duration = Duration::from_millis(300);
-/// Latest end of such a run after its timeout. The host may be busy; a deadline that does not work has no end.
+/// Latest end of such a run after its timeout. The host may be busy; without a working deadline the run has no end.
 const LATE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Serialize)]
@@ -120,7 +120,7 @@ pub(super) async fn report(from: &TemplateArgs) -> Report {
     for (what, name, runtime) in
         [("python template", "python", Runtime::Python), ("node template", "node", Runtime::Node)]
     {
-        let template = Store::of_user().context("there is no place for templates").map(|store| store.open(name));
+        let template = Store::of_user().context("cannot find a directory for templates").map(|store| store.open(name));
         steps.push(match template {
             _ if !kvm.works => {
                 not_run(what, format!("no Linux guest can run here: {}", kvm.found), kvm.mend.as_deref())
@@ -311,7 +311,7 @@ fn distinct(answers: &[(f64, String, f64)]) -> anyhow::Result<usize> {
     let mut values = 0;
     for (before, text, after) in answers {
         let mut lines = text.lines();
-        let clock: f64 = lines.next().and_then(|line| line.parse().ok()).context("a fork did not tell its time")?;
+        let clock: f64 = lines.next().and_then(|line| line.parse().ok()).context("a fork did not print its time")?;
         // A second for the rounding of a clock and for its setting.
         if clock < before - 1.0 || clock > after + 1.0 {
             bail!("a fork's clock is wrong by {:.1} s", (clock - before).abs().min((clock - after).abs()));

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::{cli::Runtime, units};
 
-/// Which server.
+/// The server to talk to.
 #[derive(Args, Debug)]
 pub(crate) struct ServerArgs {
     /// The server: http://HOST:PORT, https://HOST or unix:PATH. Its key is in ZEROBOOT_API_KEY.
@@ -27,40 +27,40 @@ pub(crate) struct SandboxArgs {
 pub(crate) enum SandboxCommand {
     /// Make a sandbox and print its id.
     Create(CreateArgs),
-    /// Run code in a context of a sandbox, which keeps its state; print the value of the last expression.
+    /// Run code in a context of a sandbox, which keeps its state, and print the value of the last expression.
     ///
-    /// The exit status is 0, 1 for an error that the code did not catch, 124 for a passed timeout, 130 for an interrupt,
-    /// 137 for a context that was lost, 125 for our own failure. Ctrl-C interrupts the code.
+    /// The exit status is 0 for success, 1 for an error that the code did not catch, 124 on timeout, 130 for an interrupt,
+    /// 137 if the context was lost, and 125 if zeroboot itself failed. Ctrl-C interrupts the code.
     Run(RunArgs),
-    /// Run a program in a sandbox. Its exit status is ours: 124 for a passed timeout, 137 for a killed one.
+    /// Run a program in a sandbox and exit with its status, with 124 on timeout, or with 137 if it was killed.
     Exec(ExecArgs),
     /// Open a terminal in a sandbox.
     Shell(ShellArgs),
-    /// Copy files into a sandbox, or out of one: one side is ID:PATH, the other a local path, or - for our own streams.
+    /// Copy files into or out of a sandbox. One side is ID:PATH; the other is a local path, or - for standard input or output.
     Cp(CpArgs),
     /// List the sandboxes of the key.
     #[command(visible_alias = "ls")]
     List {
-        /// Only those with this label. May be repeated.
+        /// Show only sandboxes with this label. May be repeated.
         #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
         labels: Vec<(String, String)>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Show all that the server says of a sandbox.
+    /// Show everything that the server knows about a sandbox.
     Show {
-        /// Its id.
+        /// The sandbox.
         id: String,
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Let a sandbox live for this time from now on.
+    /// Set the lease of a sandbox to this time from now.
     Extend {
-        /// Its id.
+        /// The sandbox.
         id: String,
-        /// Such as 30m.
+        /// The new lease, such as 30m.
         #[arg(value_parser = units::duration)]
         time: Duration,
         /// Print JSON.
@@ -69,7 +69,7 @@ pub(crate) enum SandboxCommand {
     },
     /// End sandboxes.
     Rm {
-        /// Their ids.
+        /// The sandboxes.
         #[arg(required = true, value_name = "ID")]
         ids: Vec<String>,
     },
@@ -84,13 +84,13 @@ pub(crate) enum SandboxCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Print the output of a command, and follow it to its end. Its exit status is ours.
+    /// Print the output of a command, follow it to its end, and exit with its status.
     Logs {
         /// The sandbox.
         id: String,
         /// The command's id, as `exec --detach` and `ps` print it.
         command: String,
-        /// First byte.
+        /// The first byte to print.
         #[arg(long, value_name = "BYTES", default_value_t = 0)]
         offset: u64,
     },
@@ -100,7 +100,7 @@ pub(crate) enum SandboxCommand {
         id: String,
         /// The command's id.
         command: String,
-        /// Its name or number.
+        /// The signal's name or number.
         #[arg(short, long, default_value = "KILL")]
         signal: String,
     },
@@ -108,7 +108,7 @@ pub(crate) enum SandboxCommand {
 
 #[derive(Args, Debug)]
 pub(crate) struct CreateArgs {
-    /// A template by name [default: the server's].
+    /// A template by its name [default: the server's].
     #[arg(long, value_name = "NAME")]
     pub(crate) template: Option<String>,
 
@@ -116,15 +116,15 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_enum, conflicts_with = "template")]
     pub(crate) runtime: Option<Runtime>,
 
-    /// How long it may live, such as 10m, 2h.
+    /// The lease: how long the sandbox may live, such as 10m, 2h.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = units::duration)]
     pub(crate) timeout: Duration,
 
-    /// It also ends when nothing was asked of it for this time.
+    /// End the sandbox also when it was idle for this time.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) idle_timeout: Option<Duration>,
 
-    /// An environment variable for all that runs in it; KEY alone passes ours on. May be repeated.
+    /// An environment variable for everything in the sandbox; KEY alone passes on your own value. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,
 
@@ -132,15 +132,15 @@ pub(crate) struct CreateArgs {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) labels: Vec<(String, String)>,
 
-    /// Memory that it may use, such as 256M, 2G [default: the server's].
+    /// Memory that the sandbox may use, such as 256M, 2G [default: the server's].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     pub(crate) memory: Option<u64>,
 
-    /// Processes and threads that may be alive in it at once [default: the server's].
+    /// Processes and threads that the sandbox may have at once [default: the server's].
     #[arg(long, value_name = "N")]
     pub(crate) processes: Option<u32>,
 
-    /// Print JSON: all that the server says of it.
+    /// Print JSON: everything that the server knows about the sandbox.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -158,15 +158,15 @@ pub(crate) struct RunArgs {
     #[arg(required_unless_present = "code")]
     pub(crate) file: Option<PathBuf>,
 
-    /// Which context.
+    /// The context to run in.
     #[arg(long, value_name = "NAME")]
     pub(crate) context: Option<String>,
 
-    /// Time that the code may take, such as 500ms, 2s, 1m. It is then interrupted.
+    /// Timeout of the code, such as 500ms, 2s, 1m. The code is then interrupted.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     pub(crate) timeout: Duration,
 
-    /// Print one JSON object instead of the output: the API's result, with pictures and all.
+    /// Print one JSON object instead of the output: the API's answer, with all results.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -180,27 +180,27 @@ pub(crate) struct ExecArgs {
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub(crate) argv: Vec<OsString>,
 
-    /// Where it runs [default: the home directory].
+    /// The working directory [default: the home directory].
     #[arg(long, value_name = "DIR")]
     pub(crate) cwd: Option<String>,
 
-    /// An environment variable; KEY alone passes ours on. May be repeated.
+    /// An environment variable; KEY alone passes on your own value. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,
 
-    /// Time that it may take, such as 500ms, 2s, 1m. It is then killed [default: as long as the sandbox lives].
+    /// Timeout of the program, such as 500ms, 2s, 1m. The program is then killed [default: no timeout].
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,
 
-    /// Leave it in the background and print its id. Its standard input is empty.
+    /// Run the program in the background and print its id. Its standard input is empty.
     #[arg(short, long, conflicts_with = "json")]
     pub(crate) detach: bool,
 
-    /// A word for `ps`.
+    /// A label that `ps` shows.
     #[arg(long)]
     pub(crate) tag: Option<String>,
 
-    /// Print one JSON object instead of the output: the API's result. Its standard input is empty.
+    /// Print one JSON object instead of the output: the API's answer. The program's standard input is empty.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -213,14 +213,14 @@ pub(crate) struct ShellArgs {
     /// A line of shell to run instead of a shell.
     pub(crate) command: Option<String>,
 
-    /// Where it runs [default: the home directory].
+    /// The working directory [default: the home directory].
     #[arg(long, value_name = "DIR")]
     pub(crate) cwd: Option<String>,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct CpArgs {
-    /// What to copy. The last one is where to.
+    /// The sources; the last path is the target.
     #[arg(required = true, num_args = 2.., value_name = "SOURCE")]
     pub(crate) paths: Vec<String>,
 
@@ -231,7 +231,7 @@ pub(crate) struct CpArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ContextsCommand {
-    /// List them.
+    /// List the contexts.
     #[command(visible_alias = "ls")]
     List {
         /// The sandbox.
@@ -240,38 +240,38 @@ pub(crate) enum ContextsCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Make one and print its name.
+    /// Make a context and print its name.
     Create {
         /// The sandbox.
         id: String,
-        /// Its name [default: the server gives one].
+        /// The context's name [default: the server chooses one].
         name: Option<String>,
-        /// Where it begins [default: the home directory].
+        /// The working directory [default: the home directory].
         #[arg(long, value_name = "DIR")]
         cwd: Option<String>,
     },
-    /// Interrupt the code that runs in one. Its state stays.
+    /// Interrupt the code that runs in a context. The context keeps its state.
     Interrupt {
         /// The sandbox.
         id: String,
-        /// Its name.
+        /// The context's name.
         #[arg(default_value = "default")]
         name: String,
     },
-    /// A new interpreter in the place of one. Its state is gone.
+    /// Replace the interpreter of a context by a new one. The context loses its state.
     Restart {
         /// The sandbox.
         id: String,
-        /// Its name.
+        /// The context's name.
         #[arg(default_value = "default")]
         name: String,
     },
-    /// End one.
+    /// End a context.
     #[command(visible_alias = "delete")]
     Rm {
         /// The sandbox.
         id: String,
-        /// Its name.
+        /// The context's name.
         name: String,
     },
 }

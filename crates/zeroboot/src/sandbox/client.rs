@@ -35,11 +35,11 @@ use crate::hint::hinted;
 /// The body of a request.
 pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 
-/// Time that a connection may take to come about.
+/// Timeout of a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Time that a server may take to answer what takes no time of its own.
+/// Timeout of an answer to a request that the server can answer at once.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-/// Time that is waited, all in all, for a server that refuses for now.
+/// Longest time of all retries of a request that the server refuses for now.
 const MAX_RETRY: Duration = Duration::from_secs(10);
 /// Most bytes of an answer that is not a stream.
 const MAX_ANSWER: usize = 256 << 20;
@@ -87,7 +87,9 @@ impl Refused {
             "too_many_sandboxes" => "`zeroboot sandbox rm ID` ends one".into(),
             "cannot_start" => "name a program of the sandbox; `-- sh -c '...'` for a line of shell".into(),
             "unauthorized" => "ZEROBOOT_API_KEY must hold a key of this server".into(),
-            "not_found" if self.status == 404 => "is the server a Zeroboot, and as new as this command?".into(),
+            "not_found" if self.status == 404 => {
+                "check that the server is a Zeroboot of the same version as this command".into()
+            }
             "" => "is the server a Zeroboot?".into(),
             code => match &self.request_id {
                 Some(id) => format!("the server calls this {code}; its log has it as request {id}"),
@@ -120,7 +122,7 @@ impl Client {
         let named = args.base_url.trim().trim_end_matches('/').to_owned();
         let wrong = |why: &str| {
             hinted(
-                format!("{named:?} is no address of a server: {why}"),
+                format!("{named:?} is not an address of a server: {why}"),
                 "write it like http://127.0.0.1:8080, https://host or unix:/run/zeroboot.sock",
             )
         };
@@ -145,7 +147,7 @@ impl Client {
             "" => None,
             key => {
                 let mut value = HeaderValue::from_str(&format!("Bearer {key}")).map_err(|_| {
-                    hinted(format!("{KEY} has characters that no key has"), "`zeroboot keys create` makes a key")
+                    hinted(format!("{KEY} has characters that a key cannot have"), "`zeroboot keys create` makes a key")
                 })?;
                 value.set_sensitive(true);
                 Some(value)
@@ -245,12 +247,12 @@ impl Client {
     pub(crate) fn broke(&self, error: &hyper::Error) -> anyhow::Error {
         hinted(
             format!("the connection to {} broke: {}", self.named, chain(error)),
-            "what was asked for may have been done",
+            "the server may have done what the request asked for",
         )
     }
 
     pub(crate) fn silent(&self) -> anyhow::Error {
-        hinted(format!("{} does not answer", self.named), "what was asked for may have been done")
+        hinted(format!("{} does not answer", self.named), "the server may have done what the request asked for")
     }
 
     fn unreachable(&self, why: &str) -> anyhow::Error {
@@ -262,8 +264,8 @@ impl Client {
 
     fn distrusted(&self, error: &io::Error) -> anyhow::Error {
         hinted(
-            format!("no TLS with {}: {error}", self.named),
-            "this host must trust its certificate; SSL_CERT_FILE names a file of those that it trusts",
+            format!("cannot make a TLS connection to {}: {error}", self.named),
+            "this host must trust the server's certificate; SSL_CERT_FILE can name a file of trusted certificates",
         )
     }
 
@@ -312,7 +314,7 @@ fn trust() -> anyhow::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
     for certificate in found.certs {
-        // One that cannot be read is one that vouches for nobody.
+        // A certificate that cannot be read is not trusted.
         let _unreadable = roots.add(certificate);
     }
     if roots.is_empty() {

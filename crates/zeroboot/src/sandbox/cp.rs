@@ -167,7 +167,7 @@ impl Copy<'_> {
         let entry = self.stat(id, from).await.with_context(|| format!("read {source}"))?;
         let name = || {
             let name = field(&entry, "path").rsplit('/').next().unwrap_or_default().to_owned();
-            safe(Path::new(&name)).with_context(|| format!("{source} has no name of its own: name the target"))
+            safe(Path::new(&name)).with_context(|| format!("{source} has no file name: name the target"))
         };
         let into = to.is_dir() || many || to.as_os_str().as_encoded_bytes().ends_with(b"/");
         if into && !to.is_dir() {
@@ -309,7 +309,7 @@ fn cannot_read(path: &Path, error: &io::Error) -> anyhow::Error {
 }
 
 fn cannot_write(path: &Path, error: &io::Error) -> anyhow::Error {
-    hinted(format!("cannot write {}: {error}", path.display()), "is the directory there, and writable?")
+    hinted(format!("cannot write {}: {error}", path.display()), "check that the directory exists and is writable")
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::client::{Client, Refused};
 use crate::hint::hinted;
 
-/// The server says something every 15 s, so this is a dead connection.
+/// Timeout of a silent connection. The server sends something every 15 s.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Most bytes of one event: a result of a cell is the largest.
 const MAX_EVENT: usize = 256 << 20;
@@ -85,11 +85,14 @@ impl<'a> Events<'a> {
 
 /// An error for a stream that ended before what it tells of.
 pub(crate) fn cut_off() -> anyhow::Error {
-    hinted("the server's answer ended before the run did", "what was asked for may have been done")
+    hinted("the server's answer ended before the run did", "the server may have done what the request asked for")
 }
 
 fn broken(text: &str) -> anyhow::Error {
-    hinted(format!("the server's answer is broken: {text}"), "is the server a Zeroboot, and as new as this command?")
+    hinted(
+        format!("the server's answer is broken: {text}"),
+        "check that the server is a Zeroboot of the same version as this command",
+    )
 }
 
 /// Bytes in, events out.

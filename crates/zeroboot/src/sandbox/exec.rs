@@ -142,7 +142,7 @@ fn show(event: &Event) -> anyhow::Result<()> {
     };
     match written {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(hinted(format!("cannot write the output: {error}"), "is the disk full?"))
+            Err(hinted(format!("cannot write the output: {error}"), "check whether the disk is full"))
         }
         written => Ok(written?),
     }

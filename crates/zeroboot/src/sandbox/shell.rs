@@ -28,7 +28,10 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 pub(super) async fn shell(client: &Client, args: &ShellArgs) -> anyhow::Result<u8> {
     if !isatty(stdin()) {
-        return Err(hinted("standard input is not a terminal", "`zeroboot sandbox exec ID -- sh` reads from anything"));
+        return Err(hinted(
+            "standard input is not a terminal",
+            "use `zeroboot sandbox exec ID -- sh`, which reads from a pipe or a file",
+        ));
     }
     let (columns, rows) = size();
     let (columns, rows) = (columns.to_string(), rows.to_string());
@@ -74,7 +77,7 @@ async fn open(client: &Client, to: &str) -> anyhow::Result<Socket> {
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS || accepted(&answer) != Some(&accept) {
         return Err(hinted(
             "the server gave no terminal",
-            "is the server a Zeroboot, or a proxy without WebSockets before it?",
+            "check that the server is a Zeroboot, and that a proxy before it passes WebSockets on",
         ));
     }
     let upgraded = hyper::upgrade::on(answer).await.context("take the connection over")?;
@@ -133,7 +136,7 @@ async fn feed(mut sink: SplitSink<Socket, Message>) {
 }
 
 fn broke(why: &str) -> anyhow::Error {
-    hinted(format!("the terminal broke: {why}"), "`zeroboot sandbox show ID` says whether the sandbox is still there")
+    hinted(format!("the terminal broke: {why}"), "`zeroboot sandbox show ID` says whether the sandbox still runs")
 }
 
 /// Columns and rows of our terminal; what terminals have had for long if it does not know.

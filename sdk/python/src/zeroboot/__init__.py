@@ -1,10 +1,10 @@
-"""Run code that nobody vouches for, each time in a sandbox of its own.
+"""Run untrusted code, each time in a fresh sandbox.
 
 from zeroboot import Sandbox
 
 print(Sandbox().run("print(1 + 1)"))  # "2"
 
-Or in one that lives:
+Or in a long-lived sandbox:
 
 with Sandbox.create(template="python") as sb:
     sb.run("x = 41")

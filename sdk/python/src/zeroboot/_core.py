@@ -83,7 +83,7 @@ def make_config(
     key = (api_key if api_key is not None else os.environ.get("ZEROBOOT_API_KEY", "")).strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         # Said here, without the key: the HTTP library would put it into its message.
-        raise ValueError("the API key has characters that no key has")
+        raise ValueError("the API key has characters that a key cannot have")
     url = base_url or os.environ.get("ZEROBOOT_BASE_URL") or DEFAULT_BASE_URL
     url = url.strip().rstrip("/")
     # An address copied from an example of the REST API.

@@ -90,7 +90,7 @@ class BadRequestError(ZerobootError):
 
 
 class ServerError(ZerobootError):
-    """The server could not do its part (5xx), or answered with what is not an answer."""
+    """The server failed (5xx), or its answer is not valid."""
 
 
 class ConnectionError(ZerobootError, builtins.ConnectionError):
@@ -98,11 +98,11 @@ class ConnectionError(ZerobootError, builtins.ConnectionError):
 
 
 class TimeoutError(ZerobootError, builtins.TimeoutError):
-    """This client gave up waiting. (An exec that passed its own deadline is a `Result`.)"""
+    """This client stopped waiting. (An exec that passed its own timeout is a `Result`.)"""
 
 
 class ExecutionError(ZerobootError):
-    """Raised by `Result.check()` when the code did not end well. `result` holds all of it."""
+    """Raised by `Result.check()` if the result is not `ok`. `result` is that result."""
 
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message, may_have_run=True)
@@ -128,7 +128,7 @@ class BatchError(ZerobootError):
         return [item for item in self.results if isinstance(item, ZerobootError)]
 
 
-# --- sandboxes that live --------------------------------------------------------------------
+# --- long-lived sandboxes -------------------------------------------------------------------
 
 
 class SandboxNotFound(BadRequestError):
@@ -144,7 +144,7 @@ class SandboxGone(BadRequestError):
 
 
 class TooManySandboxes(RateLimitError):
-    """The key, or the server, has as many live sandboxes as it may have."""
+    """The key, or the server, already has its maximum of long-lived sandboxes."""
 
 
 class ContextNotFound(BadRequestError):
@@ -152,7 +152,7 @@ class ContextNotFound(BadRequestError):
 
 
 class ContextExists(BadRequestError):
-    """The sandbox has a context of this name already."""
+    """The sandbox already has a context of this name."""
 
 
 class CommandNotFound(BadRequestError):
@@ -172,15 +172,15 @@ class FileNotFound(BadRequestError, builtins.FileNotFoundError):
 
 
 class FileExists(BadRequestError, builtins.FileExistsError):
-    """The name is taken. Also a built-in `FileExistsError`."""
+    """A file of this name exists. Also a built-in `FileExistsError`."""
 
 
 class NotAllowed(BadRequestError, builtins.PermissionError):
-    """The code in the sandbox may not do that either. Also a built-in `PermissionError`."""
+    """Not allowed; the code may not do it either. Also a built-in `PermissionError`."""
 
 
 class WrongKind(BadRequestError):
-    """It is a directory, or is not one, or is not a regular file."""
+    """A directory where a file is needed, or the reverse, or not a regular file."""
 
 
 class NotEmpty(BadRequestError):
@@ -188,11 +188,11 @@ class NotEmpty(BadRequestError):
 
 
 class NoRoom(BadRequestError):
-    """The sandbox has no room: disk, processes, memory, descriptors, contexts."""
+    """The sandbox has no room left: disk, processes, memory, descriptors, contexts."""
 
 
 class CellFailed(ZerobootError):
-    """Raised by `CellResult.check()`. `result` holds all of it."""
+    """Raised by `CellResult.check()` if the result is not `ok`. `result` is that result."""
 
     def __init__(self, message: str, result: CellResult) -> None:
         super().__init__(message, may_have_run=True)
@@ -200,7 +200,7 @@ class CellFailed(ZerobootError):
 
 
 class CommandFailed(ZerobootError):
-    """Raised by `CommandResult.check()`. `result` holds all of it."""
+    """Raised by `CommandResult.check()` if the result is not `ok`. `result` is that result."""
 
     def __init__(self, message: str, result: CommandResult) -> None:
         super().__init__(message, may_have_run=True)

@@ -15,7 +15,7 @@ from ._types import Isolation
 
 @dataclass(frozen=True)
 class Start:
-    """The sandbox is there and the code begins."""
+    """The sandbox is ready and the code begins."""
 
     id: str
     template: str
@@ -44,7 +44,7 @@ class Stderr:
 
 @dataclass(frozen=True)
 class File:
-    """A file that was asked for by `output_files`."""
+    """A file that `output_files` named."""
 
     file: OutputFile
     type: Literal["file"] = "file"

@@ -1,4 +1,4 @@
-"""`AsyncLiveSandbox`: a sandbox that lives, for asyncio and trio.
+"""`AsyncLiveSandbox`: a long-lived sandbox, for asyncio and trio.
 
 `_live_sync.py` is made from this file by `tools/sync.py`; `sdk/test.sh` holds them together.
 """
@@ -58,7 +58,7 @@ _BYTES = "application/octet-stream"
 
 
 class AsyncLiveSandbox:
-    """A sandbox that lives: many runs, commands, files and terminals, until its lease ends.
+    """A long-lived sandbox: many runs, commands, files and terminals, until its lease ends.
 
     Made by `AsyncSandbox.create()`, `AsyncSandbox.connect()`. Leaving the `with` block of one that
     was created ends it.
@@ -147,7 +147,7 @@ class AsyncLiveSandbox:
         timeout: Optional[float] = None,
         request_timeout: Optional[float] = None,
     ) -> AsyncRunStream[CellEvent, CellResult]:
-        """Run a cell and iterate over what happens, as it happens.
+        """Run a cell and iterate over its events while it runs.
 
         The request is sent when the iteration begins. The cell goes on when you leave early:
         `contexts.interrupt()` stops it.
@@ -181,7 +181,7 @@ class AsyncLiveSandbox:
         return self.info
 
     async def extend(self, timeout: float) -> SandboxInfo:
-        """Let its lease end `timeout` seconds from now."""
+        """Set its lease to `timeout` seconds from now."""
         body = {"timeout_seconds": timeout}
         answer = await self._client._ask("POST", self._path("extend"), body)
         self.info = SandboxInfo.of(answer.fields())
@@ -198,7 +198,7 @@ class AsyncLiveSandbox:
         raise error
 
     async def aclose(self) -> None:
-        """Give the connections back. The sandbox lives on."""
+        """Close the connections. The sandbox goes on."""
         if self._owns_client:
             await self._client.aclose()
 
@@ -264,7 +264,7 @@ class AsyncLiveSandbox:
 
 
 class AsyncStream(AsyncIterator[T], Generic[T]):
-    """Things as they come. Iterate once; close it (or leave the `with` block) to stop early."""
+    """Items of a stream. Iterate once; close it (or leave the `with` block) to stop early."""
 
     def __init__(self, items: AsyncIterator[T]) -> None:
         self._items = items
@@ -313,13 +313,13 @@ class AsyncRunStream(AsyncStream[T], Generic[T, R]):
 
 
 class AsyncContexts:
-    """The named interpreters of a sandbox. The one called `default` is there from the start."""
+    """The named interpreters of a sandbox. `default` exists from the start."""
 
     def __init__(self, sandbox: AsyncLiveSandbox) -> None:
         self._sandbox = sandbox
 
     async def create(self, name: Optional[str] = None, *, cwd: Optional[str] = None) -> Context:
-        """A new interpreter. Without a name the server gives one."""
+        """Start an interpreter. Without a name the server chooses one."""
         body = {key: value for key, value in (("name", name), ("cwd", cwd)) if value is not None}
         answer = await self._ask("POST", self._sandbox._path("contexts"), body)
         return Context.of(answer.fields())
@@ -329,11 +329,11 @@ class AsyncContexts:
         return [Context.of(item) for item in answer.entries("contexts")]
 
     async def interrupt(self, context: Union[str, Context] = "default") -> None:
-        """Interrupt the cell that runs: `KeyboardInterrupt` in Python. The state stays."""
+        """Interrupt the cell: `KeyboardInterrupt` in Python. The context keeps its state."""
         await self._do("POST", context, "interrupt")
 
     async def restart(self, context: Union[str, Context] = "default") -> Context:
-        """A new interpreter in the place of this one. What it ran is over, its state is gone."""
+        """Replace the interpreter by a new one. Its cell ends and its state is lost."""
         return Context.of((await self._do("POST", context, "restart")).fields())
 
     async def delete(self, context: Union[str, Context]) -> None:
@@ -403,7 +403,7 @@ class AsyncCommands:
         timeout: Optional[float] = None,
         request_timeout: Optional[float] = None,
     ) -> AsyncRunStream[CommandEvent, CommandResult]:
-        """Run a program and iterate over what happens, as it happens.
+        """Run a program and iterate over its events while it runs.
 
         The request is sent when the iteration begins. Leaving early ends the program.
         """
@@ -444,12 +444,12 @@ class AsyncCommands:
         return AsyncCommand(self._sandbox, CommandInfo.of(answer.fields()))
 
     async def list(self) -> builtins.list[CommandInfo]:
-        """The programs that run, and some that have ended."""
+        """List the programs that run, and some that have ended."""
         answer = await self._sandbox._client._ask("GET", self._sandbox._path("commands"))
         return [CommandInfo.of(item) for item in answer.entries("commands")]
 
     async def connect(self, command_id: str) -> AsyncCommand:
-        """A program that was started before, perhaps by another client."""
+        """Connect to a program that was started before, perhaps by another client."""
         path = self._sandbox._path("commands", command_id)
         answer = await self._sandbox._client._ask("GET", path)
         return AsyncCommand(self._sandbox, CommandInfo.of(answer.fields()))
@@ -516,7 +516,7 @@ class AsyncCommand:
     def output(
         self, offset: int = 0, *, timeout: Optional[float] = None
     ) -> AsyncRunStream[CommandEvent, CommandResult]:
-        """Its output from byte `offset` on, as it comes, until its end.
+        """Follow its output from byte `offset` on until its end.
 
         A connection that breaks is made again where it broke. What the server no longer has is one
         `Lost` event. `timeout`: seconds after which this client gives up; the program goes on.
@@ -530,7 +530,7 @@ class AsyncCommand:
         on_stdout: OnText = None,
         on_stderr: OnText = None,
     ) -> CommandResult:
-        """Its end, with all its output that the server still has.
+        """Wait for its end. The result has all its output that the server still has.
 
         Raises `TimeoutError` after `timeout` seconds; the program goes on.
         """
@@ -547,11 +547,11 @@ class AsyncCommand:
         return self.info
 
     async def write(self, data: Data) -> None:
-        """Bytes for its standard input, or its terminal."""
+        """Write bytes to its standard input, or its terminal."""
         await self._stdin(data.encode("utf-8") if isinstance(data, str) else data, None)
 
     async def close_stdin(self) -> None:
-        """The end of its standard input."""
+        """Close its standard input."""
         await self._stdin(b"", "true")
 
     async def signal(self, signal: Union[int, str]) -> None:
@@ -559,15 +559,15 @@ class AsyncCommand:
         await self._ask("POST", "signal", body=_live_core.signal_body(signal))
 
     async def kill(self) -> None:
-        """End it and its children now. One that has ended is forgotten by the server."""
+        """Kill it and its children. The server forgets a command that has ended."""
         await self._ask("DELETE")
 
     async def resize(self, columns: int, rows: int) -> None:
-        """The new size of its terminal."""
+        """Set the size of its terminal."""
         await self._ask("POST", "resize", body={"columns": columns, "rows": rows})
 
     async def terminal(self, offset: int = 0) -> AsyncTerminal:
-        """Its terminal, from byte `offset` of its output on. Closing it leaves it running."""
+        """Open its terminal, from byte `offset` of its output on. Closing it leaves it running."""
         path = self._path("terminal", offset=offset)
         return await AsyncTerminal._open(self._sandbox._client, path)
 
@@ -634,7 +634,7 @@ class AsyncFiles:
         self._sandbox = sandbox
 
     async def read(self, path: str, *, offset: int = 0, length: Optional[int] = None) -> bytes:
-        """The content of a file, or `length` bytes of it from `offset`."""
+        """Read a file, or `length` bytes of it from `offset`."""
         pieces: builtins.list[bytes] = []
         async with self.stream(path, offset=offset, length=length) as stream:
             async for piece in stream:
@@ -647,7 +647,7 @@ class AsyncFiles:
     def stream(
         self, path: str, *, offset: int = 0, length: Optional[int] = None
     ) -> AsyncStream[bytes]:
-        """The content of a file, piece by piece: for those that are larger than memory."""
+        """Read a file piece by piece: for files that are larger than memory."""
         headers = _live_core.range_header(offset, length)
         return AsyncStream(self._pieces(path, headers))
 
@@ -657,7 +657,7 @@ class AsyncFiles:
             await save(stream, local)
 
     async def write(self, path: str, data: Source, *, mode: Union[int, str, None] = None) -> Entry:
-        """Write a file, and make its directories. It appears under its name when it is whole.
+        """Write a file, and make its directories. It appears under its name when it is complete.
 
         `data`: text, bytes, a local `pathlib.Path`, an open file, or an iterable of bytes, which is
         sent in pieces.
@@ -684,12 +684,12 @@ class AsyncFiles:
         return Entry.of(answer.fields())
 
     async def list(self, path: str = ".", *, depth: int = 1) -> builtins.list[Entry]:
-        """What is in a directory; with `depth` 2 also what is in its directories, and so on."""
+        """List a directory; with `depth` 2 also its directories, and so on."""
         answer = await self._ask("GET", "list", path=path, depth=depth)
         return [Entry.of(item) for item in answer.entries("entries")]
 
     async def stat(self, path: str) -> Entry:
-        """What stands under a name; a link itself, if it is one."""
+        """Describe a file; of a link, the link itself."""
         return Entry.of((await self._ask("GET", "stat", path=path)).fields())
 
     async def exists(self, path: str) -> bool:
@@ -700,16 +700,16 @@ class AsyncFiles:
         return True
 
     async def mkdir(self, path: str) -> Entry:
-        """Make a directory and its parents. It may be there."""
+        """Make a directory and its parents. It may exist."""
         return Entry.of((await self._ask("POST", "mkdir", {"path": path})).fields())
 
     async def move(self, source: str, target: str) -> Entry:
-        """Give a file or a directory another name. A file of that name is replaced."""
+        """Move a file or a directory. A file at the new path is replaced."""
         answer = await self._ask("POST", "move", {"from": source, "to": target})
         return Entry.of(answer.fields())
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
-        """Remove a file, or a directory; with `recursive` with all that is in it."""
+        """Remove a file or a directory; with `recursive` also everything in it."""
         await self._ask("DELETE", path=path, recursive="true" if recursive else None)
 
     async def chmod(self, path: str, mode: Union[int, str]) -> Entry:
@@ -718,7 +718,7 @@ class AsyncFiles:
         return Entry.of((await self._ask("POST", "chmod", body)).fields())
 
     async def watch(self, path: str = ".", *, recursive: bool = False) -> AsyncStream[Change]:
-        """What changes in a directory from now on. Close it, or leave the `with` block, to stop."""
+        """Watch a directory for changes. Close it, or leave the `with` block, to stop."""
         client = self._sandbox._client
         attempts = Attempts(client._config, FOREVER, silence=_core.STREAM_SILENCE)
         query = {"path": path, "recursive": "true" if recursive else None}
@@ -786,7 +786,7 @@ class _Changes(AsyncIterator[Change]):
 
 
 class AsyncTerminal(AsyncIterator[bytes]):
-    """A terminal of a sandbox. Iterate over what it shows; `send()` what is typed.
+    """A terminal of a sandbox. Iterate over what it shows; `send()` input.
 
     One task or thread may read while others send.
     """
@@ -816,11 +816,11 @@ class AsyncTerminal(AsyncIterator[bytes]):
 
     @property
     def exit(self) -> Optional[TerminalExit]:
-        """How the program ended, after the last bytes; None before, or if nobody could say."""
+        """How the program ended, after the last bytes; None before, or if it is unknown."""
         return self._wire.exit
 
     async def read(self, timeout: Optional[float] = None) -> bytes:
-        """What it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
+        """Read what it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
         # The server asks now and then whether we are there, so each read alone may be short.
         end = None if timeout is None else time.monotonic() + timeout
         while not self._wire.over:
@@ -841,7 +841,7 @@ class AsyncTerminal(AsyncIterator[bytes]):
         return b""
 
     async def send(self, data: Data) -> None:
-        """What is typed."""
+        """Send input, as if typed."""
         data = data.encode("utf-8") if isinstance(data, str) else data
         async with self._lock:
             await self._write(self._wire.output(data))
@@ -856,7 +856,7 @@ class AsyncTerminal(AsyncIterator[bytes]):
             await self._write(self._wire.control(**_live_core.signal_body(signal)))
 
     async def wait(self, on_output: Optional[Callable[[bytes], object]] = None) -> TerminalExit:
-        """Read to the end of the program, and say how it ended."""
+        """Read to the end of the program, and return how it ended."""
         while shown := await self.read():
             if on_output is not None:
                 await call(on_output, shown)
@@ -865,7 +865,7 @@ class AsyncTerminal(AsyncIterator[bytes]):
         return self._wire.exit
 
     async def aclose(self) -> None:
-        """Hang up."""
+        """Close the terminal."""
         try:
             async with self._lock:
                 await self._write(self._wire.close())

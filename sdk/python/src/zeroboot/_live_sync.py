@@ -1,4 +1,4 @@
-"""`LiveSandbox`: a sandbox that lives.
+"""`LiveSandbox`: a long-lived sandbox.
 
 Made from `_live_async.py` by `tools/sync.py`.
 """
@@ -58,7 +58,7 @@ _BYTES = "application/octet-stream"
 
 
 class LiveSandbox:
-    """A sandbox that lives: many runs, commands, files and terminals, until its lease ends.
+    """A long-lived sandbox: many runs, commands, files and terminals, until its lease ends.
 
     Made by `Sandbox.create()`, `Sandbox.connect()`. Leaving the `with` block of one that
     was created ends it.
@@ -147,7 +147,7 @@ class LiveSandbox:
         timeout: Optional[float] = None,
         request_timeout: Optional[float] = None,
     ) -> RunStream[CellEvent, CellResult]:
-        """Run a cell and iterate over what happens, as it happens.
+        """Run a cell and iterate over its events while it runs.
 
         The request is sent when the iteration begins. The cell goes on when you leave early:
         `contexts.interrupt()` stops it.
@@ -181,7 +181,7 @@ class LiveSandbox:
         return self.info
 
     def extend(self, timeout: float) -> SandboxInfo:
-        """Let its lease end `timeout` seconds from now."""
+        """Set its lease to `timeout` seconds from now."""
         body = {"timeout_seconds": timeout}
         answer = self._client._ask("POST", self._path("extend"), body)
         self.info = SandboxInfo.of(answer.fields())
@@ -198,7 +198,7 @@ class LiveSandbox:
         raise error
 
     def close(self) -> None:
-        """Give the connections back. The sandbox lives on."""
+        """Close the connections. The sandbox goes on."""
         if self._owns_client:
             self._client.close()
 
@@ -260,7 +260,7 @@ class LiveSandbox:
 
 
 class Stream(Iterator[T], Generic[T]):
-    """Things as they come. Iterate once; close it (or leave the `with` block) to stop early."""
+    """Items of a stream. Iterate once; close it (or leave the `with` block) to stop early."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
@@ -309,13 +309,13 @@ class RunStream(Stream[T], Generic[T, R]):
 
 
 class Contexts:
-    """The named interpreters of a sandbox. The one called `default` is there from the start."""
+    """The named interpreters of a sandbox. `default` exists from the start."""
 
     def __init__(self, sandbox: LiveSandbox) -> None:
         self._sandbox = sandbox
 
     def create(self, name: Optional[str] = None, *, cwd: Optional[str] = None) -> Context:
-        """A new interpreter. Without a name the server gives one."""
+        """Start an interpreter. Without a name the server chooses one."""
         body = {key: value for key, value in (("name", name), ("cwd", cwd)) if value is not None}
         answer = self._ask("POST", self._sandbox._path("contexts"), body)
         return Context.of(answer.fields())
@@ -325,11 +325,11 @@ class Contexts:
         return [Context.of(item) for item in answer.entries("contexts")]
 
     def interrupt(self, context: Union[str, Context] = "default") -> None:
-        """Interrupt the cell that runs: `KeyboardInterrupt` in Python. The state stays."""
+        """Interrupt the cell: `KeyboardInterrupt` in Python. The context keeps its state."""
         self._do("POST", context, "interrupt")
 
     def restart(self, context: Union[str, Context] = "default") -> Context:
-        """A new interpreter in the place of this one. What it ran is over, its state is gone."""
+        """Replace the interpreter by a new one. Its cell ends and its state is lost."""
         return Context.of((self._do("POST", context, "restart")).fields())
 
     def delete(self, context: Union[str, Context]) -> None:
@@ -399,7 +399,7 @@ class Commands:
         timeout: Optional[float] = None,
         request_timeout: Optional[float] = None,
     ) -> RunStream[CommandEvent, CommandResult]:
-        """Run a program and iterate over what happens, as it happens.
+        """Run a program and iterate over its events while it runs.
 
         The request is sent when the iteration begins. Leaving early ends the program.
         """
@@ -440,12 +440,12 @@ class Commands:
         return Command(self._sandbox, CommandInfo.of(answer.fields()))
 
     def list(self) -> builtins.list[CommandInfo]:
-        """The programs that run, and some that have ended."""
+        """List the programs that run, and some that have ended."""
         answer = self._sandbox._client._ask("GET", self._sandbox._path("commands"))
         return [CommandInfo.of(item) for item in answer.entries("commands")]
 
     def connect(self, command_id: str) -> Command:
-        """A program that was started before, perhaps by another client."""
+        """Connect to a program that was started before, perhaps by another client."""
         path = self._sandbox._path("commands", command_id)
         answer = self._sandbox._client._ask("GET", path)
         return Command(self._sandbox, CommandInfo.of(answer.fields()))
@@ -512,7 +512,7 @@ class Command:
     def output(
         self, offset: int = 0, *, timeout: Optional[float] = None
     ) -> RunStream[CommandEvent, CommandResult]:
-        """Its output from byte `offset` on, as it comes, until its end.
+        """Follow its output from byte `offset` on until its end.
 
         A connection that breaks is made again where it broke. What the server no longer has is one
         `Lost` event. `timeout`: seconds after which this client gives up; the program goes on.
@@ -526,7 +526,7 @@ class Command:
         on_stdout: OnText = None,
         on_stderr: OnText = None,
     ) -> CommandResult:
-        """Its end, with all its output that the server still has.
+        """Wait for its end. The result has all its output that the server still has.
 
         Raises `TimeoutError` after `timeout` seconds; the program goes on.
         """
@@ -543,11 +543,11 @@ class Command:
         return self.info
 
     def write(self, data: Data) -> None:
-        """Bytes for its standard input, or its terminal."""
+        """Write bytes to its standard input, or its terminal."""
         self._stdin(data.encode("utf-8") if isinstance(data, str) else data, None)
 
     def close_stdin(self) -> None:
-        """The end of its standard input."""
+        """Close its standard input."""
         self._stdin(b"", "true")
 
     def signal(self, signal: Union[int, str]) -> None:
@@ -555,15 +555,15 @@ class Command:
         self._ask("POST", "signal", body=_live_core.signal_body(signal))
 
     def kill(self) -> None:
-        """End it and its children now. One that has ended is forgotten by the server."""
+        """Kill it and its children. The server forgets a command that has ended."""
         self._ask("DELETE")
 
     def resize(self, columns: int, rows: int) -> None:
-        """The new size of its terminal."""
+        """Set the size of its terminal."""
         self._ask("POST", "resize", body={"columns": columns, "rows": rows})
 
     def terminal(self, offset: int = 0) -> Terminal:
-        """Its terminal, from byte `offset` of its output on. Closing it leaves it running."""
+        """Open its terminal, from byte `offset` of its output on. Closing it leaves it running."""
         path = self._path("terminal", offset=offset)
         return Terminal._open(self._sandbox._client, path)
 
@@ -630,7 +630,7 @@ class Files:
         self._sandbox = sandbox
 
     def read(self, path: str, *, offset: int = 0, length: Optional[int] = None) -> bytes:
-        """The content of a file, or `length` bytes of it from `offset`."""
+        """Read a file, or `length` bytes of it from `offset`."""
         pieces: builtins.list[bytes] = []
         with self.stream(path, offset=offset, length=length) as stream:
             for piece in stream:
@@ -641,7 +641,7 @@ class Files:
         return (self.read(path)).decode(encoding, errors)
 
     def stream(self, path: str, *, offset: int = 0, length: Optional[int] = None) -> Stream[bytes]:
-        """The content of a file, piece by piece: for those that are larger than memory."""
+        """Read a file piece by piece: for files that are larger than memory."""
         headers = _live_core.range_header(offset, length)
         return Stream(self._pieces(path, headers))
 
@@ -651,7 +651,7 @@ class Files:
             save(stream, local)
 
     def write(self, path: str, data: Source, *, mode: Union[int, str, None] = None) -> Entry:
-        """Write a file, and make its directories. It appears under its name when it is whole.
+        """Write a file, and make its directories. It appears under its name when it is complete.
 
         `data`: text, bytes, a local `pathlib.Path`, an open file, or an iterable of bytes, which is
         sent in pieces.
@@ -678,12 +678,12 @@ class Files:
         return Entry.of(answer.fields())
 
     def list(self, path: str = ".", *, depth: int = 1) -> builtins.list[Entry]:
-        """What is in a directory; with `depth` 2 also what is in its directories, and so on."""
+        """List a directory; with `depth` 2 also its directories, and so on."""
         answer = self._ask("GET", "list", path=path, depth=depth)
         return [Entry.of(item) for item in answer.entries("entries")]
 
     def stat(self, path: str) -> Entry:
-        """What stands under a name; a link itself, if it is one."""
+        """Describe a file; of a link, the link itself."""
         return Entry.of((self._ask("GET", "stat", path=path)).fields())
 
     def exists(self, path: str) -> bool:
@@ -694,16 +694,16 @@ class Files:
         return True
 
     def mkdir(self, path: str) -> Entry:
-        """Make a directory and its parents. It may be there."""
+        """Make a directory and its parents. It may exist."""
         return Entry.of((self._ask("POST", "mkdir", {"path": path})).fields())
 
     def move(self, source: str, target: str) -> Entry:
-        """Give a file or a directory another name. A file of that name is replaced."""
+        """Move a file or a directory. A file at the new path is replaced."""
         answer = self._ask("POST", "move", {"from": source, "to": target})
         return Entry.of(answer.fields())
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
-        """Remove a file, or a directory; with `recursive` with all that is in it."""
+        """Remove a file or a directory; with `recursive` also everything in it."""
         self._ask("DELETE", path=path, recursive="true" if recursive else None)
 
     def chmod(self, path: str, mode: Union[int, str]) -> Entry:
@@ -712,7 +712,7 @@ class Files:
         return Entry.of((self._ask("POST", "chmod", body)).fields())
 
     def watch(self, path: str = ".", *, recursive: bool = False) -> Stream[Change]:
-        """What changes in a directory from now on. Close it, or leave the `with` block, to stop."""
+        """Watch a directory for changes. Close it, or leave the `with` block, to stop."""
         client = self._sandbox._client
         attempts = Attempts(client._config, FOREVER, silence=_core.STREAM_SILENCE)
         query = {"path": path, "recursive": "true" if recursive else None}
@@ -780,7 +780,7 @@ class _Changes(Iterator[Change]):
 
 
 class Terminal(Iterator[bytes]):
-    """A terminal of a sandbox. Iterate over what it shows; `send()` what is typed.
+    """A terminal of a sandbox. Iterate over what it shows; `send()` input.
 
     One thread may read while others send.
     """
@@ -810,11 +810,11 @@ class Terminal(Iterator[bytes]):
 
     @property
     def exit(self) -> Optional[TerminalExit]:
-        """How the program ended, after the last bytes; None before, or if nobody could say."""
+        """How the program ended, after the last bytes; None before, or if it is unknown."""
         return self._wire.exit
 
     def read(self, timeout: Optional[float] = None) -> bytes:
-        """What it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
+        """Read what it shows next; empty at its end. `TimeoutError` after `timeout` seconds."""
         # The server asks now and then whether we are there, so each read alone may be short.
         end = None if timeout is None else time.monotonic() + timeout
         while not self._wire.over:
@@ -835,7 +835,7 @@ class Terminal(Iterator[bytes]):
         return b""
 
     def send(self, data: Data) -> None:
-        """What is typed."""
+        """Send input, as if typed."""
         data = data.encode("utf-8") if isinstance(data, str) else data
         with self._lock:
             self._write(self._wire.output(data))
@@ -850,7 +850,7 @@ class Terminal(Iterator[bytes]):
             self._write(self._wire.control(**_live_core.signal_body(signal)))
 
     def wait(self, on_output: Optional[Callable[[bytes], object]] = None) -> TerminalExit:
-        """Read to the end of the program, and say how it ended."""
+        """Read to the end of the program, and return how it ended."""
         while shown := self.read():
             if on_output is not None:
                 call(on_output, shown)
@@ -859,7 +859,7 @@ class Terminal(Iterator[bytes]):
         return self._wire.exit
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the terminal."""
         try:
             with self._lock:
                 self._write(self._wire.close())

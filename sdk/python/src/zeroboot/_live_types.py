@@ -1,4 +1,4 @@
-"""What a sandbox that lives says: its runs, contexts, commands, files and events.
+"""Data about a long-lived sandbox: its runs, contexts, commands, files and events.
 
 `tests/test_openapi.py` holds the words against `openapi/zeroboot.json`.
 """
@@ -40,7 +40,7 @@ LONG_JSON = 1024 * 1024
 
 
 class SandboxLimits(TypedDict, total=False):
-    """Limits of a sandbox that lives; each may only lower what the server allows."""
+    """Limits of a long-lived sandbox; each may only lower what the server allows."""
 
     memory_mb: int
     processes: int
@@ -173,7 +173,7 @@ class RichResult:
         return None if value is None else unbase64(value)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """So that a notebook on the outside shows what the one inside would."""
+        """For a notebook that shows this result: the same MIME bundle."""
         return dict(self.data)
 
 
@@ -392,7 +392,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Lost:
-    """So many bytes of output fell out of the server's buffer."""
+    """Bytes of output that fell out of the server's buffer."""
 
     bytes: int
     type: Literal["lost"] = "lost"
@@ -408,7 +408,7 @@ class CellEnd:
 
 @dataclass(frozen=True)
 class CommandEnd:
-    """The last event. `result` has what came since the first event of this stream."""
+    """The last event. `result` has the output since the first event of this stream."""
 
     result: CommandResult
     type: Literal["end"] = "end"
@@ -498,7 +498,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to a file. After `overflow` some changes are missing: look again."""
+    """A change of a file. After `overflow` some changes are missing: list the directory again."""
 
     kind: ChangeKind
     path: str

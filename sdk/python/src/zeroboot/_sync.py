@@ -22,7 +22,7 @@ from ._types import Data, Exec, FileData, Health, Language, Limits
 
 
 class Sandbox:
-    """A client of a Zeroboot server. Every `run` gets a sandbox of its own, gone with the answer.
+    """A client of a Zeroboot server. Every `run` uses a new sandbox, which ends with the answer.
 
     `api_key` defaults to `ZEROBOOT_API_KEY`, `base_url` to `ZEROBOOT_BASE_URL`, else to a server
     on this machine. `timeout` is the default wall-clock limit of an exec in seconds; the client
@@ -114,7 +114,7 @@ class Sandbox:
         limits: Optional[Limits] = None,
         request_timeout: Optional[float] = None,
     ) -> ExecStream:
-        """Run `code` and iterate over what happens, as it happens.
+        """Run `code` and iterate over its events while it runs.
 
         The request is sent when the iteration begins. Leaving the `with` block, or `close()`, ends
         the sandbox.
@@ -173,7 +173,7 @@ class Sandbox:
         return answer.results(len(bodies), return_errors)
 
     def health(self) -> Health:
-        """What the server says about itself. Raises only if it cannot be asked."""
+        """Ask for the server's health. Raises only if the server cannot be asked."""
         return self._get("/v1/health", retry=False).health()
 
     def metrics(self) -> str:
@@ -183,7 +183,7 @@ class Sandbox:
             raise answer.error()
         return answer.body.decode("utf-8")
 
-    # --- sandboxes that live ---
+    # --- long-lived sandboxes ---
 
     @classmethod
     def create(
@@ -200,7 +200,7 @@ class Sandbox:
         base_url: Optional[str] = None,
         client: Optional[Sandbox] = None,
     ) -> LiveSandbox:
-        """Take a sandbox that lives until `timeout` seconds from now, `kill()`, or its block's end.
+        """Make a sandbox that lives for `timeout` seconds, until `kill()`, or its block's end.
 
         `idle_timeout`: it also ends when nothing was asked of it for so many seconds. `client`: use
         the key, the address and the connections of this one.
@@ -227,7 +227,7 @@ class Sandbox:
         base_url: Optional[str] = None,
         client: Optional[Sandbox] = None,
     ) -> LiveSandbox:
-        """A sandbox that lives already. Leaving its `with` block does not end it."""
+        """Connect to an existing sandbox. Leaving its `with` block does not end it."""
         used = client or cls(api_key, base_url)
         try:
             answer = used._ask("GET", _live_core.sandbox_path(sandbox_id))
@@ -247,7 +247,7 @@ class Sandbox:
         base_url: Optional[str] = None,
         client: Optional[Sandbox] = None,
     ) -> builtins.list[SandboxInfo]:
-        """The live sandboxes of this key; with `metadata`, those that have all of it."""
+        """List the sandboxes of this key; with `metadata`, those that have all of it."""
         used = client or cls(api_key, base_url)
         try:
             found: builtins.list[SandboxInfo] = []
