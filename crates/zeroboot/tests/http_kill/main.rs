@@ -9,8 +9,9 @@ mod fixture;
 mod guest;
 
 use std::{
-    io::{BufRead, BufReader, Write},
-    process::{Command, Stdio},
+    io::{BufRead, BufReader, Read, Write},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -18,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     fixture::{Fixture, Setup, isolation, patience, wait_for},
@@ -255,14 +256,15 @@ fn serve(folder: &std::path::Path) -> Command {
     std::fs::write(&config, format!("[engine]\nwarm_timeout_seconds = {seconds}\n")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_zeroboot"));
     command.args(["serve", "--listen", "127.0.0.1:0", "--engine", isolation().as_str()]).arg("--config").arg(config);
+    let temporary = folder.join("tmp");
+    std::fs::create_dir_all(&temporary).unwrap();
+    command.env("TMPDIR", temporary);
     command
 }
 
-#[test]
-fn no_sandbox_survives_a_killed_server() {
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(folder.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+/// A server that was started, once it listens; its log is read on.
+fn listening(folder: &std::path::Path) -> (Child, SocketAddr) {
+    let mut server = serve(folder).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
     let mut said = Vec::new();
     let line = loop {
@@ -272,8 +274,25 @@ fn no_sandbox_survives_a_killed_server() {
         }
         said.push(line);
     };
+    std::thread::spawn(move || log.count());
     let address = line.split("listens on ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-    let drained = std::thread::spawn(move || log.count());
+    (server, address)
+}
+
+/// Waits until none of them is left. A process that ended and waits for its new parent is gone for our purpose.
+fn wait_until_gone(family: &[i32]) {
+    wait_for("end of every process", Duration::from_secs(30), || {
+        family
+            .iter()
+            .all(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z ")))
+    });
+}
+
+#[test]
+fn no_sandbox_survives_a_killed_server() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let (mut server, address) = listening(folder.path());
     let body = json!({"code": "import time; time.sleep(100)", "timeout_seconds": 120}).to_string();
     let mut stream = client::connect(address);
     stream.write_all(&client::request("POST", "/v1/exec", &[fixture::JSON], body.as_bytes())).unwrap();
@@ -285,13 +304,96 @@ fn no_sandbox_survives_a_killed_server() {
     assert!(family.len() > 3, "{family:?}");
     kill_9(server.id() as i32);
     server.wait().unwrap();
-    wait_for("end of every process", Duration::from_secs(10), || {
-        family.iter().all(|pid| {
-            // A process that ended and waits for its new parent is gone for our purpose.
-            std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
-        })
+    wait_until_gone(&family);
+}
+
+/// Control groups of this name, in any hierarchy.
+fn groups(name: &str) -> Vec<std::path::PathBuf> {
+    let (mut found, mut todo) = (Vec::new(), vec![std::path::PathBuf::from("/sys/fs/cgroup")]);
+    while let Some(folder) = todo.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            if entry.file_name() == name {
+                found.push(entry.path());
+            } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                todo.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+/// Mounts of this host that a server may have made: others come and go.
+fn mounts() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let ours = |line: &&str| {
+        let point = line.split_whitespace().nth(4).unwrap_or_default();
+        line.contains("zeroboot") || ["/home/sandbox", "/sys"].iter().any(|root| point.starts_with(root))
+    };
+    text.lines().filter(ours).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_killed_server_takes_its_live_sandboxes_along_and_their_clients_hear_of_it() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let temporary = folder.path().join("tmp");
+    let before = mounts();
+    let (mut server, address) = listening(folder.path());
+    let ask = |method: &str, path: &str, body: &Value| {
+        client::exchange(address, &client::request(method, path, &[fixture::JSON], body.to_string().as_bytes()))
+    };
+    let mut made = None;
+    // Until the first canary passed there is no sandbox.
+    wait_for("a sandbox", patience(Duration::from_secs(60)), || {
+        made = Some(ask("POST", "/v1/sandboxes", &json!({}))).filter(|answer| answer.status == 201);
+        made.is_some()
     });
-    drained.join().unwrap();
+    let id = made.unwrap().json()["id"].as_str().unwrap().to_owned();
+    let state = ask("POST", &format!("/v1/sandboxes/{id}/run"), &json!({"code": "x = 1"}));
+    assert_eq!(state.json()["outcome"], "ok", "{}", state.text());
+    let background = json!({"command": "touch file; exec sleep 600", "background": true});
+    assert_eq!(ask("POST", &format!("/v1/sandboxes/{id}/commands"), &background).status, 201);
+    // One follows a command, one waits for a cell.
+    let cli = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_zeroboot"));
+        command.arg("sandbox").args(args).env("ZEROBOOT_BASE_URL", format!("http://{address}"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut follows = cli(&["exec", &id, "--", "sh", "-c", "echo on; exec sleep 600"]);
+    let mut on = [0; 3];
+    follows.stdout.as_mut().unwrap().read_exact(&mut on).unwrap();
+    let waits = cli(&["run", &id, "-c", "open('begun', 'w').close(); import time; time.sleep(600)"]);
+    wait_for("the cell", patience(Duration::from_secs(20)), || {
+        ask("GET", &format!("/v1/sandboxes/{id}/files/stat?path=begun"), &json!({})).status == 200
+    });
+    let family = descendants(server.id());
+    assert!(family.len() > 3, "{family:?}");
+
+    kill_9(server.id() as i32);
+    server.wait().unwrap();
+    for client in [follows, waits] {
+        let done = client.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(125), "{said}");
+        let told = said.contains("broke") || said.contains("ended before the run did");
+        assert!(told && said.contains("the server may have done"), "{said}");
+    }
+    let done = cli(&["show", &id]).wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(125) && said.contains("no server at"), "{said}");
+    wait_until_gone(&family);
+    wait_for("end of its mounts", Duration::from_secs(30), || mounts() == before);
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
+
+    // The groups of a killed server are empty. The next one removes them, and knows nothing of its sandboxes.
+    let old = format!("zeroboot-{}", server.id());
+    let (mut next, address) = listening(folder.path());
+    assert_eq!(groups(&old), [] as [std::path::PathBuf; 0]);
+    let shown = client::exchange(address, &client::request("GET", &format!("/v1/sandboxes/{id}"), &[], b""));
+    assert_eq!((shown.status, &shown.json()["code"]), (404, &json!("sandbox_not_found")));
+    assert!(Command::new("kill").args(["-TERM", &next.id().to_string()]).status().unwrap().success());
+    assert!(next.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
 #[test]
