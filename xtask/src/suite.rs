@@ -27,6 +27,8 @@ const ALSO: [(&str, &str); 4] =
     [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot", "http"), ("zeroboot", "http_kill")];
 /// With `--more`: too long in an emulated machine for each change.
 const MORE: (&str, &str) = ("zeroboot", "sandboxes");
+/// Contexts that the lane has alive at once: an interpreter takes many seconds to start on an emulated CPU.
+const CONTEXTS: &str = "8";
 const TEMPLATES: [&str; 2] = ["python", "node"];
 /// What a first exec in each template must print.
 const FIRST_EXECS: [(&str, &str, &str); 2] = [
@@ -62,6 +64,7 @@ that match FILTER.
   --timeout SECONDS  of the lane (2400)
   --memory SIZE      of the lane (5G)
   --more             also `sandboxes`: sandboxes that live, over HTTP; give it a longer --timeout
+  --only PROGRAM     of the test programs, this one; may be repeated. `sandboxes` needs no --more then
   --no-templates     neither assemble nor build templates, nor test what they are made of
 ";
 
@@ -78,6 +81,7 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
     let (mut debug, mut templates, mut more, mut filter) = (false, true, false, None);
+    let mut only = Vec::new();
     let mut lane = Run::new(Vec::new());
     lane.timeout = Duration::from_secs(2400);
     lane.set_memory("5G");
@@ -90,6 +94,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
             }
             Some("--debug") => debug = true,
             Some("--more") => more = true,
+            Some("--only") => only.push(value()?),
             Some("--no-templates") => templates = false,
             Some("--kernel") => lane.set_kernel(&value()?)?,
             Some("--memory") => lane.set_memory(&value()?),
@@ -104,12 +109,13 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
         timed("the templates are assembled", || nested::assemble_templates(&zeroboot))?;
         timed("what they are made of is tested", assembly_tests)?;
     }
-    let programs = timed("the test programs are built", || test_programs(&wanted(more)?))?;
+    let programs = timed("the test programs are built", || test_programs(&wanted(more, &only)?))?;
     lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];
     lane.env("ZEROBOOT_BIN", &zeroboot);
     lane.env("ZEROBOOT_HOME", "/dev/shm/zeroboot");
     lane.env("ZEROBOOT_REQUIRE_KVM", "1");
     lane.env("ZEROBOOT_TEST_ENGINE", "vm");
+    lane.env("ZEROBOOT_TEST_CONTEXTS", CONTEXTS);
     timed("the lane is done", || nested::run(&lane))
 }
 
@@ -136,11 +142,11 @@ pub(crate) struct Program {
 }
 
 /// The lane's test programs, each with its package.
-fn wanted(more: bool) -> Result<Vec<(String, String)>> {
+fn wanted(more: bool, only: &[String]) -> Result<Vec<(String, String)>> {
     let repository = nested::repository()?;
     let mut wanted: Vec<(String, String)> = ALSO
         .iter()
-        .chain(more.then_some(&MORE))
+        .chain((more || !only.is_empty()).then_some(&MORE))
         .map(|(package, test)| ((*package).to_owned(), (*test).to_owned()))
         .collect();
     for package in names_in(&repository.join("crates"))? {
@@ -150,6 +156,10 @@ fn wanted(more: bool) -> Result<Vec<(String, String)>> {
             }
         }
     }
+    if let Some(unknown) = only.iter().find(|name| !wanted.iter().any(|(_, test)| test == *name)) {
+        bail!("the lane has no test program {unknown}");
+    }
+    wanted.retain(|(_, test)| only.is_empty() || only.contains(test));
     Ok(wanted)
 }
 
