@@ -19,7 +19,7 @@ pub use execution::{Execution, StdinWriter, request_frames};
 pub use live::{
     Activity, Attached, CellError, EndReason, Entries, FileReader, FileWriter, Hold, Item, MAX_TAG, MimeBundle, Run,
     RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds, SandboxLimits,
-    SandboxSpec, Watch,
+    SandboxSpec, Watch, cell_frames,
 };
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{

@@ -23,6 +23,7 @@ use std::{
 use uuid::Uuid;
 
 use self::handle::Handle;
+pub use self::registry::cell_frames;
 pub(crate) use self::registry::{Origin, Registry};
 pub use self::{
     log::{CellError, Item, MimeBundle},

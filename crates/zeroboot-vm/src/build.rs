@@ -137,8 +137,8 @@ pub enum RehearseError {
     /// The timer or the page map could not be had.
     #[error("cannot observe the fork")]
     Observe(#[source] io::Error),
-    /// The exec did not end as it should: the template is no good.
-    #[error("the first exec in a fork ended as {end:?} instead of status 0; it said: {said}")]
+    /// The exec or the cell did not end as it should: the template is no good.
+    #[error("the first exec or cell in a fork did not end well ({end:?}); it said: {said}")]
     Ended {
         /// How it ended.
         end: SessionEnd,
@@ -148,21 +148,38 @@ pub enum RehearseError {
 }
 
 impl Snapshot {
-    /// Runs one exec in a fork, whose frames are `request`, and records which pages it touches. It must end
-    /// with status 0. What a template gives as its first answer is thereby known before it is stored.
+    /// Runs one exec in a fork, whose frames are `request`, and adds the pages that it touches to the working set. It must
+    /// end with status 0. What a template gives as its first answer is thereby known before it is stored.
     pub fn rehearse(&mut self, host: &Host, request: &[u8]) -> Result<(), RehearseError> {
-        let mut fork = self.fork(host)?;
-        let mut front = OneRequest::new(request);
         let kick = Kick::new().map_err(RehearseError::Observe)?;
-        let (end, _stats) = Session::new(self, &mut fork, &mut front, &kick).run()?;
-        if end != SessionEnd::Done(zeroboot_proto::Ending::Exited(0)) {
+        let front = OneRequest::new(request);
+        self.rehearse_with(host, &kick, front, |end, _| end == SessionEnd::Done(zeroboot_proto::Ending::Exited(0)))
+    }
+
+    /// The same with a sandbox that lives and the one cell that `request` has for it, which must end well within `timeout`.
+    pub fn rehearse_cell(&mut self, host: &Host, request: &[u8], timeout: Duration) -> Result<(), RehearseError> {
+        let kick = Kick::new().map_err(RehearseError::Observe)?;
+        let front = OneRequest::leaving(request, &kick, timeout);
+        self.rehearse_with(host, &kick, front, |end, front| end == SessionEnd::FrontGone && front.cell_was_good())
+    }
+
+    fn rehearse_with(
+        &mut self,
+        host: &Host,
+        kick: &Kick,
+        mut front: OneRequest<'_>,
+        good: impl FnOnce(SessionEnd, &OneRequest<'_>) -> bool,
+    ) -> Result<(), RehearseError> {
+        let mut fork = self.fork(host)?;
+        let (end, _stats) = Session::new(self, &mut fork, &mut front, kick).run()?;
+        if !good(end, &front) {
             let mut said = String::from_utf8_lossy(&[front.complaints, front.stdout].concat()).into_owned();
             said.retain(|c| !c.is_control() || c == '\n');
             said.truncate(said.floor_char_boundary(2000));
             return Err(RehearseError::Ended { end, said });
         }
         let resident = fork.machine.memory.resident().map_err(RehearseError::Observe)?;
-        self.body.working_set = WorkingSet { written: resident.private, read: resident.shared };
+        self.body.working_set.add(&WorkingSet { written: resident.private, read: resident.shared });
         Ok(())
     }
 }

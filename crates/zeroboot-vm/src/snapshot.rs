@@ -8,6 +8,7 @@
 //! The body names the BLAKE3 of the memory, so that the two files belong together; and the host's facts.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{self, Read, Write},
     os::unix::fs::FileExt,
@@ -63,7 +64,8 @@ pub(crate) struct Body {
     pub(crate) working_set: WorkingSet,
 }
 
-/// The pages that an exec touches, recorded once by [`Snapshot::rehearse`]: runs of `(page, pages)`.
+/// The pages that an exec and a cell touch, recorded by [`Snapshot::rehearse`] and [`Snapshot::rehearse_cell`]: runs of
+/// `(page, pages)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSet {
     /// Written: copied ahead of time.
@@ -75,6 +77,26 @@ pub struct WorkingSet {
 impl WorkingSet {
     fn pages(runs: &[(u32, u32)]) -> u64 {
         runs.iter().map(|&(_, n)| u64::from(n)).sum()
+    }
+
+    /// Adds another fork's. A page that one of them writes is written.
+    pub(crate) fn add(&mut self, other: &WorkingSet) {
+        let all = |mine: &[(u32, u32)], theirs: &[(u32, u32)]| -> BTreeSet<u32> {
+            mine.iter().chain(theirs).flat_map(|&(page, pages)| page..page.saturating_add(pages)).collect()
+        };
+        let runs = |pages: &mut dyn Iterator<Item = u32>| {
+            let mut runs: Vec<(u32, u32)> = Vec::new();
+            for page in pages {
+                match runs.last_mut() {
+                    Some((first, count)) if *first + *count == page => *count += 1,
+                    _ => runs.push((page, 1)),
+                }
+            }
+            runs
+        };
+        let (written, read) = (all(&self.written, &other.written), all(&self.read, &other.read));
+        self.read = runs(&mut read.difference(&written).copied());
+        self.written = runs(&mut written.into_iter());
     }
 
     /// Pages that are written.
@@ -340,7 +362,7 @@ impl Snapshot {
         &self.body.about
     }
 
-    /// The pages that an exec touches.
+    /// The pages that an exec and a cell touch.
     pub fn working_set(&self) -> &WorkingSet {
         &self.body.working_set
     }
@@ -369,7 +391,7 @@ impl Snapshot {
         Ok(self.body.state.restore_clocks(&self.tables, &fork.machine)?)
     }
 
-    /// Copies and maps the pages that an exec is known to touch. Spends memory of a waiting fork on time of
+    /// Copies and maps the pages that an exec and a first cell are known to touch. Spends memory of a waiting fork on time of
     /// a running one.
     pub fn prefault(&self, fork: &mut Fork, what: Prefault) -> Result<(), ForkError> {
         if what == Prefault::Nothing {
@@ -617,6 +639,16 @@ mod tests {
             about: b"{}".to_vec(),
             working_set: WorkingSet { written: vec![(1, 2)], read: vec![(5, 1)] },
         }
+    }
+
+    #[test]
+    fn a_working_set_grows_by_anothers_and_what_one_writes_is_written() {
+        let mut set = WorkingSet { written: vec![(1, 2), (9, 1)], read: vec![(5, 2), (20, 1)] };
+        set.add(&WorkingSet { written: vec![(3, 1), (6, 1)], read: vec![(1, 1), (4, 1), (21, 2)] });
+        assert_eq!(set, WorkingSet { written: vec![(1, 3), (6, 1), (9, 1)], read: vec![(4, 2), (20, 3)] });
+        let before = set.clone();
+        set.add(&WorkingSet::default());
+        assert_eq!(set, before);
     }
 
     #[test]

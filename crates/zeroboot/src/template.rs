@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use zeroboot_engine::{ExecRequest, request_frames};
+use zeroboot_engine::{ExecRequest, SandboxSpec, cell_frames, request_frames};
 use zeroboot_template::{
     Assembled, Built, KernelSource, Progress, Recipe, RootfsSource, Runtime, Sources, Store, StoreError, Template,
     WarmUp, assemble, paths,
@@ -155,7 +155,7 @@ fn build(store: &Store, recipe: &Recipe, sources: &Sources) -> anyhow::Result<Te
         zeroboot_vm::Progress::Frozen => say("frozen".into()),
     })?;
     let warm_seconds = warming.elapsed().as_secs_f64();
-    // One exec in a fork shows which pages every exec will need.
+    // One exec and one cell, each in a fork, show which pages every sandbox will need.
     let code = match recipe.runtime {
         Runtime::Python => "print(1)\n",
         Runtime::Node => "console.log(1)\n",
@@ -163,6 +163,9 @@ fn build(store: &Store, recipe: &Recipe, sources: &Sources) -> anyhow::Result<Te
     let mut request = ExecRequest::new(recipe.name.clone(), code);
     request.limits.timeout = BOOT_TIMEOUT;
     snapshot.rehearse(&host, &request_frames(&request, uuid::Uuid::now_v7())?)?;
+    let cell = format!("{code}1\n");
+    let cell = cell_frames(&SandboxSpec::new(recipe.name.clone()), cell.as_bytes(), uuid::Uuid::now_v7())?;
+    snapshot.rehearse_cell(&host, &cell, BOOT_TIMEOUT)?;
     say("rehearsed; writing".into());
 
     let draft = store.begin(&recipe.name).map_err(refused)?;

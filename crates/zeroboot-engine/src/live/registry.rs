@@ -10,7 +10,10 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
-use zeroboot_proto::{Kind, encode};
+use zeroboot_proto::{
+    Kind, encode, encode_on,
+    live::{self, DEFAULT_CONTEXT, Open},
+};
 
 use super::{
     EndReason, Sandbox, SandboxBounds, SandboxSpec,
@@ -214,6 +217,15 @@ impl Drop for Task {
         self.handle.drained.notify_waiters();
         self.handle.ended.notify_waiters();
     }
+}
+
+/// A sandbox that lives and its first cell, in its default context, as the frames that it takes.
+pub fn cell_frames(spec: &SandboxSpec, code: &[u8], id: Uuid) -> io::Result<Vec<u8>> {
+    let mut out = live_frames(spec, id)?;
+    let open = Open::Cell { context: DEFAULT_CONTEXT.into(), timeout_ns: u64::MAX };
+    encode_on(&mut out, 1, Kind::Code, code);
+    encode_on(&mut out, 1, Kind::Open, &live::encode(&open));
+    Ok(out)
 }
 
 /// What a sandbox is told before it lives.
