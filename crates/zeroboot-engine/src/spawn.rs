@@ -19,7 +19,7 @@ use tokio::{
     net::UnixStream,
     sync::oneshot,
 };
-use zeroboot_proto::{Decoder, Message};
+use zeroboot_proto::{Decoder, FrameError, Message};
 
 use crate::{ZygoteSpec, reaper::watch};
 
@@ -113,29 +113,29 @@ impl Spawner {
         let mut report = UnixStream::from_std(report).map_err(ZygoteError::Spawn)?;
         match tokio::time::timeout(warm_timeout, read_report(&mut report)).await {
             Ok(Ok(())) => Ok(zygote),
-            Ok(Err(Some(reason))) => Err(ZygoteError::Failed(reason)),
-            Ok(Err(None)) => Err(ZygoteError::Failed(zygote.last_words())),
-            Err(_) => Err(ZygoteError::Failed(format!("not warm after {} s", warm_timeout.as_secs()))),
+            Ok(Err(ZygoteError::Ended(_))) => Err(ZygoteError::Ended(zygote.last_words())),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(ZygoteError::Timeout(warm_timeout)),
         }
     }
 }
 
-/// Waits for the `Ready` frame; otherwise the zygote's reason, if it gave one.
-async fn read_report(report: &mut UnixStream) -> Result<(), Option<String>> {
+/// Waits for the `Ready` frame.
+async fn read_report(report: &mut UnixStream) -> Result<(), ZygoteError> {
     let mut decoder = Decoder::new();
     let mut chunk = [0; 1024];
     loop {
         match decoder.next_frame() {
             Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
                 Ok(Message::Ready) => return Ok(()),
-                Ok(Message::Failure(text)) => return Err(Some(text.to_owned())),
-                _ => return Err(Some("it sent something else than Ready".into())),
+                Ok(Message::Failure(text)) => return Err(ZygoteError::Failed(text.to_owned())),
+                _ => return Err(ZygoteError::OutOfTurn),
             },
             Ok(None) => match report.read(&mut chunk).await {
                 Ok(n @ 1..) => decoder.feed(chunk.get(..n).unwrap_or_default()),
-                Ok(0) | Err(_) => return Err(None),
+                Ok(0) | Err(_) => return Err(ZygoteError::Ended(String::new())),
             },
-            Err(error) => return Err(Some(error.to_string())),
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -149,8 +149,18 @@ const IMAGE_AT_ONCE: &str = "ZEROBOOT_TEST_IMAGE";
 pub(crate) enum ZygoteError {
     #[error("cannot start a zygote: {0}")]
     Spawn(#[source] io::Error),
+    /// Its own words.
     #[error("{0}")]
     Failed(String),
+    /// Its last words.
+    #[error("{0}")]
+    Ended(String),
+    #[error("it sent something else than Ready")]
+    OutOfTurn,
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("not warm after {} s", .0.as_secs())]
+    Timeout(Duration),
 }
 
 /// A running zygote. Dropping it kills it, and with it the workers it made.

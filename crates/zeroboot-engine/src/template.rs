@@ -23,7 +23,7 @@ use crate::{
     cgroup::{Cgroup, Cgroups},
     reaper::Reaper,
     spawn::{Spawner, Zygote},
-    worker::Worker,
+    worker::{UnreadyError, Worker},
 };
 
 /// Wait before the first restart of a zygote; doubles up to [`MAX_BACKOFF`].
@@ -40,7 +40,41 @@ const REST: Duration = Duration::from_millis(10);
 /// could wait for the other to read.
 const MOST_PENDING: usize = 64;
 
-type ForkAnswer = oneshot::Sender<Result<Worker, String>>;
+type ForkAnswer = oneshot::Sender<Result<Worker, ForkError>>;
+
+/// Why there is no fork. No code ran.
+#[derive(Debug, thiserror::Error)]
+enum ForkError {
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+    #[error("the zygote ended")]
+    ZygoteEnded,
+    /// Why the zygote is down.
+    #[error("{0}")]
+    Down(String),
+    #[error("cannot ask the zygote for a fork: {0}")]
+    Ask(#[source] io::Error),
+    /// The zygote's own words.
+    #[error("{0}")]
+    Refused(String),
+    #[error("cannot take the worker over: {0}")]
+    Adopt(#[source] io::Error),
+    #[error(transparent)]
+    Unready(#[from] UnreadyError),
+}
+
+/// Why a zygote is given up.
+#[derive(Debug, thiserror::Error)]
+enum ZygoteLost {
+    #[error("the zygote spoke out of turn")]
+    OutOfTurn,
+    #[error("the zygote ended")]
+    Ended,
+    #[error("the zygote's control channel failed: {0}")]
+    Channel(#[source] io::Error),
+    #[error("the zygote has not answered for {} s", .0.as_secs())]
+    Silent(Duration),
+}
 
 #[derive(Debug)]
 enum Health {
@@ -129,7 +163,7 @@ impl Template {
             return Err(self.not_ready(reason.clone()));
         }
         let worker = self.fork().await;
-        worker.map(|worker| (worker, false)).map_err(|reason| self.not_ready(reason))
+        worker.map(|worker| (worker, false)).map_err(|error| self.not_ready(error.to_string()))
     }
 
     fn not_ready(&self, reason: String) -> ExecError {
@@ -138,10 +172,10 @@ impl Template {
 
     /// A fresh sandbox, ready for its request.
     #[tracing::instrument(name = "exec.fork", level = "debug", skip_all)]
-    async fn fork(&self) -> Result<Worker, String> {
+    async fn fork(&self) -> Result<Worker, ForkError> {
         let (answer, worker) = oneshot::channel();
-        self.requests.send(answer).await.map_err(|_| "the engine is shutting down".to_owned())?;
-        let mut worker = worker.await.map_err(|_| "the zygote ended".to_owned())??;
+        self.requests.send(answer).await.map_err(|_| ForkError::ShuttingDown)?;
+        let mut worker = worker.await.map_err(|_| ForkError::ZygoteEnded)??;
         let info = worker.ready(self.shared.warm_timeout).await?;
         self.forks.fetch_add(1, Ordering::Relaxed);
         self.note_info(&info);
@@ -221,7 +255,7 @@ async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mu
         let Some(shared) = template.upgrade().map(|t| Arc::clone(&t.shared)) else { return };
         let reason = match serve(&shared, &zygote, &mut queue).await {
             Ok(()) => return,
-            Err(reason) => reason,
+            Err(lost) => lost.to_string(),
         };
         drop(zygote);
         let Some(spec) = down(&template, &reason) else { return };
@@ -236,7 +270,7 @@ async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mu
                     () = &mut wait => break,
                     request = queue.recv() => match request {
                         // Nobody waits for a zygote that is down: a caller gets its reason at once.
-                        Some(answer) => { let _gone = answer.send(Err(reason.clone())); }
+                        Some(answer) => { let _gone = answer.send(Err(ForkError::Down(reason.clone()))); }
                         None => return,
                     },
                 }
@@ -280,7 +314,7 @@ struct Pending {
 }
 
 /// Passes fork requests to one zygote until it dies (`Err`) or the engine is gone (`Ok`).
-async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), String> {
+async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), ZygoteLost> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let mut pending: HashMap<u64, Pending> = HashMap::new();
     let mut heard = Instant::now();
@@ -295,7 +329,7 @@ async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<Fork
                 match ask(shared, zygote, id).await {
                     Ok((socket, cgroup)) => { pending.insert(id, Pending { answer, socket, cgroup }); }
                     // The caller may have given up.
-                    Err(error) => { let _gone = answer.send(Err(format!("cannot ask the zygote for a fork: {error}"))); }
+                    Err(error) => { let _gone = answer.send(Err(ForkError::Ask(error))); }
                 }
             }
             message = next_message(zygote) => {
@@ -311,22 +345,22 @@ async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<Fork
                             None => Err(io::Error::other("this process may have no more descriptors")),
                         };
                         // A caller that gave up: the worker is dropped, and so killed.
-                        let _gone = p.answer.send(worker.map_err(|e| e.to_string()));
+                        let _gone = p.answer.send(worker.map_err(ForkError::Adopt));
                     }
                     Ok(Some((Control::ForkFailed { id, text }, _))) => {
                         if let Some(p) = pending.remove(&id) {
-                            let _gone = p.answer.send(Err(text));
+                            let _gone = p.answer.send(Err(ForkError::Refused(text)));
                         }
                     }
                     Ok(Some((Control::Image { text }, _))) => tracing::info!(image = text, "the template's memory is shared"),
-                    Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
-                    Ok(None) => return Err("the zygote ended".into()),
-                    Err(error) => return Err(format!("the zygote's control channel failed: {error}")),
+                    Ok(Some((Control::Fork { .. }, _))) => return Err(ZygoteLost::OutOfTurn),
+                    Ok(None) => return Err(ZygoteLost::Ended),
+                    Err(error) => return Err(ZygoteLost::Channel(error)),
                 }
             }
             // A fork takes far less than warming up.
             () = tokio::time::sleep_until((heard + shared.warm_timeout).into()), if !pending.is_empty() => {
-                return Err(format!("the zygote has not answered for {} s", shared.warm_timeout.as_secs()));
+                return Err(ZygoteLost::Silent(shared.warm_timeout));
             }
         }
     }
@@ -401,7 +435,7 @@ async fn keep_pool(template: std::sync::Weak<Template>) {
         for fork in forks.collect::<Vec<_>>() {
             match fork.await {
                 Ok(Ok(worker)) => strong.state().pool.push_back(worker),
-                Ok(Err(error)) => failed = Some(error),
+                Ok(Err(error)) => failed = Some(error.to_string()),
                 Err(error) => failed = Some(error.to_string()),
             }
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::{io::AsyncReadExt, net::UnixStream, sync::OwnedSemaphorePermit};
-use zeroboot_proto::{Decoder, Message};
+use zeroboot_proto::{Decoder, FrameError, Message};
 
 use crate::{
     cgroup::Cgroup,
@@ -34,6 +34,24 @@ struct Leash {
     ended: Option<UnixStream>,
 }
 
+/// Why a worker did not become ready.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UnreadyError {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// Its own words.
+    #[error("{0}")]
+    Failed(String),
+    #[error("it sent something else than Ready")]
+    OutOfTurn,
+    #[error("not ready after {} s", .0.as_secs())]
+    Timeout(Duration),
+    #[error("it ended before it was ready")]
+    Ended,
+    #[error("its socket failed: {0}")]
+    Socket(#[source] io::Error),
+}
+
 impl Worker {
     pub(crate) fn new(socket: UnixStream, pidfd: OwnedFd, cgroup: Option<Cgroup>, reaper: Arc<Reaper>) -> Worker {
         let leash = Leash { pidfd: Arc::new(pidfd), cgroup, permits: Vec::new(), reaper, ended: None };
@@ -52,24 +70,24 @@ impl Worker {
     }
 
     /// Waits for its `Ready` frame; gives the frame's payload, which the runner wrote.
-    pub(crate) async fn ready(&mut self, timeout: Duration) -> Result<Vec<u8>, String> {
+    pub(crate) async fn ready(&mut self, timeout: Duration) -> Result<Vec<u8>, UnreadyError> {
         let deadline = Instant::now() + timeout;
         let mut chunk = [0; 4096];
         loop {
             match self.decoder.next_frame() {
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(error.into()),
                 Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
                     Ok(Message::Ready) => return Ok(payload.to_vec()),
-                    Ok(Message::Failure(text)) => return Err(text.to_owned()),
-                    _ => return Err("it sent something else than Ready".into()),
+                    Ok(Message::Failure(text)) => return Err(UnreadyError::Failed(text.to_owned())),
+                    _ => return Err(UnreadyError::OutOfTurn),
                 },
                 Ok(None) => {
                     let read = tokio::time::timeout_at(deadline.into(), self.socket.read(&mut chunk)).await;
                     match read {
-                        Err(_) => return Err(format!("not ready after {} s", timeout.as_secs())),
+                        Err(_) => return Err(UnreadyError::Timeout(timeout)),
                         Ok(Ok(n @ 1..)) => self.decoder.feed(chunk.get(..n).unwrap_or_default()),
-                        Ok(Ok(0)) => return Err("it ended before it was ready".into()),
-                        Ok(Err(error)) => return Err(format!("its socket failed: {error}")),
+                        Ok(Ok(0)) => return Err(UnreadyError::Ended),
+                        Ok(Err(error)) => return Err(UnreadyError::Socket(error)),
                     }
                 }
             }
