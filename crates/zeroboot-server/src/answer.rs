@@ -1,9 +1,8 @@
 //! Answers as they go over the wire (step 7 of an exec).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use bytes::Bytes;
 use serde::{Serialize, Serializer};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -281,19 +280,29 @@ pub(crate) struct Pieces {
 #[derive(Debug, PartialEq, Serialize, ToSchema)]
 #[schema(as = Chunk)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Piece {
-    Text(String),
+pub(crate) enum Piece<'a> {
+    Text(Cow<'a, str>),
     Base64(String),
 }
 
 impl Pieces {
-    pub(crate) fn push(&mut self, chunk: &Bytes) -> Option<Piece> {
-        let mut bytes = std::mem::take(&mut self.held);
-        bytes.extend_from_slice(chunk);
+    /// What of the stream can be told now. Nothing is copied where a chunk is text by itself.
+    pub(crate) fn push<'a>(&mut self, chunk: &'a [u8]) -> Option<Piece<'a>> {
+        let mut bytes = if self.held.is_empty() {
+            Cow::Borrowed(chunk)
+        } else {
+            self.held.extend_from_slice(chunk);
+            Cow::Owned(std::mem::take(&mut self.held))
+        };
         if let Err(error) = std::str::from_utf8(&bytes)
             && error.error_len().is_none()
         {
-            self.held = bytes.split_off(error.valid_up_to());
+            let whole = error.valid_up_to();
+            self.held = bytes.get(whole..).unwrap_or_default().to_vec();
+            match &mut bytes {
+                Cow::Borrowed(bytes) => *bytes = bytes.get(..whole).unwrap_or_default(),
+                Cow::Owned(bytes) => bytes.truncate(whole),
+            }
         }
         if bytes.is_empty() { None } else { Some(piece(bytes)) }
     }
@@ -304,21 +313,29 @@ impl Pieces {
     }
 
     /// What was held back and never became whole.
-    pub(crate) fn finish(&mut self) -> Option<Piece> {
+    pub(crate) fn finish(&mut self) -> Option<Piece<'static>> {
         let rest = std::mem::take(&mut self.held);
-        if rest.is_empty() { None } else { Some(piece(rest)) }
+        if rest.is_empty() { None } else { Some(piece(Cow::Owned(rest))) }
     }
 }
 
-fn piece(bytes: Vec<u8>) -> Piece {
-    match String::from_utf8(bytes) {
-        Ok(text) => Piece::Text(text),
-        Err(error) => Piece::Base64(STANDARD.encode(error.as_bytes())),
+fn piece(bytes: Cow<'_, [u8]>) -> Piece<'_> {
+    match bytes {
+        Cow::Borrowed(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => Piece::Text(Cow::Borrowed(text)),
+            Err(_) => Piece::Base64(STANDARD.encode(bytes)),
+        },
+        Cow::Owned(bytes) => match String::from_utf8(bytes) {
+            Ok(text) => Piece::Text(Cow::Owned(text)),
+            Err(error) => Piece::Base64(STANDARD.encode(error.as_bytes())),
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     #[test]
@@ -347,13 +364,13 @@ mod tests {
     fn a_split_character_is_held_back_until_it_is_whole() {
         let mut pieces = Pieces::default();
         let euro = "€".as_bytes();
-        assert_eq!(pieces.push(&Bytes::copy_from_slice(&euro[..1])), None);
-        assert_eq!(pieces.push(&Bytes::copy_from_slice(&euro[1..2])), None);
+        assert_eq!(pieces.push(&euro[..1]), None);
+        assert_eq!(pieces.push(&euro[1..2]), None);
         let rest = [&euro[2..], b"a\xc3"].concat();
-        assert_eq!(pieces.push(&rest.into()), Some(Piece::Text("€a".into())));
+        assert_eq!(pieces.push(&rest), Some(Piece::Text("€a".into())));
         assert_eq!(pieces.finish(), Some(Piece::Base64("ww==".into())));
         assert_eq!(pieces.finish(), None);
-        assert_eq!(pieces.push(&Bytes::from_static(b"\xffab")), Some(Piece::Base64("/2Fi".into())));
+        assert_eq!(pieces.push(b"\xffab"), Some(Piece::Base64("/2Fi".into())));
     }
 
     #[test]
@@ -361,13 +378,15 @@ mod tests {
         let stream: Vec<u8> = "aé€😀\u{0}".bytes().chain([0xff, 0xc3]).chain("ü".bytes()).collect();
         for size in 1..stream.len() {
             let mut pieces = Pieces::default();
-            let mut all: Vec<Piece> =
-                stream.chunks(size).filter_map(|c| pieces.push(&Bytes::copy_from_slice(c))).collect();
+            let mut all = Vec::new();
+            for chunk in stream.chunks(size) {
+                all.extend(pieces.push(chunk));
+            }
             all.extend(pieces.finish());
             let whole: Vec<u8> = all
                 .into_iter()
                 .flat_map(|piece| match piece {
-                    Piece::Text(text) => text.into_bytes(),
+                    Piece::Text(text) => text.into_owned().into_bytes(),
                     Piece::Base64(text) => STANDARD.decode(text).unwrap(),
                 })
                 .collect();

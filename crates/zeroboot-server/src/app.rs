@@ -10,6 +10,7 @@ use std::{
 };
 
 use axum::http::{HeaderMap, header};
+use zeroboot_engine::TemplateStatus;
 
 use crate::{
     backend::Backend,
@@ -20,7 +21,7 @@ use crate::{
     gate::{Caller, Gate, is_local_host},
     metrics::Metrics,
     streams::Streams,
-    wire::Catalog,
+    wire::{Catalog, Named},
 };
 
 /// Where no route is, in logs and metrics.
@@ -56,7 +57,8 @@ impl Drop for Foreground {
 
 impl App {
     pub(crate) fn new(backend: Backend, config: ServerConfig, gate: Gate) -> App {
-        let templates = backend.templates().into_iter().map(|status| (status.name, status.language)).collect();
+        let named = |status: TemplateStatus| Named { name: status.name.into(), language: status.language.into() };
+        let templates = backend.templates().into_iter().map(named).collect();
         let catalog = Catalog { templates };
         App {
             gate,

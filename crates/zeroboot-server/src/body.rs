@@ -18,11 +18,39 @@ use crate::{
 
 /// Whether the client asks for events.
 pub(crate) fn wants_stream(headers: &HeaderMap) -> bool {
+    wants(headers, "text/event-stream")
+}
+
+/// Whether the client asks for bytes as they are.
+pub(crate) fn wants_bytes(headers: &HeaderMap) -> bool {
+    wants(headers, "application/octet-stream")
+}
+
+fn wants(headers: &HeaderMap, wanted: &str) -> bool {
     let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     accepts.flat_map(|line| line.split(',')).any(|word| {
         let kind = word.split(';').next().unwrap_or_default().trim();
-        kind.eq_ignore_ascii_case("text/event-stream")
+        kind.eq_ignore_ascii_case(wanted)
     })
+}
+
+/// The next bytes of a body that is passed on as it comes; `None` at its end.
+pub(crate) async fn next_bytes(body: &mut Body, limits: &RequestLimits) -> Result<Option<Bytes>, ApiError> {
+    loop {
+        let frame = tokio::time::timeout(limits.body_timeout, body.frame()).await.map_err(|_| too_slow())?;
+        let Some(frame) = frame else { return Ok(None) };
+        if let Ok(data) = frame.map_err(|_| not_whole())?.into_data() {
+            return Ok(Some(data));
+        }
+    }
+}
+
+fn too_slow() -> ApiError {
+    ApiError::new("body_timeout", "The body took too long to arrive")
+}
+
+fn not_whole() -> ApiError {
+    ApiError::new("invalid_request", "The body did not arrive whole")
 }
 
 /// Reads a body: the right type, below the limit, in time, and as long as there is room for it.
@@ -39,7 +67,7 @@ pub(crate) async fn read_body(
         return Err(ApiError::new("unsupported_media_type", "The body must have Content-Type: application/json"));
     }
     let read = tokio::time::timeout(limits.body_timeout, read_frames(body, limits.max_body, share)).await;
-    read.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?
+    read.map_err(|_| too_slow())?
 }
 
 async fn read_frames(mut body: Body, most: usize, share: &Share) -> Result<Vec<u8>, ApiError> {
@@ -49,7 +77,7 @@ async fn read_frames(mut body: Body, most: usize, share: &Share) -> Result<Vec<u
     }
     let mut whole = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
+        let frame = frame.map_err(|_| not_whole())?;
         let Ok(data) = frame.into_data() else { continue };
         if whole.len() + data.len() > most {
             return Err(too_large());

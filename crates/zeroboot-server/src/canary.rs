@@ -9,7 +9,10 @@ use tokio::{sync::Mutex, time::Instant};
 use tracing::Instrument as _;
 use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
 
-use crate::{backend::Backend, wire::Catalog};
+use crate::{
+    backend::Backend,
+    wire::{Catalog, Named},
+};
 
 /// Timeout of a canary.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,10 +56,10 @@ struct Last {
 impl Canaries {
     /// `memory`: what a sandbox that names none has, bytes.
     pub(crate) fn new(catalog: &Catalog, memory: u64) -> Canaries {
-        let one = |(name, language): &(String, String)| Canary {
-            template: name.clone(),
+        let one = |Named { name, language }: &Named| Canary {
+            template: name.to_string(),
             memory,
-            code: match language.as_str() {
+            code: match &**language {
                 "node" => "console.log('zeroboot-canary', 6 * 7)",
                 _ => "print('zeroboot-canary', 6 * 7)",
             },
@@ -72,8 +75,8 @@ impl Canaries {
     }
 
     /// An exec of this template just came to an outcome.
-    pub(crate) fn worked(&self, template: usize) {
-        if let Some(canary) = self.each.get(template) {
+    pub(crate) fn worked(&self, template: &str) {
+        if let Some(canary) = self.each.iter().find(|canary| canary.template == template) {
             *canary.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
         }
     }
@@ -173,7 +176,10 @@ mod tests {
     async fn a_template_whose_places_are_all_taken_for_long_is_not_believed_for_ever() {
         let fake = Arc::new(Fake::default());
         let backend = Backend::Fake(fake.clone());
-        let canaries = Canaries::new(&Catalog { templates: vec![("python".into(), "python".into())] }, 1 << 20);
+        let canaries = Canaries::new(
+            &Catalog { templates: vec![Named { name: "python".into(), language: "python".into() }] },
+            1 << 20,
+        );
         let passes = async || canaries.results(&backend, Duration::ZERO).await[0].result.is_ok();
         assert!(passes().await);
         assert_eq!(fake.memory.load(Ordering::SeqCst), 1 << 20);
@@ -185,7 +191,7 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(10)).await;
         assert!(!passes().await);
         // An exec that came to an outcome is as good as a canary.
-        canaries.worked(0);
+        canaries.worked("python");
         assert!(passes().await);
         fake.busy.store(false, Ordering::SeqCst);
         assert!(passes().await);

@@ -3,6 +3,7 @@
 use utoipa::openapi::{
     Required,
     content::ContentBuilder,
+    header::HeaderBuilder,
     path::{HttpMethod, Operation, OperationBuilder, ParameterBuilder, ParameterIn, PathItem, PathsBuilder},
     request_body::RequestBodyBuilder,
     schema::{ObjectBuilder, Schema, SchemaFormat, Type},
@@ -12,6 +13,7 @@ use utoipa::openapi::{
 use crate::{
     openapi::{content, failure, response},
     params::MOST_OFFSET,
+    routes::follow::RUN_ID,
 };
 
 /// Statuses of the errors of every request about sandboxes.
@@ -25,6 +27,10 @@ const OF_BODIES: [&str; 4] = ["400", "408", "413", "415"];
 const EVENTS: &str = "Events: `started` (schema RunStarted), `stdout` and `stderr` (Chunk), `result` (Result), `error` \
                       (CellError), `lost` (OutputLost), then `end` (RunEnd) or `failure` (Error). The `id` of each is the \
                       offset to go on from.";
+
+const BYTES: &str = "With `Accept: application/octet-stream` the answer is standard output alone, byte for byte, as it comes; it \
+                     is cut off where it cannot be whole. The run's id is in the header `zeroboot-run-id`, and its end in the \
+                     command.";
 
 /// One operation, built up.
 struct Op(OperationBuilder);
@@ -85,9 +91,16 @@ impl Op {
         Op(self.0.response(status, response(words).content("application/json", content(schema))))
     }
 
-    fn events(self, words: &str, schema: Option<&str>) -> Op {
+    /// `bytes`: also one stream's own, with the run's id in a header.
+    fn events(self, words: &str, schema: Option<&str>, bytes: bool) -> Op {
         let mut built =
             response(words).content("text/event-stream", ContentBuilder::new().schema(Some(event())).build());
+        if bytes {
+            let content = ContentBuilder::new().schema(Some(binary())).build();
+            let header =
+                HeaderBuilder::new().schema(Some(uuid())).description(Some("With bytes: the run's id")).build();
+            built = built.content("application/octet-stream", content).header(RUN_ID, header);
+        }
         if let Some(schema) = schema {
             built = built.content("application/json", content(schema));
         }
@@ -201,7 +214,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                     .about(&format!("With `Accept: text/event-stream` the answer is a stream of events. {EVENTS}"))
                     .body("RunCell")
                     .failures(&REFUSALS)
-                    .events("The cell came to an outcome", Some("CellAnswer")),
+                    .events("The cell came to an outcome", Some("CellAnswer"), false),
             )]),
         )
         .path(
@@ -266,11 +279,11 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                     Op::of_one("startCommand", "Runs a program")
                         .about(&format!(
                             "With `background` it is answered as soon as the program has started. With \
-                             `Accept: text/event-stream` the answer is a stream of events. {EVENTS}"
+                             `Accept: text/event-stream` the answer is a stream of events. {EVENTS} {BYTES}"
                         ))
                         .body("StartCommand")
                         .failures(&REFUSALS)
-                        .events("The program came to an end", Some("CommandAnswer"))
+                        .events("The program came to an end", Some("CommandAnswer"), true)
                         .answer("201", "It runs in the background", "Command"),
                 ),
             ]),
@@ -291,9 +304,9 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             item(vec![(
                 Get,
                 command("followCommand", "A command's output from an offset on, as it comes")
-                    .about(EVENTS)
+                    .about(&format!("{EVENTS} {BYTES}"))
                     .query("offset", false, number(0, MOST_OFFSET))
-                    .events("Its events", None),
+                    .events("Its events", None, true),
             )]),
         )
         .path(
@@ -435,7 +448,7 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                     )
                     .query("path", false, string())
                     .query("recursive", false, flag())
-                    .events("Its events", None),
+                    .events("Its events", None, false),
             )]),
         )
 }

@@ -5,7 +5,7 @@ pub(crate) mod contexts;
 pub(crate) mod docs;
 pub(crate) mod exec;
 pub(crate) mod files;
-mod follow;
+pub(crate) mod follow;
 pub(crate) mod runs;
 pub(crate) mod sandboxes;
 pub(crate) mod status;

@@ -59,7 +59,7 @@ impl CreateBody {
         bounds: &RequestLimits,
         caller: &Caller,
     ) -> Result<SandboxSpec, ApiError> {
-        let at = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
+        let template = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
         let metadata = self.metadata.map(|FewNamed(words)| words).unwrap_or_default();
         let long = |(name, value): (&String, &String)| name.is_empty() || name.len().max(value.len()) > MAX_WORD;
         if metadata.len() > MAX_METADATA || metadata.iter().any(long) {
@@ -85,7 +85,7 @@ impl CreateBody {
             owner: owner(caller).to_owned(),
             most_of_owner: caller.key.is_some().then_some(bounds.max_sandboxes_per_key),
             metadata,
-            ..SandboxSpec::new(catalog.get(at).0)
+            ..SandboxSpec::new(&*template.name)
         })
     }
 }

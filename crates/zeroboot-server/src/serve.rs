@@ -125,8 +125,8 @@ impl Server {
         });
         let mut background = tokio::task::JoinSet::new();
         let first = app.canaries.results(&app.backend, Duration::ZERO).await;
-        for (health, (template, _)) in first.iter().zip(&app.catalog.templates) {
-            tracing::info!(template, ready = health.result.is_ok(), "first canary");
+        for (health, template) in first.iter().zip(&app.catalog.templates) {
+            tracing::info!(template = &*template.name, ready = health.result.is_ok(), "first canary");
         }
         let places = connections.places.clone();
         background.spawn(async move { places.tidy().await });

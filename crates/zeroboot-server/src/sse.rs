@@ -19,6 +19,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    answer::Piece,
     budget::{Full, Share},
     error::ApiError,
     peer::Peer,
@@ -75,6 +76,16 @@ impl Sender {
         self.held(event(name, Some(id), data)?).await
     }
 
+    /// The same for a piece of a stream.
+    pub(crate) async fn send_piece(&self, name: &str, id: Option<u64>, piece: &Piece<'_>) -> Result<(), Unsent> {
+        let size = match piece {
+            Piece::Text(text) => text.len(),
+            Piece::Base64(text) => text.len(),
+        };
+        // Most text has a few characters that JSON writes as two.
+        self.held(event_in(Vec::with_capacity(size + size / 16 + 256), name, id, piece)?).await
+    }
+
     async fn held(&self, bytes: Vec<u8>) -> Result<(), Unsent> {
         let held = self.share.part(&self.peer, bytes).map_err(Unsent::Full)?;
         self.raw(held).await
@@ -116,7 +127,12 @@ impl Sender {
 }
 
 fn event(name: &str, id: Option<u64>, data: &impl Serialize) -> Result<Vec<u8>, Unsent> {
-    let mut text = format!("event: {name}\n").into_bytes();
+    event_in(Vec::with_capacity(256), name, id, data)
+}
+
+/// Writes the event into this, which has room for what is known of its size.
+fn event_in(mut text: Vec<u8>, name: &str, id: Option<u64>, data: &impl Serialize) -> Result<Vec<u8>, Unsent> {
+    text.extend_from_slice(format!("event: {name}\n").as_bytes());
     if let Some(id) = id {
         text.extend_from_slice(format!("id: {id}\n").as_bytes());
     }

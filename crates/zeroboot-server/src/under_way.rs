@@ -21,14 +21,14 @@ use crate::{
     gate::Place,
     logging::Afterwards,
     peer::Asked,
+    wire::Named,
 };
 
 /// An exec that is counted and logged, however it ends. Dropping it gives back the key's place and lowers the gauge.
 pub(crate) struct UnderWay {
     pub(crate) app: Arc<App>,
     pub(crate) request_id: Uuid,
-    /// The template's place in the catalog.
-    pub(crate) template: usize,
+    pub(crate) template: Named,
     pub(crate) share: Arc<Share>,
     after: Afterwards,
     _place: Place,
@@ -36,7 +36,7 @@ pub(crate) struct UnderWay {
 }
 
 impl UnderWay {
-    pub(crate) fn new(app: Arc<App>, asked: &Asked, template: usize, place: Place, share: Arc<Share>) -> UnderWay {
+    pub(crate) fn new(app: Arc<App>, asked: &Asked, template: Named, place: Place, share: Arc<Share>) -> UnderWay {
         let entered = app.metrics.enter();
         let (request_id, after) = (asked.request_id, asked.peer.after.clone());
         UnderWay { app, request_id, template, share, after, _place: place, _entered: entered }
@@ -58,8 +58,7 @@ impl UnderWay {
         let api = ApiError::from(error);
         if api.status.is_server_error() {
             self.app.metrics.failed(api.code);
-            let (template, _) = self.app.catalog.get(self.template);
-            tracing::warn!(request_id = %self.request_id, template, code = api.code, ?reason, "no outcome");
+            tracing::warn!(request_id = %self.request_id, template = &*self.template.name, code = api.code, ?reason, "no outcome");
         }
         api
     }
@@ -67,23 +66,20 @@ impl UnderWay {
     /// Counts an exec whose output is not taken.
     pub(crate) fn refused(&self, error: ApiError) -> ApiError {
         self.app.metrics.failed(error.code);
-        let (template, _) = self.app.catalog.get(self.template);
-        tracing::warn!(request_id = %self.request_id, template, code = error.code, "its output is not taken");
+        tracing::warn!(request_id = %self.request_id, template = &*self.template.name, code = error.code, "its output is not taken");
         error
     }
 
     /// Counts and logs an exec that came to an outcome.
     pub(crate) fn ended(&self, run: &Run, report: &Report) {
-        let (template, _) = self.app.catalog.get(self.template);
-        self.app.canaries.worked(self.template);
-        self.app.metrics.finished(template, run.isolation(), report);
-        let (app, report) = (self.app.clone(), report.clone());
-        let (at, request_id, id, isolation) = (self.template, self.request_id, run.id(), run.isolation().as_str());
+        self.app.canaries.worked(&self.template.name);
+        self.app.metrics.finished(&self.template.name, run.isolation(), report);
+        let (template, report) = (self.template.name.clone(), report.clone());
+        let (request_id, id, isolation) = (self.request_id, run.id(), run.isolation().as_str());
         self.after.push(move || {
-            let (template, _) = app.catalog.get(at);
             let ms = |time: Duration| time.as_secs_f64() * 1e3;
             tracing::info!(
-                %request_id, exec_id = %id, template, isolation, outcome = report.outcome.as_str(),
+                %request_id, exec_id = %id, template = &*template, isolation, outcome = report.outcome.as_str(),
                 exit_code = report.outcome.exit_code(), pooled = report.pooled, fork_ms = ms(report.fork_time),
                 exec_ms = ms(report.exec_time), total_ms = ms(report.total_time), "ended"
             );
@@ -120,12 +116,11 @@ impl UnderWay {
                 Some(Event::End(report)) if report.lost => return Err(self.failed(lost())),
                 Some(Event::End(report)) => {
                     self.ended(&run, &report);
-                    let (template, language) = self.app.catalog.get(self.template);
                     let cut = is_truncated(report.outcome);
                     return Ok(Finished {
                         id: run.id(),
-                        template: template.into(),
-                        language: language.into(),
+                        template: self.template.name.to_string(),
+                        language: self.template.language.to_string(),
                         isolation: run.isolation(),
                         stdout: Text::of(stdout, cut),
                         stderr: Text::of(stderr, cut),

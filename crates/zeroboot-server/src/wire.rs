@@ -1,6 +1,6 @@
 //! Requests as they come over the wire, and their way into the engine's words (step 1 of an exec).
 
-use std::{collections::BTreeMap, marker::PhantomData, time::Duration};
+use std::{collections::BTreeMap, marker::PhantomData, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -389,45 +389,49 @@ fn blunt(error: &serde_json::Error) -> String {
     }
 }
 
-/// The templates that a request can name, as the engine has them: name and language.
+/// A template as requests name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) name: Arc<str>,
+    pub(crate) language: Arc<str>,
+}
+
+/// The templates that a request can name.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Catalog {
-    pub(crate) templates: Vec<(String, String)>,
+    pub(crate) templates: Vec<Named>,
 }
 
 impl Catalog {
-    /// Its place in the list, from what the request says.
-    pub(crate) fn choose(&self, language: Option<&str>, template: Option<&str>) -> Result<usize, ApiError> {
-        let names = |of: fn(&(String, String)) -> &String| {
-            let mut names: Vec<&str> = self.templates.iter().map(|entry| of(entry).as_str()).collect();
+    /// The one that the request means.
+    pub(crate) fn choose(&self, language: Option<&str>, template: Option<&str>) -> Result<&Named, ApiError> {
+        let names = |of: fn(&Named) -> &str| {
+            let mut names: Vec<&str> = self.templates.iter().map(of).collect();
             names.dedup();
             names.join(", ")
         };
         match (language, template) {
             (Some(_), Some(_)) => Err(ApiError::new("invalid_request", "give either language or template, not both")),
-            (None, Some(name)) => self.templates.iter().position(|(known, _)| known == name).ok_or_else(|| {
+            (None, Some(name)) => self.templates.iter().find(|known| *known.name == *name).ok_or_else(|| {
                 ApiError::new(
                     "unknown_template",
-                    format!("Unknown template {}; there are: {}", quoted(name), names(|entry| &entry.0)),
+                    format!("Unknown template {}; there are: {}", quoted(name), names(|entry| &entry.name)),
                 )
             }),
             (language, None) => {
                 let asked = language.unwrap_or("python");
                 let wanted = if asked == "javascript" { "node" } else { asked };
                 // A template that is called as the language is its default one.
-                let named = self.templates.iter().position(|(name, known)| known == wanted && name == wanted);
-                named.or_else(|| self.templates.iter().position(|(_, known)| known == wanted)).ok_or_else(|| {
+                let mut speak = self.templates.iter().filter(|known| *known.language == *wanted);
+                let named = speak.clone().find(|known| *known.name == *wanted);
+                named.or_else(|| speak.next()).ok_or_else(|| {
                     ApiError::new(
                         "unknown_language",
-                        format!("Unknown language {}; there are: {}", quoted(asked), names(|entry| &entry.1)),
+                        format!("Unknown language {}; there are: {}", quoted(asked), names(|entry| &entry.language)),
                     )
                 })
             }
         }
-    }
-
-    pub(crate) fn get(&self, at: usize) -> (&str, &str) {
-        self.templates.get(at).map_or(("", ""), |(name, language)| (name, language))
     }
 }
 
@@ -436,14 +440,14 @@ fn quoted(word: &str) -> String {
 }
 
 impl ExecBody {
-    /// Step 1 of an exec: what the engine is asked, and the template's place in the catalog.
+    /// Step 1 of an exec: what the engine is asked, and its template.
     pub(crate) fn into_request(
         self,
         catalog: &Catalog,
         bounds: &RequestLimits,
-    ) -> Result<(ExecRequest, usize), ApiError> {
-        let at = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
-        let mut request = ExecRequest::new(catalog.get(at).0, self.code);
+    ) -> Result<(ExecRequest, Named), ApiError> {
+        let template = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
+        let mut request = ExecRequest::new(&*template.name, self.code);
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {
@@ -480,7 +484,7 @@ impl ExecBody {
         request.files =
             files.map(|(path, Data { bytes: data, executable })| InputFile { path, data, executable }).collect();
         request.check().map_err(zeroboot_engine::ExecError::from)?;
-        Ok((request, at))
+        Ok((request, template.clone()))
     }
 }
 

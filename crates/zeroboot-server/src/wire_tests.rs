@@ -1,11 +1,11 @@
 use super::*;
 
 fn catalog() -> Catalog {
-    let pair = |name: &str, language: &str| (name.to_owned(), language.to_owned());
+    let pair = |name: &str, language: &str| Named { name: name.into(), language: language.into() };
     Catalog { templates: vec![pair("science", "python"), pair("python", "python"), pair("node", "node")] }
 }
 
-fn request(json: &str) -> Result<(ExecRequest, usize), ApiError> {
+fn request(json: &str) -> Result<(ExecRequest, Named), ApiError> {
     parse::<ExecBody>(json.as_bytes())?.into_request(&catalog(), &RequestLimits::default())
 }
 
@@ -16,9 +16,9 @@ fn refused(json: &str) -> (&'static str, String) {
 
 #[test]
 fn the_shortest_request_takes_every_default() {
-    let (request, at) = request(r#"{"code": "print(1)"}"#).unwrap();
+    let (request, template) = request(r#"{"code": "print(1)"}"#).unwrap();
     assert_eq!(request, ExecRequest::new("python", "print(1)"));
-    assert_eq!(at, 1);
+    assert_eq!((&*template.name, &*template.language), ("python", "python"));
 }
 
 #[test]

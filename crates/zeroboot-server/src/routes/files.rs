@@ -9,11 +9,11 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::FutureExt as _;
-use http_body_util::BodyExt as _;
 use tokio::time::Instant;
 use zeroboot_engine::{Entry, FileOp, FileReader, Sandbox, Watch};
 
 use crate::{
+    body::next_bytes,
     call::Call,
     error::{About, ApiError},
     params::{InPath, InQuery},
@@ -184,14 +184,8 @@ pub(crate) async fn write(call: Call, path: InPath, mut query: InQuery, mut body
     query.end()?;
     let sandbox = call.sandbox(&path)?;
     let mut writer = sandbox.write(name, bits).await.map_err(failed)?;
-    loop {
-        let frame = tokio::time::timeout(call.limits().body_timeout, body.frame()).await;
-        let frame = frame.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?;
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
-        if let Ok(data) = frame.into_data() {
-            writer.write(data).await.map_err(failed)?;
-        }
+    while let Some(data) = next_bytes(&mut body, call.limits()).await? {
+        writer.write(data).await.map_err(failed)?;
     }
     let entry = writer.finish().await.map_err(failed)?;
     call.json(StatusCode::OK, &EntryBody::of(&entry))

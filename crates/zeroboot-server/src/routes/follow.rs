@@ -2,7 +2,11 @@
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
-use axum::response::Response;
+use axum::{
+    body::Body,
+    http::{HeaderName, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
@@ -18,6 +22,8 @@ use crate::{
     sse::{self, KEEP_ALIVE, Sender, Unsent},
 };
 
+/// The header of an answer that is a run's bytes alone: whose.
+pub(crate) const RUN_ID: &str = "zeroboot-run-id";
 /// Most bytes of all results of one answer.
 const MOST_RESULTS: u64 = 64 * 1024 * 1024;
 
@@ -138,6 +144,53 @@ pub(crate) fn follow(call: Call, follow: Follow) -> Response {
     response
 }
 
+/// Answers with what it writes to standard output, byte for byte, as it comes. That it cannot be started is an error;
+/// whatever else hinders the whole of it cuts the answer off. Its end is told by `GET …/commands/{id}`.
+pub(crate) async fn raw(call: Call, follow: Follow) -> Result<Response, ApiError> {
+    let Follow { run, mut attached, about, kill, foreground } = follow;
+    let foreground = foreground.then(|| call.app.foreground());
+    let mut first = attached.next().await;
+    if let Some((_, RunEvent::End(end))) = &first {
+        refusal(end, about)?;
+    }
+    let id = HeaderValue::from_str(&run.id().to_string()).map_err(|_| ApiError::internal())?;
+    let broken = |text: &str| std::io::Error::other(text.to_owned());
+    let state = (call, attached, kill, foreground);
+    let bytes = futures_util::stream::try_unfold(state, move |(call, mut attached, kill, foreground)| {
+        let first = first.take();
+        async move {
+            let mut ahead = first;
+            loop {
+                let next = match ahead.take() {
+                    Some(first) => Some(first),
+                    None => attached.next().await,
+                };
+                let bytes = match next {
+                    None => return Ok(None),
+                    Some((_, RunEvent::End(end))) => {
+                        kill.ended();
+                        return match refusal(&end, about) {
+                            Ok(()) => Ok(None),
+                            Err(_) => Err(broken("the sandbox has ended")),
+                        };
+                    }
+                    Some((_, RunEvent::Item(Item::Lost(_)))) => return Err(broken("output was lost")),
+                    Some((_, RunEvent::Item(Item::Stdout(bytes)))) => bytes,
+                    Some(_) => continue,
+                };
+                let held = call.share.part(call.peer(), bytes).map_err(|_| broken("the server holds too much"))?;
+                return Ok(Some((held, (call, attached, kill, foreground))));
+            }
+        }
+    });
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        (HeaderName::from_static(RUN_ID), id),
+    ];
+    Ok((headers, Body::from_stream(bytes)).into_response())
+}
+
 async fn pump(call: &Call, follow: Follow, _foreground: Option<Foreground>, sender: &Sender) {
     let Follow { run, mut attached, about, kill, .. } = follow;
     match pass_on(&run, &mut attached, sender, about).await {
@@ -174,7 +227,7 @@ struct Streams {
 
 impl Streams {
     /// What goes ahead of an event of `name`.
-    fn switch(&mut self, name: Option<&'static str>) -> Option<(&'static str, Piece)> {
+    fn switch(&mut self, name: Option<&'static str>) -> Option<(&'static str, Piece<'static>)> {
         if self.of == name {
             return None;
         }
@@ -203,14 +256,15 @@ async fn pass_on(run: &Run, attached: &mut Attached, sender: &Sender, about: Abo
             _ => None,
         };
         if let Some((of, piece)) = streams.switch(name) {
-            sender.send_at(of, before, &piece).await?;
+            sender.send_piece(of, Some(before), &piece).await?;
         }
         match event {
             RunEvent::Started(pid) => sender.send_at("started", offset, &StartedBody { id: run.id(), pid }).await?,
             RunEvent::Item(Item::Stdout(bytes) | Item::Stderr(bytes)) => {
-                if let Some(piece) = streams.held.push(&bytes) {
-                    let sent = offset - streams.held.held() as u64;
-                    sender.send_at(name.unwrap_or_default(), sent, &piece).await?;
+                let piece = streams.held.push(&bytes);
+                let sent = offset - streams.held.held() as u64;
+                if let Some(piece) = piece {
+                    sender.send_piece(name.unwrap_or_default(), Some(sent), &piece).await?;
                 }
             }
             RunEvent::Item(Item::Result(bundle)) => sender.send_at("result", offset, &ResultBody(&bundle)).await?,

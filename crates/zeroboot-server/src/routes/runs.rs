@@ -7,13 +7,12 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::Response,
 };
-use http_body_util::BodyExt as _;
 use zeroboot_engine::{Attached, Run, RunEvent, RunKind, Sandbox};
 
-use super::follow::{Follow, Gathered, KillOnLeave, follow, gather};
+use super::follow::{Follow, Gathered, KillOnLeave, follow, gather, raw};
 use crate::{
     answer::Text,
-    body::wants_stream,
+    body::{next_bytes, wants_bytes, wants_stream},
     call::Call,
     error::{About, ApiError},
     params::{InPath, InQuery, MOST_OFFSET},
@@ -75,8 +74,9 @@ pub(crate) async fn start(call: Call, path: InPath, headers: HeaderMap, body: Bo
     if background {
         return in_background(&call, &run, attached).await;
     }
-    if stream {
-        return Ok(follow(call, Follow { run, attached, about: About::Command, kill, foreground: true }));
+    if stream || wants_bytes(&headers) {
+        let what = Follow { run, attached, about: About::Command, kill, foreground: true };
+        return if stream { Ok(follow(call, what)) } else { raw(call, what).await };
     }
     let _foreground = call.app.foreground();
     let gathered = gather(&call, attached, About::Command).await?;
@@ -158,7 +158,8 @@ pub(crate) async fn output(
     let run = path.id("run").and_then(|id| sandbox.run(id)).ok_or_else(unknown)?;
     let attached = run.attach(offset.or(last).unwrap_or(0));
     let kill = KillOnLeave::new(&run, false);
-    Ok(follow(call, Follow { run, attached, about: About::Command, kill, foreground: false }))
+    let what = Follow { run, attached, about: About::Command, kill, foreground: false };
+    if wants_bytes(&headers) && !wants_stream(&headers) { raw(call, what).await } else { Ok(follow(call, what)) }
 }
 
 pub(crate) async fn stdin(
@@ -173,14 +174,8 @@ pub(crate) async fn stdin(
     let failed = |error| ApiError::of_run(error, About::Command);
     // Also an empty input is refused by a command that takes none.
     run.write(bytes::Bytes::new()).await.map_err(failed)?;
-    loop {
-        let frame = tokio::time::timeout(call.limits().body_timeout, body.frame()).await;
-        let frame = frame.map_err(|_| ApiError::new("body_timeout", "The body took too long to arrive"))?;
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|_| ApiError::new("invalid_request", "The body did not arrive whole"))?;
-        if let Ok(data) = frame.into_data() {
-            run.write(data).await.map_err(failed)?;
-        }
+    while let Some(data) = next_bytes(&mut body, call.limits()).await? {
+        run.write(data).await.map_err(failed)?;
     }
     if end {
         run.close_stdin().map_err(failed)?;

@@ -19,6 +19,7 @@ use crate::{
     peer::Peer,
     sse::{self, KEEP_ALIVE, Sender, Unsent},
     under_way::{UnderWay, lost},
+    wire::Named,
 };
 
 /// The event `start`.
@@ -88,8 +89,7 @@ impl From<Unsent> for Stop {
 }
 
 async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Result<(), Stop> {
-    let app = &under_way.app;
-    let (template, language) = app.catalog.get(under_way.template);
+    let Named { name: template, language } = &under_way.template;
     let body = StartBody {
         id: run.id(),
         template,
@@ -114,12 +114,12 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
             Some(Event::Started) => {}
             Some(Event::Stdout(bytes)) => {
                 if let Some(piece) = stdout.push(&bytes) {
-                    sender.send("stdout", &piece).await?;
+                    sender.send_piece("stdout", None, &piece).await?;
                 }
             }
             Some(Event::Stderr(bytes)) => {
                 if let Some(piece) = stderr.push(&bytes) {
-                    sender.send("stderr", &piece).await?;
+                    sender.send_piece("stderr", None, &piece).await?;
                 }
             }
             Some(Event::File(file)) => {
@@ -136,7 +136,7 @@ async fn move_events(under_way: &UnderWay, mut run: Run, sender: &Sender) -> Res
                 let cut = crate::answer::is_truncated(report.outcome);
                 for (name, pieces) in [("stdout", &mut stdout), ("stderr", &mut stderr)] {
                     if let Some(piece) = pieces.finish().filter(|_| !cut) {
-                        sender.send(name, &piece).await?;
+                        sender.send_piece(name, None, &piece).await?;
                     }
                 }
                 sender.send("end", &end_body(id, &report, isolation, (template, language))).await?;

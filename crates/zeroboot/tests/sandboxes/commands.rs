@@ -43,6 +43,47 @@ fn a_command_reads_its_input() {
 }
 
 #[test]
+fn output_comes_byte_for_byte_where_that_is_asked_for_and_is_cut_off_where_it_is_not_whole() {
+    const BYTES: &[&str] = &[JSON, "Accept: application/octet-stream"];
+    let fixture = shared();
+    let guest = Guest::new(&fixture);
+    let ask = |body: Value| guest.ask("POST", "/commands", BYTES, body.to_string().as_bytes());
+    // Bytes that are no text, far more than any buffer holds, and another stream between.
+    let code = "import sys\nfor n in range(40):\n sys.stdout.buffer.write(bytes(range(256)) * 512)\n sys.stderr.write('no')\nsys.exit(3)";
+    let answer = ask(json!({"argv": ["python3", "-c", code]}));
+    assert_eq!((answer.status, answer.header("content-type")), (200, Some("application/octet-stream")));
+    let expected: Vec<u8> = (0..=255).cycle().take(40 * 512 * 256).collect();
+    assert!(answer.body == expected, "{} bytes", answer.body.len());
+    let id = answer.header("zeroboot-run-id").unwrap();
+    assert_eq!(guest.command(id)["exit_code"], 3);
+    // Of one that was left alone, from an offset on.
+    let id = guest.background(json!({"command": "printf 123456"}));
+    wait_for("its end", patience(Duration::from_secs(10)), || guest.command(&id)["state"] == "ended");
+    let answer = guest.ask("GET", &format!("/commands/{id}/output?offset=4"), BYTES, b"");
+    assert_eq!((answer.status, &answer.body[..]), (200, &b"56"[..]));
+    // What nobody read in time is not there: 2 MiB of it were written, 1 MiB is held.
+    let id = guest.background(json!({"command": "yes | head -c 2097152"}));
+    wait_for("its end", patience(Duration::from_secs(30)), || guest.command(&id)["state"] == "ended");
+    let mut stream = client::connect(fixture.address);
+    stream.write_all(&client::request("GET", &guest.path(&format!("/commands/{id}/output")), BYTES, b"")).unwrap();
+    assert!(client::read_answer(&mut BufReader::new(stream)).is_err());
+    let answer = ask(json!({"argv": ["/no/such/program"]}));
+    assert_eq!(guest.refused(&answer), (400, "cannot_start".into()));
+    // A client that leaves takes its command along, if it wants to.
+    let mut stream = client::connect(fixture.address);
+    let body = json!({"command": "echo on; exec sleep 600", "end_with_client": true, "tag": "left"}).to_string();
+    stream.write_all(&client::request("POST", &guest.path("/commands"), BYTES, body.as_bytes())).unwrap();
+    client::read_head(&mut BufReader::new(&stream)).unwrap();
+    drop(stream);
+    wait_for("its end", patience(Duration::from_secs(10)), || {
+        let all = guest.get("/commands").json();
+        let left = all["commands"].as_array().unwrap().iter().find(|one| one["tag"] == "left").unwrap().clone();
+        left["state"] == "ended"
+    });
+    guest.is_usable();
+}
+
+#[test]
 fn a_command_that_cannot_be_started_is_refused_and_the_sandbox_goes_on() {
     let fixture = shared();
     let guest = Guest::new(&fixture);
