@@ -3,6 +3,7 @@
 mod cpu;
 pub(crate) mod density;
 mod exec;
+mod live;
 pub(crate) mod stats;
 pub(crate) mod vm;
 
@@ -132,6 +133,9 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
         }
         if wants(BenchWhat::Density) {
             density::alive_at_once(args, &template, density::PYTHON, "", results).await?;
+        }
+        if wants(BenchWhat::Live) {
+            live::measure(args, engine, results).await?;
         }
         anyhow::Ok(())
     })?;

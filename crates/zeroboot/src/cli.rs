@@ -86,6 +86,8 @@ pub(crate) enum BenchWhat {
     Density,
     /// What the HTTP server adds to the direct path.
     Serve,
+    /// Sandboxes that live, on a server of its own: creation, cells, commands, terminals, streams, and many that are idle.
+    Live,
 }
 
 #[derive(Args, Debug)]
@@ -109,6 +111,22 @@ pub(crate) struct BenchArgs {
     /// of the VM engine. This is the default where KVM cannot run Linux.
     #[arg(long)]
     pub(crate) stand_in: bool,
+
+    /// `live`: also serve with this program, an older zeroboot, and run one-shot execs on both by turns.
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) against: Option<PathBuf>,
+
+    /// `live`: MiB of output that are streamed.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=65_536))]
+    pub(crate) stream_mb: u32,
+
+    /// `live`: sandboxes that are idle at once; 0 leaves that measurement out.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) idle: u32,
+
+    /// `live`: seconds that they are looked at.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) idle_seconds: u32,
 
     /// Also write the result, with the host's facts, as JSON to this file.
     #[arg(long, value_name = "FILE")]

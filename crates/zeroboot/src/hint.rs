@@ -3,7 +3,7 @@
 use zeroboot_engine::{ExecError, InvalidRequest, StartError};
 use zeroboot_process::{DiscoverError, EnvironmentError};
 
-use crate::sandbox::Refused;
+use crate::sandbox::client::Refused;
 
 /// An error that brings its own hint.
 #[derive(Debug)]

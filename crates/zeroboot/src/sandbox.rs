@@ -1,20 +1,18 @@
 //! `zeroboot sandbox`: long-lived sandboxes on a server.
 
 pub(crate) mod args;
-mod client;
+pub(crate) mod client;
 mod cp;
-mod events;
+pub(crate) mod events;
 mod exec;
 mod run;
-mod shell;
+pub(crate) mod shell;
 
 use std::{io, time::Duration};
 
 use anyhow::Context;
 use hyper::Method;
 use serde_json::{Map, Value, json};
-
-pub(crate) use client::Refused;
 
 use self::{
     args::{ContextsCommand, CreateArgs, SandboxArgs, SandboxCommand},

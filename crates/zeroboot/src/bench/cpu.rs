@@ -63,13 +63,7 @@ impl Account {
         let text = fs::read_to_string(&self.file).with_context(|| format!("read {}", self.file.display()))?;
         match self.kind {
             Kind::Group { .. } => Ok(Duration::from_nanos(text.trim().parse()?)),
-            Kind::Machine => {
-                // user, nice, system, idle, iowait, irq, softirq (proc_stat(5)).
-                let line = text.lines().next().unwrap_or_default();
-                let ticks: Vec<u64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
-                let busy: u64 = [0, 1, 2, 5, 6].iter().filter_map(|&i| ticks.get(i)).sum();
-                Ok(Duration::from_secs_f64(busy as f64 / rustix::param::clock_ticks_per_second() as f64))
-            }
+            Kind::Machine => Ok(busy(&text)),
         }
     }
 }
@@ -88,6 +82,20 @@ impl Drop for Account {
             }
         }
     }
+}
+
+/// CPU time of all that runs on the machine, out of `/proc/stat`.
+fn busy(stat: &str) -> Duration {
+    // user, nice, system, idle, iowait, irq, softirq (proc_stat(5)).
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
+    let busy: u64 = [0, 1, 2, 5, 6].iter().filter_map(|&i| ticks.get(i)).sum();
+    Duration::from_secs_f64(busy as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// CPU time of the whole machine since its start.
+pub(super) fn of_the_machine() -> anyhow::Result<Duration> {
+    Ok(busy(&fs::read_to_string("/proc/stat").context("read /proc/stat")?))
 }
 
 /// CPU time of one exec, pooled and not, and of a fork of the same warm interpreter without any isolation: the floor.

@@ -57,7 +57,7 @@ pub(crate) async fn alive_at_once(
         drop(start(&engine, program).await?);
         gone(&engine, 0).await;
     }
-    let zygotes = descendants();
+    let zygotes = descendants(std::process::id());
     let available = meminfo("MemAvailable:");
 
     let mut alive: Vec<Alive> = Vec::with_capacity(count);
@@ -80,7 +80,7 @@ pub(crate) async fn alive_at_once(
         results.figure(format!("{name}: a fork, when made in parallel"), made.as_secs_f64() * 1e3 / new as f64, "ms");
 
         let lost = available.saturating_sub(meminfo("MemAvailable:"));
-        let (processes, dirty, tables) = memory_of(&descendants(), &zygotes);
+        let (processes, dirty, tables) = memory_of(&descendants(std::process::id()), &zygotes);
         ensure!(processes >= target, "only {processes} processes were found for {target} sandboxes");
         let each = |bytes: u64| bytes as f64 / target as f64 / 1024.0;
         results.figure(format!("{name}: each, private dirty memory"), each(dirty), "KiB");
@@ -110,7 +110,7 @@ pub(crate) async fn alive_at_once(
     let begin = Instant::now();
     gone(&engine, 0).await;
     results.figure(format!("{name}: all gone after"), begin.elapsed().as_secs_f64() * 1e3, "ms");
-    let left = descendants().iter().filter(|pid| !zygotes.contains(pid)).count();
+    let left = descendants(std::process::id()).iter().filter(|pid| !zygotes.contains(pid)).count();
     ensure!(left == 0, "{left} processes are left");
     engine.shutdown(Duration::from_secs(5)).await;
     Ok(())
@@ -167,7 +167,7 @@ fn meminfo(field: &str) -> u64 {
 }
 
 /// All processes below this one.
-fn descendants() -> Vec<u32> {
+pub(crate) fn descendants(of: u32) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -177,7 +177,7 @@ fn descendants() -> Vec<u32> {
         children.entry(parent.unwrap_or(0)).or_default().push(pid);
     }
     let mut found = Vec::new();
-    let mut todo = vec![std::process::id()];
+    let mut todo = vec![of];
     while let Some(pid) = todo.pop() {
         for child in children.remove(&pid).unwrap_or_default() {
             found.push(child);

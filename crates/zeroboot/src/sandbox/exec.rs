@@ -128,7 +128,7 @@ async fn feed(client: &Client, to: String) -> anyhow::Result<()> {
 
 /// The command ended before it heard us, or does not listen: its end is on its way.
 fn is_over(error: &anyhow::Error) -> bool {
-    let code = error.downcast_ref::<super::Refused>().map(|refused| refused.code.as_str());
+    let code = error.downcast_ref::<super::client::Refused>().map(|refused| refused.code.as_str());
     matches!(code, Some("run_ended" | "run_not_found" | "no_stdin"))
 }
 

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{hint::hinted, printer, run::read_stdin};
 
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
+pub(crate) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 pub(super) async fn shell(client: &Client, args: &ShellArgs) -> anyhow::Result<u8> {
     if !isatty(stdin()) {
@@ -61,7 +61,7 @@ pub(super) async fn shell(client: &Client, args: &ShellArgs) -> anyhow::Result<u
 }
 
 /// Asks for the WebSocket (RFC 6455, section 4).
-async fn open(client: &Client, to: &str) -> anyhow::Result<Socket> {
+pub(crate) async fn open(client: &Client, to: &str) -> anyhow::Result<Socket> {
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce).context("draw a random number")?;
     let key = BASE64_STANDARD.encode(nonce);
