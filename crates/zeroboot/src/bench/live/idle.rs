@@ -75,7 +75,7 @@ pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut R
     results.figure("the whole host meanwhile", busy.as_secs_f64() / seconds * 100.0, "% of one core");
     for (number, sandbox) in sandboxes.iter().enumerate() {
         let done = server.client.json(Method::POST, &sandbox.path(&["run"]), Some(&json!({ "code": "x" }))).await?;
-        ensure!(done["value"] == number.to_string(), "sandbox {number} answered {done}");
+        ensure!(done["value"].as_str() == Some(number.to_string().as_str()), "sandbox {number} answered {done}");
     }
     Ok(())
 }
