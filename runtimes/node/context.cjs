@@ -212,7 +212,7 @@ class Context {
     process.on('uncaughtException', (error) => {
       if (process.listenerCount('uncaughtException') === 1) report(error);
     });
-    const socket = this.socket = new net.Socket({ fd: wire.CONTROL, readable: true, writable: false, allowHalfOpen: true });
+    const socket = this.socket = new net.Socket({ fd: wire.CONTROL_IN, readable: true, writable: false, allowHalfOpen: true });
     socket.on('data', (bytes) => this.feed(bytes));
     // The agent has gone, or wants us to.
     socket.on('end', () => process.reallyExit(0));

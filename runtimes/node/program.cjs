@@ -6,7 +6,7 @@ const path = require('path');
 const vm = require('vm');
 const Module = require('module');
 const { pathToFileURL } = require('url');
-const { CONTROL, NOTE, NOTE_ENDED, NOTE_HINT, send } = require('./wire.cjs');
+const { CONTROL_OUT, NOTE, NOTE_ENDED, NOTE_HINT, send } = require('./wire.cjs');
 const { hint } = require('./hints.cjs');
 const { dynamicImport } = require('./imports.cjs');
 
@@ -125,7 +125,7 @@ function prepareScript(source, name, args) {
  * longer than most programs, and in a fork it copies the pages that it touches.
  */
 function tellTheEnd() {
-  const { ino } = fs.fstatSync(CONTROL);
+  const { ino } = fs.fstatSync(CONTROL_OUT);
   const { emit } = process;
   const { fstatSync } = fs;
   const wait = Atomics.wait.bind(Atomics, new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
@@ -139,7 +139,7 @@ function tellTheEnd() {
       try {
         const text = hint(rest[0]);
         // Not into a file that the program has put in its place.
-        if (text && fstatSync(CONTROL).ino === ino) send(NOTE, Buffer.concat([Buffer.of(NOTE_HINT), Buffer.from(text)]));
+        if (text && fstatSync(CONTROL_OUT).ino === ino) send(NOTE, Buffer.concat([Buffer.of(NOTE_HINT), Buffer.from(text)]));
       } catch { /* A hint is not worth an error. */ }
     }
     const heard = Reflect.apply(emit, this, [name, ...rest]);
@@ -148,7 +148,7 @@ function tellTheEnd() {
         Number.isInteger(+status) && +status !== STATUS_UNSETTLED) {
       try {
         // Not into a file that the program has put in its place.
-        if (fstatSync(CONTROL).ino === ino) {
+        if (fstatSync(CONTROL_OUT).ino === ino) {
           send(NOTE, [NOTE_ENDED, status & 0xff]);
           // The agent's signal comes long before.
           wait();

@@ -1,4 +1,4 @@
-// Frames of crates/zeroboot-proto/src/frame.rs on descriptor 3.
+// Frames of crates/zeroboot-proto/src/frame.rs on descriptors 3 (in) and 4 (out).
 'use strict';
 
 const fs = require('fs');
@@ -7,7 +7,7 @@ const CODE = 0x01, ARG = 0x02, ENV = 0x03, IDENTITY = 0x09, RUN = 0x0a, CWD = 0x
 const READY = 0x81, STARTED = 0x82, FAILURE = 0x87, NOTE = 0x88, RESULT = 0x8a, ERROR = 0x8b, DONE = 0x8c;
 const NOTE_ENDED = 2, NOTE_HINT = 3;
 const HEADER = 8, MAX_PAYLOAD = 64 * 1024 - HEADER, IDENTITY_LEN = 64 + 8 + 16;
-const CONTROL = 3;
+const CONTROL_IN = 3, CONTROL_OUT = 4;
 // EX_SOFTWARE: the agent reads the Failure frame, not this.
 const STATUS_FAILURE = 70;
 // How long to wait for an agent that does not read.
@@ -25,9 +25,9 @@ function send(kind, content) {
   payload.copy(frame, HEADER);
   for (let at = 0; at < frame.length;) {
     try {
-      at += fs.writeSync(CONTROL, frame, at);
+      at += fs.writeSync(CONTROL_OUT, frame, at);
     } catch (error) {
-      // A context reads without blocking, and the flag is the socket's.
+      // The code can have made the descriptor one that does not block.
       if (error.code !== 'EAGAIN') throw error;
       Atomics.wait(sleeper, 0, 0, BUSY_MS);
     }
@@ -65,7 +65,7 @@ class Decoder {
 function readFrames(decoder, each) {
   const buffer = Buffer.allocUnsafe(MAX_PAYLOAD);
   for (let n = 0; decoder.feed(buffer.subarray(0, n), each);) {
-    n = fs.readSync(CONTROL, buffer, 0, buffer.length, null);
+    n = fs.readSync(CONTROL_IN, buffer, 0, buffer.length, null);
     // An unused runner whose agent has gone.
     if (n === 0) process.reallyExit(0);
   }
@@ -73,5 +73,5 @@ function readFrames(decoder, each) {
 
 module.exports = {
   CODE, ARG, ENV, IDENTITY, RUN, CWD, SERVE, CELL, READY, STARTED, FAILURE, NOTE, RESULT, ERROR, DONE, NOTE_ENDED, NOTE_HINT,
-  MAX_PAYLOAD, IDENTITY_LEN, CONTROL, RunnerError, send, fail, Decoder, readFrames,
+  MAX_PAYLOAD, IDENTITY_LEN, CONTROL_IN, CONTROL_OUT, RunnerError, send, fail, Decoder, readFrames,
 };

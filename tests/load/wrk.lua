@@ -1,7 +1,8 @@
 -- wrk: every request prints a number of its own, and its answer must be that number, or an honest 429 or 503.
 -- With one connection a thread (wrk does not say on which connection an answer came) it is exactly the request's own.
+-- ZEROBOOT_LOAD_MIX: some take all the memory or all the descriptors that their sandbox has, which is their own error.
 local threads = {}
-local counts = { "right", "busy", "limited", "failed", "not_ready", "wrong" }
+local counts = { "right", "busy", "limited", "failed", "not_ready", "stopped", "wrong" }
 
 function setup(thread)
   thread:set("id", #threads)
@@ -9,8 +10,8 @@ function setup(thread)
 end
 
 function init()
-  right, busy, limited, failed, not_ready, wrong, first_wrong = 0, 0, 0, 0, 0, 0, ""
-  key, number = os.getenv("ZEROBOOT_LOAD_KEY"), 0
+  right, busy, limited, failed, not_ready, stopped, wrong, first_wrong = 0, 0, 0, 0, 0, 0, 0, ""
+  key, mix, number = os.getenv("ZEROBOOT_LOAD_KEY"), os.getenv("ZEROBOOT_LOAD_MIX"), 0
 end
 
 function request()
@@ -18,15 +19,26 @@ function request()
   expected = id .. "-" .. number
   local headers = { ["Content-Type"] = "application/json" }
   if key then headers["Authorization"] = "Bearer " .. key end
-  return wrk.format("POST", "/v1/exec", headers, '{"code": "print(\'' .. expected .. '\', 6 * 7)"}')
+  local code, more = "print('" .. expected .. "', 6 * 7, flush=True)", ""
+  expected_code = 0
+  if mix then
+    more = ', "timeout_seconds": 5'
+    if number % 9 == 0 then code, expected_code = code .. "\\nx = bytearray(1 << 40)", 1 end
+    if number % 9 == 1 then code, expected_code = "x = []\\ntry:\\n while True: x.append(open('/dev/null'))\\nexcept OSError: " .. code, 0 end
+  end
+  return wrk.format("POST", "/v1/exec", headers, '{"code": "' .. code .. '"' .. more .. '}')
 end
 
 local function has(body, code) return body:find('"code":"' .. code .. '"', 1, true) end
 
 function response(status, headers, body)
   if status == 200 then
-    if body:find('"stdout":"' .. expected .. ' 42\\n"', 1, true) and body:find('"exit_code":0', 1, true) then
+    if body:find('"stdout":"' .. expected .. ' 42\\n"', 1, true) and body:find('"exit_code":' .. expected_code, 1, true) then
       right = right + 1
+      return
+    end
+    if mix and body:find('"outcome":"deadline_passed"', 1, true) then
+      stopped = stopped + 1
       return
     end
   elseif status == 429 and has(body, "rate_limited") and headers["retry-after"] then

@@ -28,7 +28,11 @@ const STEPS: &[Step] = &[
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
-    ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
+    (
+        "load",
+        "200 connections for half a minute, then two minutes of them and of live sandboxes while things break",
+        load,
+    ),
     ("systemd", "deploy/systemd under a systemd that runs, in an emulated machine", systemd),
     ("intel", "the VM engine on kvm_intel with guests of a few bytes, in an emulated machine", intel),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),

@@ -112,7 +112,15 @@ impl Spawner {
         report.set_nonblocking(true).map_err(ZygoteError::Spawn)?;
         let mut report = UnixStream::from_std(report).map_err(ZygoteError::Spawn)?;
         match tokio::time::timeout(warm_timeout, read_report(&mut report)).await {
-            Ok(Ok(())) => Ok(zygote),
+            Ok(Ok(())) => {
+                if matches!(spec, ZygoteSpec::Process { .. }) && !zygote.gives_ids() {
+                    tracing::warn!(
+                        "sandboxes of this template share one user of the host: there are no ids for them, or none that can read \
+                         the runtime's directories"
+                    );
+                }
+                Ok(zygote)
+            }
             Ok(Err(ZygoteError::Ended(_))) => Err(ZygoteError::Ended(zygote.last_words())),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(ZygoteError::Timeout(warm_timeout)),
@@ -185,6 +193,15 @@ impl Drop for KillOnDrop {
 impl Zygote {
     pub(crate) fn pid(&self) -> u32 {
         self.child.0.id()
+    }
+
+    /// Whether it kept the capabilities to give each sandbox a user of its own.
+    fn gives_ids(&self) -> bool {
+        const SETUID_AND_SETGID: u64 = 1 << 7 | 1 << 6;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let effective = effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+        effective.is_some_and(|bits| bits & SETUID_AND_SETGID == SETUID_AND_SETGID)
     }
 
     /// What it wrote to its standard error before it ended, or how it ended.

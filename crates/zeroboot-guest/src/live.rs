@@ -127,7 +127,8 @@ enum Work {
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Front,
-    Control(usize),
+    Heard(usize),
+    Told(usize),
     ContextOutput(usize, bool),
     ContextEnd,
     Input(u16),
@@ -782,11 +783,11 @@ impl<T: Transport> Live<T> {
         }
         for (at, context) in self.contexts.iter().enumerate() {
             let credit = context.channel().and_then(|id| self.channels.get(&id)).map(|channel| channel.credit);
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, room && context.is_heard(credit));
-            flags.set(PollFlags::OUT, !context.control_out.is_empty());
-            if !flags.is_empty() {
-                all.push((Source::Control(at), context.runner.control.as_fd(), flags));
+            if room && context.is_heard(credit) {
+                all.push((Source::Heard(at), context.runner.control_out.as_fd(), PollFlags::IN));
+            }
+            if !context.control_out.is_empty() {
+                all.push((Source::Told(at), context.runner.control_in.as_fd(), PollFlags::OUT));
             }
             if let Some(fd) = context.runner.ended.as_ref().filter(|_| context.status.is_none()) {
                 all.push((Source::ContextEnd, fd.as_fd(), PollFlags::IN));
@@ -847,14 +848,16 @@ impl<T: Transport> Live<T> {
                     self.receive()?;
                 }
             }
-            Source::Control(at) => {
-                if let Some(context) = self.contexts.get_mut(at) {
-                    context.flush();
-                    if input {
-                        context.read_control(&mut self.buffer);
-                    }
+            Source::Heard(at) => {
+                if let Some(context) = self.contexts.get_mut(at).filter(|_| input) {
+                    context.read_control(&mut self.buffer);
                 }
                 self.hear(at);
+            }
+            Source::Told(at) => {
+                if let Some(context) = self.contexts.get_mut(at) {
+                    context.flush();
+                }
             }
             Source::ContextOutput(at, stdout) => {
                 let Some(context) = self.contexts.get_mut(at) else { return Ok(()) };

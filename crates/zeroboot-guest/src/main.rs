@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! zeroboot-guest                  (as PID 1) of a VM: makes the machine, starts the runner
-//! zeroboot-guest sandbox PID          the runner runs already, as a child of this process
+//! zeroboot-guest sandbox PID [uncounted]  the runner runs already, as a child of this process
 //! zeroboot-guest spawn [--] CMD...    starts the runner itself (tests)
 //! ```
 //!
-//! Descriptor 3 is the front's socket. `sandbox` also takes 4 (control socket, our end), 5 (write end of the
-//! runner's stdin), 6 and 7 (read ends of its stdout and stderr). The working directory is the program's.
+//! Descriptor 3 is the front's socket. `sandbox` also takes our ends of the runner's pipes: 4 (control, to it), 5 (control, from
+//! it), 6 (its stdin), 7 and 8 (its stdout and stderr); and with `uncounted` behind the PID, where no cgroup counts its memory, what
+//! shows that of its sockets: 9 and 10 (`/proc/net/sockstat`, `sockstat6`), 11 (a `sock_diag` socket). The working directory is the
+//! program's.
 
 mod files;
+mod kernel_memory;
 mod limits;
 mod live;
 mod machine;
@@ -27,6 +30,7 @@ use std::process::ExitCode;
 use rustix::process::{DumpableBehavior, Pid};
 
 use crate::files::Files;
+use crate::kernel_memory::KernelMemory;
 use crate::place::Place;
 use crate::processes::Processes;
 use crate::runner::{Runner, Spawn};
@@ -66,11 +70,18 @@ fn start() -> Result<Result<(), Stop>, String> {
     let front = sys::inherited(FRONT_FD).map_err(|error| format!("descriptor {FRONT_FD}: {error}"))?;
     // The program may run as the same user: it must not look into this process or trace it.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|e| format!("dumpable: {e}"))?;
-    let processes = Processes::new().map_err(|error| format!("cannot adopt orphans: {error}"))?;
+    let mut processes = Processes::new().map_err(|error| format!("cannot adopt orphans: {error}"))?;
     let mut args = std::env::args_os().skip(1);
     let mode = args.next().unwrap_or_default();
     let (place, runner) = match mode.to_str() {
-        Some("sandbox") => (Place::Process, adopt(args.next())?),
+        Some("sandbox") => {
+            let runner = adopt(args.next())?;
+            if args.next().is_some_and(|word| word == "uncounted") {
+                let fd = |n| sys::inherited(n).map_err(|error| format!("descriptor {n}: {error}"));
+                processes.count_kernel_memory(KernelMemory::new(fd(9)?, fd(10)?, fd(11)?));
+            }
+            (Place::Process, runner)
+        }
         Some("spawn") => {
             let command: Vec<OsString> = args.skip_while(|a| a == "--").collect();
             let spawn = Spawn { command: command.clone(), cwd: None, user: None, env: None, prepare: &|_| () };
@@ -86,8 +97,8 @@ fn start() -> Result<Result<(), Stop>, String> {
 
 fn adopt(pid: Option<OsString>) -> Result<Runner, String> {
     let pid = pid.as_ref().and_then(|p| p.to_str()?.parse().ok()).and_then(Pid::from_raw).ok_or("bad runner pid")?;
-    let mut fds = [4, 5, 6, 7].into_iter().map(|n| sys::inherited(n).map_err(|e| format!("descriptor {n}: {e}")));
+    let mut fds = (4..=8).map(|n| sys::inherited(n).map_err(|e| format!("descriptor {n}: {e}")));
     let mut next = || fds.next().ok_or_else(String::new)?;
-    Runner::adopt(pid, next()?, next()?, next()?, next()?)
+    Runner::adopt(pid, [next()?, next()?], next()?, next()?, next()?)
         .map_err(|error| format!("cannot take the runner over: {error}"))
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
+use crate::kernel_memory::{KernelMemory, Target};
 use crate::sys;
 
 /// `PF_KTHREAD`: in a VM's `/proc` there are kernel threads too.
@@ -40,6 +41,10 @@ pub(crate) struct Processes {
     at_rest: Option<(u64, u64)>,
     /// The processes of the last sample and their CPU time.
     seen: (Vec<i32>, Duration),
+    /// Where no cgroup counts it.
+    kernel: Option<KernelMemory>,
+    /// More memory than this is not counted to the byte.
+    limit: u64,
 }
 
 /// Most processes for which the cheap check is cheaper than a sample.
@@ -89,7 +94,19 @@ impl Processes {
             tick_ns: 1_000_000_000 / ticks,
             at_rest: None,
             seen: (Vec::new(), Duration::ZERO),
+            kernel: None,
+            limit: u64::MAX,
         })
+    }
+
+    /// Counts what the kernel holds for the sandbox, too.
+    pub(crate) fn count_kernel_memory(&mut self, kernel: KernelMemory) {
+        self.kernel = Some(kernel);
+    }
+
+    /// What the sandbox may have.
+    pub(crate) fn limit(&mut self, memory: u64) {
+        self.limit = memory;
     }
 
     /// The sandbox has used `memory` so far. What the machine loses from now on is its as well, whatever holds it: memory
@@ -104,7 +121,26 @@ impl Processes {
         let pids: Vec<i32> = list.iter().filter_map(|(pid, _)| i32::try_from(*pid).ok()).collect();
         self.seen = (pids, Duration::ZERO);
         self.seen.1 = self.seen_cpu().unwrap_or_default();
-        self.usage_of(&list)
+        let mut usage = self.usage_of(&list);
+        if let Some(mut kernel) = self.kernel.take() {
+            let targets = list.iter().filter_map(|(pid, stat)| self.target(*pid, stat));
+            usage.memory += kernel.count(Instant::now(), self.limit, targets);
+            self.kernel = Some(kernel);
+        }
+        usage
+    }
+
+    fn target(&self, pid: u32, stat: &Stat) -> Option<Target> {
+        let pages = |dir: &str| {
+            let text = std::fs::read_to_string(format!("{dir}/statm")).ok()?;
+            text.split_ascii_whitespace().next()?.parse::<u64>().ok().filter(|pages| *pages > 0)
+        };
+        let mut dirs = vec![format!("/proc/{pid}")];
+        if stat.headless {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+            dirs = threads.flatten().filter_map(|thread| thread.path().to_str().map(str::to_owned)).collect();
+        }
+        dirs.into_iter().find_map(|dir| pages(&dir).map(|pages| Target { dir, pages }))
     }
 
     /// How many there are.
@@ -170,7 +206,8 @@ impl Processes {
             let exact = if stat.headless { None } else { self.proportional(*pid) };
             exact.unwrap_or_else(|| self.anonymous(*pid, stat))
         };
-        (self.list().iter().map(of).sum::<u64>() + self.files()).max(self.of_the_machine())
+        let kernel = self.kernel.as_ref().map_or(0, |kernel| kernel.held);
+        (self.list().iter().map(of).sum::<u64>() + self.files() + kernel).max(self.of_the_machine())
     }
 
     fn files(&self) -> u64 {
@@ -324,10 +361,14 @@ fn in_memory() -> std::io::Result<Vec<(OwnedFd, u64)>> {
     Ok(found)
 }
 
+/// What the kernel keeps of a file beside its bytes: inode and name.
+const INODE: u64 = 1024;
+
 /// Bytes that a file system holds, those of deleted files that are still open included.
 fn used(fd: &OwnedFd) -> Option<u64> {
     let stat = rustix::fs::fstatfs(fd).ok()?;
-    Some(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(u64::try_from(stat.f_bsize).ok()?))
+    let bytes = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(u64::try_from(stat.f_bsize).ok()?);
+    Some(bytes.saturating_add(stat.f_files.saturating_sub(stat.f_ffree).saturating_mul(INODE)))
 }
 
 fn free_memory() -> u64 {

@@ -1,4 +1,5 @@
-//! The runner's process and the five descriptors that lead to it.
+//! The runner's process and the descriptors that lead to it. None is a socket: through one the code could send descriptors,
+//! which this process would have to close, for as long as that takes.
 
 use std::ffi::OsString;
 use std::io;
@@ -8,14 +9,13 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use rustix::fs::OFlags;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags};
 
 use crate::sys;
 
-/// The descriptor on which a runner finds its control socket.
-pub(crate) const CONTROL_FD: i32 = 3;
+/// The descriptor on which a runner hears the agent. It speaks on the next one.
+const CONTROL_FD: i32 = 3;
 
 /// A live runner.
 pub(crate) struct Runner {
@@ -23,8 +23,10 @@ pub(crate) struct Runner {
     pub(crate) pid: Pid,
     /// Readable once it has ended. `None` where the kernel or a filter has no pidfds: the watchdog tick finds out then.
     pub(crate) ended: Option<OwnedFd>,
-    /// Frames to and from it.
-    pub(crate) control: OwnedFd,
+    /// Frames to it: a pipe's write end.
+    pub(crate) control_in: OwnedFd,
+    /// Frames from it: a pipe's read end.
+    pub(crate) control_out: OwnedFd,
     /// Write end; `None` once closed.
     pub(crate) stdin: Option<OwnedFd>,
     /// Read end; `None` at its end.
@@ -51,25 +53,26 @@ impl Runner {
     /// Takes over a runner that runs already as a child of this process.
     pub(crate) fn adopt(
         pid: Pid,
-        control: OwnedFd,
+        [control_in, control_out]: [OwnedFd; 2],
         stdin: OwnedFd,
         stdout: OwnedFd,
         stderr: OwnedFd,
     ) -> io::Result<Runner> {
-        for end in [&stdin, &stdout, &stderr] {
+        for end in [&control_in, &control_out, &stdin, &stdout, &stderr] {
             let flags = rustix::fs::fcntl_getfl(end)?;
             // Of our own ends only: the runner's are other open files.
             rustix::fs::fcntl_setfl(end, flags | OFlags::NONBLOCK)?;
         }
         let ended = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
-        Ok(Runner { pid, ended, control, stdin: Some(stdin), stdout: Some(stdout), stderr: Some(stderr) })
+        let [stdin, stdout, stderr] = [stdin, stdout, stderr].map(Some);
+        Ok(Runner { pid, ended, control_in, control_out, stdin, stdout, stderr })
     }
 
     /// Starts one.
     pub(crate) fn spawn(spawn: &Spawn<'_>) -> io::Result<Runner> {
         let (program, args) = spawn.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-        let (control, control_theirs) =
-            rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let (control_in_theirs, control_in) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        let (control_out, control_out_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (stdin_theirs, stdin) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (stdout, stdout_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let (stderr, stderr_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
@@ -88,13 +91,13 @@ impl Runner {
         if let Some((uid, gid)) = spawn.user {
             command.uid(uid).gid(gid);
         }
-        sys::give_descriptor(&mut command, control_theirs, CONTROL_FD);
+        sys::give_descriptors(&mut command, [control_in_theirs, control_out_theirs], CONTROL_FD);
         (spawn.prepare)(&mut command);
         let child = command.spawn()?;
         // Dropping `Child` neither waits nor kills: the supervisor reaps every process itself.
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
         drop(command);
-        Runner::adopt(pid, control, stdin, stdout, stderr)
+        Runner::adopt(pid, [control_in, control_out], stdin, stdout, stderr)
     }
 
     /// User id of the runner, from `/proc`.

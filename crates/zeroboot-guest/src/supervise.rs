@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal, WaitStatus};
 use zeroboot_proto::{
     Command, Decoder, Ending, ExitReport, Identity, Kind, Limits, MAX_PAYLOAD, Message, Note, encode,
@@ -221,6 +220,7 @@ impl<T: Transport> Supervisor<T> {
         let identity = request.identity.ok_or_else(missing)?;
         let limits = request.limits.ok_or_else(missing)?;
         let prepared = self.prepared.take().ok_or_else(missing)?;
+        self.processes.limit(limits.memory);
         let used = self.processes.cpu_of(self.runner.pid);
         prepared.ceilings.apply(&self.runner, &limits, used).map_err(Stop::Failed)?;
         Ok(Some(Born { identity, limits, ceilings: prepared.ceilings, env: request.env }))
@@ -358,6 +358,7 @@ impl<T: Transport> Supervisor<T> {
         let prepared = self.prepared.take().ok_or_else(|| Stop::Failed("Run came before Ready".into()))?;
         let cpu_before = self.processes.cpu_of(self.runner.pid);
         prepared.ceilings.apply(&self.runner, &limits, cpu_before).map_err(Stop::Failed)?;
+        self.processes.limit(limits.memory);
         encode(&mut self.control_out, Kind::Run, &[]);
         let started = Instant::now();
         self.flush_control()?;
@@ -391,11 +392,12 @@ impl<T: Transport> Supervisor<T> {
         run.peak_memory = run.peak_memory.max(last.memory);
         // The run is over with its first process: nobody waits for a daemon that it left behind.
         match run.ended {
-            // None of them comes back from the kernel to its program. Nobody has to wait for their memory to be freed:
-            // it is after the last frame, and in a VM never, where each page that is touched is a page copied.
-            Some(_) if self.transport.poll_fd().is_none() || request.wanted.is_empty() => {
-                self.processes.signal_all(Signal::STOP);
+            // None of them comes back from the kernel to its program, whatever the front does with the rest of the output.
+            // Nobody has to wait for their memory to be freed. In a VM it never is: a page that is touched is a page copied.
+            Some(_) if self.transport.poll_fd().is_none() && sys::before_all_others().is_ok() => {
+                self.processes.signal_all(Signal::KILL);
             }
+            Some(_) if request.wanted.is_empty() => self.processes.signal_all(Signal::KILL),
             _ => self.kill_all(),
         }
         // What was written before the end is in the pipes, and no writer is left or can begin another write.
@@ -557,7 +559,7 @@ impl<T: Transport> Supervisor<T> {
                 Ok(None) => return Ok(()),
                 Err(error) if !run.begun => return Err(Stop::Failed(error.to_string())),
                 Err(_) => {
-                    // The program got hold of the socket and wrote garbage: it is not listened to any more.
+                    // The program got hold of the pipe and wrote garbage: it is not listened to any more.
                     self.control_ended = true;
                     self.from_runner = Decoder::new();
                     return Ok(());
@@ -579,7 +581,7 @@ impl<T: Transport> Supervisor<T> {
                 Ok(Message::Ended(status)) if run.begun && run.stopped.is_none() && self.status.is_none() => {
                     run.ended.get_or_insert(status);
                 }
-                // The program got hold of the socket. It harms itself only.
+                // The program got hold of the pipe. It harms itself only.
                 _ => {}
             }
         }
@@ -688,7 +690,7 @@ impl<T: Transport> Supervisor<T> {
         }
     }
 
-    // ---- the front and the runner's control socket
+    // ---- the front and the runner's control pipes
 
     fn receive(&mut self) -> Result<(), Stop> {
         match self.transport.receive(&mut self.from_front)? {
@@ -703,11 +705,11 @@ impl<T: Transport> Supervisor<T> {
 
     fn read_control(&mut self) -> Result<(), Stop> {
         while !self.control_ended {
-            match rustix::net::recv(&self.runner.control, &mut self.buffer[..], RecvFlags::DONTWAIT) {
-                Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => self.control_ended = true,
-                Ok((n, _)) => {
+            match rustix::io::read(&self.runner.control_out, &mut self.buffer[..]) {
+                Ok(0) => self.control_ended = true,
+                Ok(n) => {
                     self.from_runner.feed(self.buffer.get(..n).unwrap_or_default());
-                    // A program that floods the socket is heard a piece at a time.
+                    // A program that floods the pipe is heard a piece at a time.
                     break;
                 }
                 Err(Errno::AGAIN) => break,
@@ -721,7 +723,7 @@ impl<T: Transport> Supervisor<T> {
     fn flush_control(&mut self) -> Result<(), Stop> {
         let mut at = 0;
         while let Some(rest) = self.control_out.get(at..).filter(|r| !r.is_empty()) {
-            match rustix::net::send(&self.runner.control, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match rustix::io::write(&self.runner.control_in, rest) {
                 Ok(n) => at += n,
                 Err(Errno::AGAIN | Errno::INTR) => {
                     let interest = Interest { control_room: true, output: true, ..Interest::default() };
@@ -774,6 +776,7 @@ impl<T: Transport> Supervisor<T> {
         enum Who {
             Front,
             Control,
+            ControlRoom,
             Stdout,
             Stderr,
             Stdin,
@@ -796,10 +799,12 @@ impl<T: Transport> Supervisor<T> {
             fds.push(PollFd::new(fd, PollFlags::IN));
         }
         if !self.control_ended {
-            let mut flags = PollFlags::IN;
-            flags.set(PollFlags::OUT, interest.control_room);
             who.push(Who::Control);
-            fds.push(PollFd::new(&self.runner.control, flags));
+            fds.push(PollFd::new(&self.runner.control_out, PollFlags::IN));
+        }
+        if interest.control_room {
+            who.push(Who::ControlRoom);
+            fds.push(PollFd::new(&self.runner.control_in, PollFlags::OUT));
         }
         for (name, end) in [(Who::Stdout, &self.runner.stdout), (Who::Stderr, &self.runner.stderr)] {
             if let Some(fd) = end.as_ref().filter(|_| interest.output) {
@@ -835,6 +840,7 @@ impl<T: Transport> Supervisor<T> {
                     seen.front = events.contains(PollFlags::IN);
                 }
                 Who::Control => seen.control = input,
+                Who::ControlRoom => {}
                 Who::Stdout => seen.stdout = input,
                 Who::Stderr => seen.stderr = input,
                 Who::Stdin => seen.stdin = events.intersects(PollFlags::OUT | PollFlags::ERR),

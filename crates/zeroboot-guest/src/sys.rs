@@ -7,20 +7,24 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-/// Makes the command's program find `fd` as descriptor `target`, and die with the agent.
-pub(crate) fn give_descriptor(command: &mut Command, fd: OwnedFd, target: i32) {
+/// Makes the command's program find the first of `fds` as descriptor `first`, the second as the next, and die with the agent.
+pub(crate) fn give_descriptors(command: &mut Command, fds: [OwnedFd; 2], first: i32) {
     let hook = move || {
-        let source = fd.as_raw_fd();
-        // SAFETY: plain system calls on descriptors that this closure owns (source) or that the program is
-        // to get (target); all are async-signal-safe, so the window between fork and exec allows them.
+        // SAFETY: plain system calls on descriptors that this closure owns or that the program is to get; all are
+        // async-signal-safe, so the window between fork and exec allows them.
         unsafe {
-            if source == target {
-                // dup2 onto itself would leave close-on-exec set.
-                if libc::fcntl(source, libc::F_SETFD, 0) < 0 {
+            let mut moved = [0; 2];
+            // First out of the way: a source could stand at another's target.
+            for (slot, fd) in moved.iter_mut().zip(&fds) {
+                *slot = libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, first + 2);
+                if *slot < 0 {
                     return Err(io::Error::last_os_error());
                 }
-            } else if libc::dup2(source, target) < 0 {
-                return Err(io::Error::last_os_error());
+            }
+            for (target, source) in (first..).zip(moved) {
+                if libc::dup2(source, target) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
             }
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());
@@ -98,6 +102,14 @@ impl Drop for AsUser {
             }
         }
     }
+}
+
+/// Lets this process run before every ordinary one that could run, for good. It needs the right to, which root of a VM has.
+pub(crate) fn before_all_others() -> io::Result<()> {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the pointer is to a live `sched_param`; the C library of the agent may have no sched_setscheduler().
+    let done = unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const lowest) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Bytes that wait in a pipe.

@@ -35,6 +35,33 @@ fn an_endless_loop_is_stopped_at_its_deadline_and_its_output_is_kept() {
     assert!(answer.report.unwrap().wall_ns >= SECOND / 2);
 }
 
+/// What was only stopped would be woken by the timer's SIGCONT, and nobody would look at what it does.
+#[test]
+fn what_the_code_left_behind_ends_with_it_whatever_the_front_does() {
+    let code = "import ctypes, os, signal, struct, sys
+if os.fork() == 0:
+    libc = ctypes.CDLL(None)
+    event, timer = ctypes.create_string_buffer(struct.pack('Qii', 0, signal.SIGCONT, 0), 64), ctypes.c_void_p()
+    times = ctypes.create_string_buffer(struct.pack('QQQQ', 0, 10**6, 0, 10**6))
+    assert libc.timer_create(1, event, ctypes.byref(timer)) == 0 and libc.timer_settime(timer, 0, times, None) == 0
+    with open('new', 'w') as f: f.write(str(os.getpid()))
+    os.rename('new', 'pid')
+    while True: pass
+while not os.path.exists('pid'): pass
+sys.stdout.write('x' * (1 << 18))";
+    let mut sandbox = Sandbox::python("");
+    sandbox.wait_for(Kind::Ready);
+    sandbox.send(&Request::new(code));
+    let file = sandbox.dir.path().join("pid");
+    while !file.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The end of the output does not fit into the socket, which nobody reads.
+    gone(&std::fs::read_to_string(&file).unwrap());
+    let answer = sandbox.finish();
+    assert_eq!((answer.ending(), answer.stdout.len()), (Ending::Exited(0), 1 << 18));
+}
+
 #[test]
 fn a_sleeper_that_ignores_every_signal_is_stopped_at_its_deadline() {
     let answer = python(

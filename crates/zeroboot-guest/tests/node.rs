@@ -180,8 +180,8 @@ new Worker('require(\"worker_threads\").parentPort.postMessage(40 + 2)', { eval:
 
 #[test]
 fn the_control_descriptor_is_not_inherited_and_garbage_on_it_changes_nothing() {
-    let code = "const fs = require('fs'); fs.writeSync(3, Buffer.from('garbage of any kind'));
-const seen = require('child_process').execFileSync('sh', ['-c', 'test -e /proc/self/fd/3 && echo there || echo gone']);
+    let code = "const fs = require('fs'); fs.writeSync(4, Buffer.from('garbage of any kind'));
+const seen = require('child_process').execFileSync('sh', ['-c', 'test -e /proc/self/fd/3 -o -e /proc/self/fd/4 && echo there || echo gone']);
 console.log(seen.toString().trim()); process.exitCode = 6";
     let answer = node(code);
     assert_eq!((answer.ending(), answer.out()), (Ending::Exited(6), "gone\n"), "{answer:?}");

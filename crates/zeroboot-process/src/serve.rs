@@ -56,7 +56,7 @@ fn step(what: &str) -> impl FnOnce(io::Error) -> ServeError + '_ {
 }
 
 /// Serves the control channel until the front is gone (`Ok(false)`), and returns `Ok(true)` in each forked
-/// runner: jailed, with its standard streams and its control socket in place.
+/// runner: jailed, with its standard streams and its control pipes in place.
 ///
 /// `freeze` moves the warm memory into an image, and says what became of it. It is called before the fork of this number.
 pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<bool, ServeError> {
@@ -160,12 +160,9 @@ impl Zygote {
 
     /// In the worker, pid 1 of its namespace. Returns in the runner only.
     fn worker(&self, mapped: &OwnedFd, socket: OwnedFd, cgroup: Option<OwnedFd>) -> Result<(), (OwnedFd, ServeError)> {
-        let counted = cgroup.is_some();
-        let made = self.enter(mapped, cgroup, counted).and_then(|()| {
-            let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            Ok((pair, pipe()?, pipe()?, pipe()?))
-        });
-        let ((ours, theirs), stdin, stdout, stderr) = match made {
+        let made =
+            self.enter(mapped, cgroup).and_then(|sockets| Ok((sockets, pipe()?, pipe()?, pipe()?, pipe()?, pipe()?)));
+        let (sockets, told, heard, stdin, stdout, stderr) = match made {
             Ok(fds) => fds,
             Err(error) => return Err((socket, step("enter the sandbox")(error))),
         };
@@ -176,14 +173,16 @@ impl Zygote {
                     (stdin.0.as_raw_fd(), 0),
                     (stdout.1.as_raw_fd(), 1),
                     (stderr.1.as_raw_fd(), 2),
-                    (theirs.as_raw_fd(), 3),
+                    (told.0.as_raw_fd(), 3),
+                    (heard.1.as_raw_fd(), 4),
                 ]);
                 // Their numbers are gone with close_from: nobody may close them once more.
-                for fd in [stdin.0, stdin.1, stdout.0, stdout.1, stderr.0, stderr.1, ours, theirs] {
+                for fd in [told, heard, stdin, stdout, stderr].into_iter().flat_map(|(read, write)| [read, write]) {
                     std::mem::forget(fd);
                 }
+                sockets.into_iter().flatten().for_each(std::mem::forget);
                 let jailed = placed.map_err(step("place descriptors")).and_then(|()| {
-                    process::close_from(4).map_err(step("close descriptors"))?;
+                    process::close_from(5).map_err(step("close descriptors"))?;
                     // A process group of its own: kill(0, …) of a program must not reach the agent.
                     rustix::process::setsid().map(drop).map_err(|e| step("make a session")(e.into()))
                 });
@@ -194,20 +193,24 @@ impl Zygote {
                     }
                     Err(error) => {
                         // The agent takes what a runner says before it is ready as the reason.
-                        report(&process::borrow_fd(3), &error.to_string());
+                        report(&process::borrow_fd(4), &error.to_string());
                         process::exit_now(125)
                     }
                 }
             }
             Ok(Forked::Parent(runner)) => {
-                let error = self.become_agent(runner, &socket, &ours, &stdin.1, &stdout.0, &stderr.0);
+                let mut ends = vec![&socket, &told.1, &heard.0, &stdin.1, &stdout.0, &stderr.0];
+                ends.extend(sockets.iter().flatten());
+                let error = self.become_agent(runner, &ends, sockets.is_some());
                 Err((socket, error))
             }
         }
     }
 
     /// Everything that needs the capabilities of the new user namespace, then none are left.
-    fn enter(&self, mapped: &OwnedFd, cgroup: Option<OwnedFd>, counted: bool) -> io::Result<()> {
+    /// Where no cgroup counts its memory, gives what shows that of its sockets, for the agent.
+    fn enter(&self, mapped: &OwnedFd, cgroup: Option<OwnedFd>) -> io::Result<Option<[OwnedFd; 3]>> {
+        let counted = cgroup.is_some();
         if rustix::io::retry_on_intr(|| rustix::io::read(mapped, &mut [0u8; 1]))? != 1 {
             return Err(io::Error::other("the zygote ended"));
         }
@@ -237,6 +240,7 @@ impl Zygote {
         rustix::process::chdir(HOME)?;
         limit_counts()?;
         self.limit_network()?;
+        let sockets = if counted { None } else { Some(self.sockets()?) };
         jail::drop_capabilities()?;
         jail::landlock(&WRITABLE.map(Path::new)).map_err(io::Error::other)?;
         // For the runner, which is a copy of this process.
@@ -246,7 +250,23 @@ impl Zygote {
         if !counted {
             self.uncounted_filter.apply().map_err(io::Error::other)?;
         }
-        self.filter.apply().map_err(io::Error::other)
+        self.filter.apply().map_err(io::Error::other)?;
+        Ok(sockets)
+    }
+
+    /// What shows the sockets of our own network namespace.
+    fn sockets(&self) -> io::Result<[OwnedFd; 3]> {
+        let stat = |file| rustix::fs::openat(&self.proc, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let diag = rustix::net::socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            Some(rustix::net::netlink::SOCK_DIAG),
+        )?;
+        // A host without IPv6 has no sockets of it.
+        let six = stat("net/sockstat6")
+            .or_else(|_| rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()))?;
+        Ok([stat("net/sockstat")?, six, diag])
     }
 
     /// Bounds what can wait in the sandbox's sockets: memory that is in no process's account.
@@ -265,21 +285,16 @@ impl Zygote {
     }
 
     /// Turns the worker into the agent: a small separate program, without a copy of the warmed runtime.
-    fn become_agent(
-        &self,
-        runner: Pid,
-        socket: &OwnedFd,
-        control: &OwnedFd,
-        stdin: &OwnedFd,
-        stdout: &OwnedFd,
-        stderr: &OwnedFd,
-    ) -> ServeError {
-        let wanted = [(socket, 3), (control, 4), (stdin, 5), (stdout, 6), (stderr, 7)];
+    ///
+    /// `ends`: what it finds from descriptor 3 on.
+    fn become_agent(&self, runner: Pid, ends: &[&OwnedFd], uncounted: bool) -> ServeError {
+        let wanted: Vec<_> = ends.iter().map(|fd| fd.as_raw_fd()).zip(3..).collect();
         let setup = || -> Result<io::Error, ServeError> {
-            process::place_fds(&wanted.map(|(fd, to)| (fd.as_raw_fd(), to))).map_err(step("place descriptors"))?;
-            process::close_from(8).map_err(step("close descriptors"))?;
+            process::place_fds(&wanted).map_err(step("place descriptors"))?;
+            process::close_from(3 + wanted.len() as u32).map_err(step("close descriptors"))?;
             process::reset_signals().map_err(step("reset signals"))?;
-            let args = [c"agent".into(), c"sandbox".into(), number(runner)];
+            let mut args = vec![c"agent".into(), c"sandbox".into(), number(runner)];
+            args.extend(uncounted.then(|| c"uncounted".into()));
             Ok(process::exec(&CString::from(AGENT_PATH), &args, &[]))
         };
         match setup() {
@@ -300,12 +315,16 @@ const COUNTS: [(Resource, u64); 3] = [
 ];
 
 /// Settings of the sandbox's network namespace.
-const NETWORK: [(&str, &str); 2] = [
+const NETWORK: [(&str, &str); 4] = [
     // Connections that nobody has accepted; each holds up to 208 KiB that its client has left behind. As many as Python's
     // `listen` asks for; the kernel's own is 4096.
     ("sys/net/core/somaxconn", "128"),
     // Datagrams in a socket. The kernel's own, which a distribution may raise.
     ("sys/net/unix/max_dgram_qlen", "10"),
+    // Bytes of a TCP connection: least, first, most. The kernel's own is up to 6 MiB, of which the host's connections have to
+    // leave what `tcp_mem` does not grant. `kernel_memory.rs` of the agent counts on these.
+    ("sys/net/ipv4/tcp_rmem", "4096 131072 262144"),
+    ("sys/net/ipv4/tcp_wmem", "4096 16384 262144"),
 ];
 
 fn limit_counts() -> io::Result<()> {

@@ -21,6 +21,9 @@ use zeroboot_sys::{
 };
 use zeroboot_vm::{Console, Exits, Front, Host, Machine, Received, Session, SessionEnd, Snapshot, Stop, WakeVector};
 
+#[path = "byte_guests/attacks.rs"]
+mod attacks;
+
 const HEADER: u64 = 0x2000;
 const TO_GUEST: u64 = 0x3000;
 const FROM_GUEST: u64 = 0x4000;

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use clap::CommandFactory as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
 };
 use zeroboot_engine::{
     Engine, Event, ExecRequest, Execution, InputFile, InvalidRequest, Limits, MAX_CODE, Outcome, Report, Stdin,
@@ -50,7 +50,7 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
         let work = async {
             let engine = Engine::start(config).await?;
             let status = drive(&engine, request, &args, &language).await;
-            engine.shutdown(Duration::from_secs(1)).await;
+            engine.shutdown(SHUTDOWN).await;
             status
         };
         tokio::select! {
@@ -231,16 +231,27 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
     if args.json {
         return json(execution, &template, language).await;
     }
-    while let Some(event) = execution.next().await? {
-        let written = match event {
-            Event::Started => Ok(()),
-            Event::Stdout(bytes) => printer::stdout(&bytes),
-            Event::Stderr(bytes) => printer::stderr(&bytes),
-            Event::File(file) => {
-                save(&file, &args.get)?;
-                Ok(())
-            }
+    let mut output = Output::start();
+    loop {
+        let event = tokio::select! {
+            biased;
+            // The sandbox goes with the execution.
+            written = &mut output.written => return status_without_a_reader(written),
+            event = execution.next() => event?,
+        };
+        match event.context("the sandbox gave no end")? {
+            Event::Started => {}
+            Event::Stdout(bytes) => output.write(Piece::Stdout(bytes)).await,
+            Event::Stderr(bytes) => output.write(Piece::Stderr(bytes)).await,
+            Event::File(file) => save(&file, &args.get)?,
             Event::End(report) => {
+                // The reader may pause for hours yet.
+                engine.shutdown(SHUTDOWN).await;
+                drop(output.pieces);
+                match output.written.await {
+                    Ok(Ok(())) => {}
+                    written => return status_without_a_reader(written),
+                }
                 explain(&report, timeout, args.memory);
                 not_warmed(engine, args);
                 if args.verbose {
@@ -248,15 +259,62 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
                 }
                 return Ok(report.outcome.exit_code() as u8);
             }
-        };
-        match written {
-            Ok(()) => {}
-            // The sandbox goes with the execution.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(BROKEN_PIPE),
-            Err(error) => return Err(cannot_write(&error)),
         }
     }
-    anyhow::bail!("the sandbox gave no end")
+}
+
+/// How long an engine may take to end its sandboxes.
+const SHUTDOWN: Duration = Duration::from_secs(1);
+/// Pieces of output that wait for our reader; above it the sandbox's are not read. A piece is 64 KiB at the most.
+const WAITING: usize = 256;
+
+/// A piece of the output.
+enum Piece {
+    Stdout(Bytes),
+    Stderr(Bytes),
+}
+
+/// Writes the output from a thread of its own: a reader that pauses keeps us from nothing else.
+struct Output {
+    pieces: mpsc::Sender<Piece>,
+    /// Ready once all is written, or nothing more can be.
+    written: oneshot::Receiver<io::Result<()>>,
+}
+
+impl Output {
+    fn start() -> Output {
+        let (pieces, mut waiting) = mpsc::channel(WAITING);
+        let (end, written) = oneshot::channel();
+        std::thread::spawn(move || {
+            let mut result = Ok(());
+            while let Some(piece) = waiting.blocking_recv() {
+                result = match piece {
+                    Piece::Stdout(bytes) => printer::stdout(&bytes),
+                    Piece::Stderr(bytes) => printer::stderr(&bytes),
+                };
+                if result.is_err() {
+                    break;
+                }
+            }
+            // Nobody waits for it after an interrupt.
+            end.send(result).ok();
+        });
+        Output { pieces, written }
+    }
+
+    async fn write(&self, piece: Piece) {
+        // When its thread has ended, `written` says why.
+        self.pieces.send(piece).await.ok();
+    }
+}
+
+/// The end of a run whose output cannot be written any more.
+fn status_without_a_reader(written: Result<io::Result<()>, oneshot::error::RecvError>) -> anyhow::Result<u8> {
+    match written {
+        Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(BROKEN_PIPE),
+        Ok(Err(error)) => Err(cannot_write(&error)),
+        Ok(Ok(())) | Err(_) => anyhow::bail!("the thread that writes the output ended"),
+    }
 }
 
 /// Saves a file that came back.

@@ -81,7 +81,7 @@ class Context:
         shell = self.make_shell()
         shell.engage(self.main, self.channel)
         # In place of the one that waits for nothing.
-        self.reader.wait = lambda: shell.loop.wait(self.channel.fd)
+        self.reader.wait = lambda: shell.loop.wait(self.reader.fd)
         return shell
 
     def run(self):

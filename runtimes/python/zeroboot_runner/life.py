@@ -18,7 +18,8 @@ from .warm import UNFIT, plug_c_holes, plug_holes, shares_memory, threads, warm
 from .wire import (
     ARG,
     CODE,
-    CONTROL_FD,
+    CONTROL_IN,
+    CONTROL_OUT,
     CWD,
     ENV,
     IDENTITY,
@@ -39,8 +40,8 @@ PLUGS = []
 def serve(ready, generators, make_shell):
     """Waits for what to be, a program or a context, and becomes it; never returns."""
     try:
-        send(CONTROL_FD, READY, ready)
-        work = read_request(CONTROL_FD, generators, make_shell)
+        send(CONTROL_OUT, READY, ready)
+        work = read_request(CONTROL_IN, CONTROL_OUT, generators, make_shell)
     except RunnerError as error:
         fail(error)
     except BaseException as error:
@@ -48,10 +49,10 @@ def serve(ready, generators, make_shell):
     work.run()
 
 
-def read_request(control, generators, make_shell):
+def read_request(control_in, control_out, generators, make_shell):
     # Out of the way of what runs here, and not inherited by what that executes.
-    private = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 20)
-    reader = Reader(private)
+    heard, private = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (control_in, control_out)]
+    reader = Reader(heard)
     argv, code, environment, identified, directory, serves = [], [], [], False, None, False
     for kind, payload in frames(reader):
         if kind == IDENTITY:
@@ -88,7 +89,9 @@ def read_request(control, generators, make_shell):
         # Code and argv are the program's; everything else of this function goes.
         work = Program(b"".join(code), argv or ["-c"], private)
         work.hook_multiprocessing()
-    os.close(control)
+        os.close(heard)
+    os.close(control_in)
+    os.close(control_out)
     send(private, STARTED)
     return work
 

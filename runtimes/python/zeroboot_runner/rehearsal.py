@@ -8,7 +8,6 @@ import contextlib
 import gc
 import linecache
 import os
-import socket
 import sys
 
 from . import streams
@@ -65,16 +64,16 @@ def rehearse(read_request, generators, make_shell):
         streams.open_stdio()
         for _ in range(TIMES):
             with unchanged():
-                ours, theirs = socket.socketpair()
+                (heard, said), (told, note) = os.pipe(), os.pipe()
                 for kind, payload in (
                     (IDENTITY, os.urandom(IDENTITY_LEN)),
                     (ARG, b"-c"),
                     (CODE, b"print(1)"),
                     (RUN, b""),
                 ):
-                    send(ours.fileno(), kind, payload)
-                program = read_request(theirs.detach(), generators, make_shell)
+                    send(said, kind, payload)
+                program = read_request(heard, note, generators, make_shell)
                 generators.settle()
                 tidy(program.main, program.attempt()[0])
-                os.close(program.note_fd)
-                ours.close()
+                for fd in (program.note_fd, said, told):
+                    os.close(fd)

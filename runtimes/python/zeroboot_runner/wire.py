@@ -1,4 +1,4 @@
-"""Frames of crates/zeroboot-proto/src/frame.rs on the control descriptor."""
+"""Frames of crates/zeroboot-proto/src/frame.rs on the two control descriptors."""
 
 import os
 import struct
@@ -12,7 +12,8 @@ HEADER = struct.Struct("<IB3x")
 MAX_PAYLOAD = 64 * 1024 - 8
 IDENTITY_LEN = 64 + 8 + 16
 
-CONTROL_FD = 3
+# Pipes: what the agent says, and what it is told.
+CONTROL_IN, CONTROL_OUT = 3, 4
 # EX_SOFTWARE: the status of a runner that could not do its work. The agent reads the Failure frame, not this.
 STATUS_FAILURE = 70
 # What the file names of our own code begin with.
@@ -29,7 +30,7 @@ def send(fd, kind, payload=b""):
         data = data[os.write(fd, data) :]
 
 
-def fail(text, fd=CONTROL_FD):
+def fail(text, fd=CONTROL_OUT):
     """Tells the agent why no user code will run, and ends."""
     line = " ".join(str(text).split())
     try:

@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitStatus};
 use zeroboot_proto::live::{CellDone, ContextInfo, How, Refusal, ResultChunk};
 use zeroboot_proto::{Decoder, Identity, Kind, MAX_PAYLOAD, Message, encode};
@@ -140,11 +139,11 @@ impl Context {
         self.stopping = None;
     }
 
-    /// Sends what its socket takes.
+    /// Sends what its pipe takes.
     pub(super) fn flush(&mut self) {
         let mut sent = 0;
         while let Some(rest) = self.control_out.get(sent..).filter(|rest| !rest.is_empty()) {
-            match rustix::net::send(&self.runner.control, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match rustix::io::write(&self.runner.control_in, rest) {
                 Ok(n) => sent += n,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
@@ -155,11 +154,11 @@ impl Context {
         self.control_out.drain(..sent);
     }
 
-    /// Reads its socket once.
+    /// Reads its pipe once.
     pub(super) fn read_control(&mut self, buffer: &mut [u8]) {
-        match rustix::net::recv(&self.runner.control, &mut *buffer, RecvFlags::DONTWAIT) {
-            Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => self.control_ended = true,
-            Ok((n, _)) => self.from_runner.feed(buffer.get(..n).unwrap_or_default()),
+        match rustix::io::read(&self.runner.control_out, &mut *buffer) {
+            Ok(0) => self.control_ended = true,
+            Ok(n) => self.from_runner.feed(buffer.get(..n).unwrap_or_default()),
             // EAGAIN, EINTR; whatever else is wrong shows as the end of its process.
             Err(_) => {}
         }
@@ -283,7 +282,7 @@ impl Context {
         }
     }
 
-    /// Whether its socket may be read: a result needs room for a whole frame.
+    /// Whether its pipe may be read: a result needs room for a whole frame.
     pub(super) fn is_heard(&self, credit: Option<usize>) -> bool {
         let draining = matches!(self.phase, Phase::Draining(..));
         !self.control_ended && !draining && credit.is_none_or(|credit| credit >= MAX_PAYLOAD)

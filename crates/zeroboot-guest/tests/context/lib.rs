@@ -101,9 +101,9 @@ impl Context {
         let dir = TempDir::new().unwrap();
         let (control, theirs) = UnixStream::pair().unwrap();
         control.set_read_timeout(Some(PATIENCE)).unwrap();
-        // The shell moves the socket to descriptor 3 and is then the runner.
+        // The shell moves the socket to descriptors 3 and 4 and is then the runner.
         let mut shell = Command::new("sh");
-        shell.args(["-c", "exec 3<&0 0</dev/null; exec \"$@\"", "sh"]).args(command).current_dir(dir.path());
+        shell.args(["-c", "exec 3<&0 4<&0 0</dev/null; exec \"$@\"", "sh"]).args(command).current_dir(dir.path());
         shell.env("HOME", dir.path()).env("TMPDIR", dir.path()).envs(env.iter().copied());
         shell.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = shell.spawn().unwrap();

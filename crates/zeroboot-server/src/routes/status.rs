@@ -99,8 +99,8 @@ const NOT_UP: &str = "it is not up; the server's log says why";
 const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
 
 /// The warning of a server that serves tenants without cgroups.
-pub(crate) const NO_CGROUP: &str = "sandboxes have no cgroup: the kernel's memory behind descriptors and mappings is in no limit, so one \
-     key's code can take memory from all; see docs/threat-model.md";
+pub(crate) const NO_CGROUP: &str = "sandboxes have no cgroup: their agents count the memory that the kernel holds for them, some milliseconds \
+     late, and nothing shares the CPUs out; one key's code can take memory and time from all; see docs/threat-model.md";
 
 pub(crate) async fn health(
     State(app): State<Arc<App>>,

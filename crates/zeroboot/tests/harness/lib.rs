@@ -10,7 +10,7 @@ use std::{
         process::ExitStatusExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
     sync::{
         OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -85,6 +85,7 @@ pub(crate) struct Cli {
     dir: TempDir,
     may_leave: BTreeSet<OsString>,
     prefix: Vec<OsString>,
+    pauses: bool,
 }
 
 impl Cli {
@@ -105,7 +106,16 @@ impl Cli {
             }
         }
         let (args, env) = (Vec::new(), Vec::new());
-        Cli { who, args, input: Input::Bytes(Vec::new()), env, dir, may_leave: BTreeSet::new(), prefix: Vec::new() }
+        Cli {
+            who,
+            args,
+            input: Input::Bytes(Vec::new()),
+            env,
+            dir,
+            may_leave: BTreeSet::new(),
+            prefix: Vec::new(),
+            pauses: false,
+        }
     }
 
     pub(crate) fn args(mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cli {
@@ -132,6 +142,11 @@ impl Cli {
     /// Starts it with an input that never ends.
     pub(crate) fn stdin_held(mut self) -> Cli {
         self.input = Input::Held;
+        self
+    }
+    /// Nobody reads its output before [`Live::wait`].
+    pub(crate) fn reader_pauses(mut self) -> Cli {
+        self.pauses = true;
         self
     }
     /// Puts a file into the directory that the command is run in.
@@ -180,17 +195,10 @@ impl Cli {
             Input::Closed => drop(stdin),
             Input::Held => held = Some(stdin),
         }
-        let collect = |mut pipe: Box<dyn Read + Send>| {
-            std::thread::spawn(move || {
-                let mut bytes = Vec::new();
-                pipe.read_to_end(&mut bytes).unwrap();
-                bytes
-            })
-        };
-        let out = collect(Box::new(child.stdout.take().unwrap()));
-        let err = collect(Box::new(child.stderr.take().unwrap()));
+        let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (out, paused) = if self.pauses { (None, Some(out)) } else { (Some(collect(out)), None) };
         let leaves = Leaves { mark, front: child.id(), dir: self.dir, may_leave: self.may_leave };
-        Live { child, out: Some(out), err: Some(err), leaves, held }
+        Live { child, out, paused, err: Some(collect(err)), leaves, held }
     }
 
     /// Runs it to its end and looks for what it left.
@@ -212,10 +220,19 @@ impl Cli {
     }
 }
 
+fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).unwrap();
+        bytes
+    })
+}
+
 /// A run under way.
 pub(crate) struct Live {
     child: Child,
     out: Option<JoinHandle<Vec<u8>>>,
+    paused: Option<ChildStdout>,
     err: Option<JoinHandle<Vec<u8>>>,
     leaves: Leaves,
     held: Option<std::process::ChildStdin>,
@@ -230,6 +247,14 @@ impl Live {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+    /// Waits until no process of it is left but the command and its zygote.
+    pub(crate) fn wait_for_its_sandboxs_end(&self) {
+        let started = Instant::now();
+        while self.leaves.processes().len() > 2 {
+            assert!(started.elapsed() < PATIENCE * 2, "still there: {:?}", self.leaves.processes());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
     pub(crate) fn processes(&self) -> Vec<String> {
         self.leaves.processes()
     }
@@ -239,6 +264,7 @@ impl Live {
     }
     /// Waits for its end and looks for what it left.
     pub(crate) fn wait(mut self) -> Done {
+        self.out = self.out.or_else(|| self.paused.take().map(collect));
         let status = self.child.wait().unwrap();
         drop(self.held.take());
         let [out, err] = [self.out.take(), self.err.take()].map(|t| t.unwrap().join().unwrap());
