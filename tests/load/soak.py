@@ -11,6 +11,7 @@ live are made, used and ended. The log of every second server is a disk that is 
 of the host's.
 """
 
+import collections
 import json
 import os
 import random
@@ -38,7 +39,7 @@ class Round:
         self.over, self.lock, self.problems = threading.Event(), threading.Lock(), []
         self.broken = {"workers": 0, "zygotes": 0, "stopped_workers": 0, "starved": 0}
         self.live = {"live_right": 0, "live_lost": 0}
-        self.wrk = {}
+        self.wrk, self.why = {}, collections.Counter()
 
     def run(self, load):
         threads = [threading.Thread(target=self.live_client) for _ in range(LIVE)]
@@ -79,7 +80,7 @@ class Round:
         return {**wrk, **self.live, **self.broken}
 
     def report(self):
-        return {"phase": f"soak, {self.kind}", **self.wrk, **self.live, "broken": self.broken, "problems": self.problems}
+        return {"phase": f"soak, {self.kind}", **self.wrk, **self.live, "live_lost_by": self.why, "broken": self.broken, "problems": self.problems}
 
     def count(self, what, more=1):
         with self.lock:
@@ -139,11 +140,12 @@ class Round:
         while not self.over.is_set():
             sandbox = None
             try:
-                made = self.ask("POST", "/v1/sandboxes", {"timeout_seconds": 20})
+                made = self.ask("POST", "/v1/sandboxes", {"timeout_seconds": 40})
                 sandbox = f"/v1/sandboxes/{made['id']}"
                 self.use(sandbox)
-            except Lost:
+            except Lost as why:
                 self.count("live_lost")
+                self.why[str(why)[:80]] += 1
                 self.over.wait(0.2)
             finally:
                 if sandbox:
@@ -155,10 +157,10 @@ class Round:
     def use(self, sandbox):
         nonce = uuid.uuid4().hex
         steps = [
-            (lambda: self.ask("POST", f"{sandbox}/run", {"code": f"x = '{nonce}'", "timeout_seconds": 5})["outcome"], "ok"),
+            (lambda: self.ask("POST", f"{sandbox}/run", {"code": f"x = '{nonce}'", "timeout_seconds": 20})["outcome"], "ok"),
             (lambda: self.ask("PUT", f"{sandbox}/files?path=nonce", nonce.encode(), raw=True) and None, None),
-            (lambda: self.ask("POST", f"{sandbox}/commands", {"command": "cat nonce", "timeout_seconds": 5})["stdout"], nonce),
-            (lambda: self.ask("POST", f"{sandbox}/run", {"code": "print(x)", "timeout_seconds": 5})["stdout"], nonce + "\n"),
+            (lambda: self.ask("POST", f"{sandbox}/commands", {"command": "cat nonce", "timeout_seconds": 20})["stdout"], nonce),
+            (lambda: self.ask("POST", f"{sandbox}/run", {"code": "print(x)", "timeout_seconds": 20})["stdout"], nonce + "\n"),
             (lambda: self.ask("GET", f"{sandbox}/files?path=nonce").decode(), nonce),
         ]
         for step, expected in steps:
