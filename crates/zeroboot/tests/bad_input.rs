@@ -26,7 +26,7 @@ fn empty_code_is_refused() {
 fn code_of_10_mb_runs() {
     let mut code = "x = 1  # a comment\n".repeat(10 * 1024 * 1024 / 19);
     code.push_str("print('the end')\n");
-    assert_eq!(run().args(["--memory", "2G", "-"]).stdin(code).go().good(), "the end\n");
+    assert_eq!(run().args(["--memory", "2G", "--timeout", "4m", "-"]).stdin(code).go().good(), "the end\n");
 }
 
 #[test]

@@ -51,7 +51,7 @@ def serve(ready, generators, make_shell):
 
 def read_request(control_in, control_out, generators, make_shell):
     # Out of the way of what runs here, and not inherited by what that executes.
-    heard, private = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (control_in, control_out)]
+    private, heard = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (control_out, control_in)]
     reader = Reader(heard)
     argv, code, environment, identified, directory, serves = [], [], [], False, None, False
     for kind, payload in frames(reader):

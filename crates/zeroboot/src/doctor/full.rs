@@ -383,6 +383,6 @@ mod tests {
         assert!(wrong(&[answer("100.5\na\nb\n"), answer("100.6\nc\nb\n")]).contains("value 1 is the same"));
         assert!(wrong(&[answer("90.0\na\n")]).contains("wrong by 10.0 s"));
         assert!(wrong(&[answer("100.5\n")]).contains("no value"));
-        assert!(wrong(&[answer("what\na\n")]).contains("did not tell its time"));
+        assert!(wrong(&[answer("what\na\n")]).contains("did not print its time"));
     }
 }
