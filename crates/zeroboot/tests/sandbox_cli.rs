@@ -137,7 +137,7 @@ fn without_a_server_the_error_says_how_to_start_one() {
     done.refused("no server at http://127.0.0.1:1").says("start one with `zeroboot serve`").says("ZEROBOOT_BASE_URL");
     cli(&["create"]).env("ZEROBOOT_BASE_URL", "unix:/nonexistent").go().refused("no server at unix:/nonexistent");
     for address in ["127.0.0.1:8080", "ftp://host", "http://", "http://a b"] {
-        cli(&["list", "--base-url", address]).go().refused("is no address of a server");
+        cli(&["list", "--base-url", address]).go().refused("is not an address of a server");
     }
     cli(&["list"]).env("ZEROBOOT_API_KEY", "a\u{7f}b").go().refused("has characters that a key cannot have");
     for wrong in
