@@ -46,12 +46,14 @@ def required() -> bool:
 class Server:
     """A server on a free port, with one key, in a directory of its own."""
 
-    def __init__(self, engine: Optional[str] = None, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, engine: Optional[str] = None, options: tuple[str, ...] = (), key: Optional[str] = None
+    ) -> None:
         binary = find_binary()
         if binary is None:
             raise FileNotFoundError("no zeroboot binary: set ZEROBOOT_BIN or build it")
         self.binary = binary
-        self.key = "zb_live_" + secrets.token_hex(16)
+        self.key = key or "zb_live_" + secrets.token_hex(16)
         self._engine = engine
         self._options = options
 

@@ -27,6 +27,7 @@ const STEPS: &[Step] = &[
     ("deploy", "the files of deploy/: Kubernetes schemas, hadolint, systemd-analyze", deploy),
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
+    ("e2b", "E2B's own SDKs, unmodified, against a real server", e2b),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
     (
         "load",
@@ -224,6 +225,10 @@ fn sdk(setup: &Setup) -> anyhow::Result<()> {
     let mut tests = Command::new("bash");
     tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
     check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
+}
+
+fn e2b(setup: &Setup) -> anyhow::Result<()> {
+    check(Command::new("tests/e2b/run").env("ZEROBOOT_BIN", binary(setup)?))
 }
 
 fn openapi(setup: &Setup) -> anyhow::Result<()> {

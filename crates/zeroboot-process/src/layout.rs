@@ -23,6 +23,8 @@ pub(crate) const ENVIRON: &str = "/etc/zeroboot/environ";
 pub(crate) const IMAGE_AT_ONCE: &str = "/.zeroboot/image-at-once";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
+/// The same under the name that programs written for E2B use.
+const E2B_HOME: &str = "/home/user";
 
 /// Where Node packages appear: `require` and `import` climb from any directory to the root.
 pub(crate) const NODE_MODULES: &str = "/node_modules";
@@ -75,7 +77,8 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
     let moved = node_modules.map(|from| (from.to_owned(), PathBuf::from(NODE_MODULES))).into_iter().collect();
-    RootPlan { binds, moved, covered, files, directories }
+    let links = vec![(PathBuf::from(E2B_HOME), PathBuf::from(HOME))];
+    RootPlan { binds, moved, covered, files, directories, links }
 }
 
 /// Sockets and FIFOs at and below `path`: processes of the host wait behind them. A directory that we may not read is

@@ -285,6 +285,16 @@ pub(crate) enum Piece<'a> {
     Base64(String),
 }
 
+impl Piece<'_> {
+    /// As text; what is not UTF-8 is replaced.
+    pub(crate) fn into_text(self) -> String {
+        match self {
+            Piece::Text(text) => text.into_owned(),
+            Piece::Base64(text) => String::from_utf8_lossy(&STANDARD.decode(text).unwrap_or_default()).into_owned(),
+        }
+    }
+}
+
 impl Pieces {
     /// What of the stream can be told now. Nothing is copied where a chunk is text by itself.
     pub(crate) fn push<'a>(&mut self, chunk: &'a [u8]) -> Option<Piece<'a>> {

@@ -41,6 +41,7 @@ pub(crate) struct App {
     pub(crate) draining: AtomicBool,
     pub(crate) started: Instant,
     pub(crate) streams: Arc<Streams>,
+    pub(crate) e2b: crate::e2b::Shared,
     /// Requests that wait for the end of a run.
     waiting: Arc<AtomicUsize>,
 }
@@ -68,6 +69,7 @@ impl App {
             budget: Budget::new(&config.limits),
             streams: Streams::new(config.limits.max_streams_per_key),
             config,
+            e2b: crate::e2b::Shared::default(),
             metrics: Metrics::new(),
             draining: AtomicBool::new(false),
             started: Instant::now(),
@@ -99,6 +101,17 @@ impl App {
         peer: Option<IpAddr>,
         address: Option<IpAddr>,
     ) -> Result<Caller, ApiError> {
+        self.check_host(headers, peer)?;
+        let open = match route {
+            "/v1/health" | "/openapi.json" | "/docs" | NO_ROUTE => true,
+            "/v1/metrics" => self.config.metrics_public,
+            _ => false,
+        };
+        if open { Ok(Caller { key: None, address }) } else { self.gate.authenticate(headers, address) }
+    }
+
+    /// Refuses a request under a name that this server is not to answer to.
+    pub(crate) fn check_host(&self, headers: &HeaderMap, peer: Option<IpAddr>) -> Result<(), ApiError> {
         // RFC 9112, 3.2: a proxy before us may go by the other one.
         if headers.get_all(header::HOST).iter().nth(1).is_some() {
             return Err(ApiError::new("invalid_request", "The request has more than one Host header"));
@@ -113,12 +126,7 @@ impl App {
             let text = "This server has no keys, so it answers only under its address or localhost";
             return Err(ApiError::new("forbidden_host", text));
         }
-        let open = match route {
-            "/v1/health" | "/openapi.json" | "/docs" | NO_ROUTE => true,
-            "/v1/metrics" => self.config.metrics_public,
-            _ => false,
-        };
-        if open { Ok(Caller { key: None, address }) } else { self.gate.authenticate(headers, address) }
+        Ok(())
     }
 
     /// Refuses new execs once the shutdown signal came, and while nothing has run yet.

@@ -66,6 +66,11 @@ pub(crate) async fn read_body(
     if !kind.eq_ignore_ascii_case("application/json") {
         return Err(ApiError::new("unsupported_media_type", "The body must have Content-Type: application/json"));
     }
+    read_whole(body, limits, share).await
+}
+
+/// Reads a body of any type: below the limit, in time, and as long as there is room for it.
+pub(crate) async fn read_whole(body: Body, limits: &RequestLimits, share: &Share) -> Result<Vec<u8>, ApiError> {
     let read = tokio::time::timeout(limits.body_timeout, read_frames(body, limits.max_body, share)).await;
     read.map_err(|_| too_slow())?
 }

@@ -77,6 +77,9 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("no_room", 507, "the sandbox has no room left: disk, processes, memory, descriptors or contexts"),
 ];
 
+/// Codes of E2B's routes alone, with their status. There they are words of E2B's own (`e2b/errors.rs`).
+const E2B_CODES: &[(&str, u16)] = &[("changes_lost", 500), ("not_supported", 501)];
+
 /// An answer that is not 200.
 #[derive(Clone, Debug)]
 pub(crate) struct ApiError {
@@ -107,11 +110,12 @@ pub(crate) struct ErrorBody<'a> {
 }
 
 impl ApiError {
-    /// The status is the one that [`ERROR_CODES`] has for the code.
+    /// The status is the one that [`ERROR_CODES`], or [`E2B_CODES`], has for the code.
     pub(crate) fn new(code: &'static str, message: impl Into<String>) -> ApiError {
-        let known = ERROR_CODES.iter().find(|(known, ..)| *known == code);
+        let own = ERROR_CODES.iter().map(|(known, status, _)| (*known, *status));
+        let known = own.chain(E2B_CODES.iter().copied()).find(|(known, _)| *known == code);
         debug_assert!(known.is_some(), "{code} is missing in ERROR_CODES");
-        let status = known.and_then(|(_, status, _)| StatusCode::from_u16(*status).ok());
+        let status = known.and_then(|(_, status)| StatusCode::from_u16(status).ok());
         let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         ApiError { status, code, message: message.into(), retry_after: None, reason: None }
     }

@@ -21,6 +21,8 @@ use crate::{
     limiter::{Cost, Limiter, Rate},
 };
 
+/// The header with a key, where there is no `Authorization`.
+const API_KEY: &str = "x-api-key";
 /// Client addresses that demo keys are counted for at once.
 const MOST_ADDRESSES: usize = 10_000;
 
@@ -137,17 +139,26 @@ impl Gate {
                 _ => Ok(Caller { key: None, address }),
             };
         };
-        let given = headers.get(header::AUTHORIZATION);
-        let given = given.ok_or_else(|| ApiError::new("unauthorized", "Missing Authorization header"))?;
-        let token = given.to_str().ok().and_then(|text| {
-            let (scheme, token) = text.split_once(' ')?;
-            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-        });
+        let token = match (headers.get(header::AUTHORIZATION), headers.get(API_KEY)) {
+            (Some(given), _) => given.to_str().ok().and_then(|text| {
+                let (scheme, token) = text.split_once(' ')?;
+                scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+            }),
+            // E2B's SDKs know no other.
+            (None, Some(given)) => given.to_str().ok().map(str::trim),
+            (None, None) => return Err(ApiError::new("unauthorized", "Missing Authorization header")),
+        };
         match ring.find(token.unwrap_or_default(), Timestamp::now()) {
             Lookup::Valid(key) => Ok(Caller { key: Some(key), address }),
             Lookup::Expired => Err(ApiError::new("unauthorized", "API key expired")),
             Lookup::Unknown => Err(ApiError::new("unauthorized", "Invalid API key")),
         }
+    }
+
+    /// The key of this id, if it may be used now.
+    pub(crate) fn usable(&self, id: &str) -> Option<Arc<Key>> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner).clone()?;
+        ring.usable(id, Timestamp::now())
     }
 
     /// Charges so many executions to the caller.

@@ -1,6 +1,6 @@
 //! API keys: the file they are kept in, and the search for a presented one.
 //!
-//! A token is `zb_live_` (or `zb_demo_`) and 48 hexadecimal digits: 192 bits from the kernel. The file holds only its
+//! A token is `zb_live_` (or `zb_demo_`, or `e2b_`) and 48 hexadecimal digits: 192 bits from the kernel. The file holds only its
 //! BLAKE3 hash. A token of that size cannot be guessed from its hash, so no slow hash is needed.
 
 use std::{
@@ -19,6 +19,8 @@ use subtle::ConstantTimeEq as _;
 pub const LIVE_PREFIX: &str = "zb_live_";
 /// How tokens of demo keys begin: few requests a minute from each client address.
 pub const DEMO_PREFIX: &str = "zb_demo_";
+/// How tokens begin that E2B's SDKs take: some of them check it.
+pub const E2B_PREFIX: &str = "e2b_";
 
 /// Most bytes of a key file. The file is read into memory as a whole.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
@@ -67,6 +69,8 @@ pub struct NewKey {
     pub concurrency: Option<u32>,
     /// A demo key.
     pub demo: bool,
+    /// Its token has the form of E2B's. It is a key like any other.
+    pub e2b: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -198,6 +202,13 @@ impl KeyRing {
         }
     }
 
+    /// The key of this id, unless it is revoked or its time is over.
+    pub(crate) fn usable(&self, id: &str, now: Timestamp) -> Option<Arc<Key>> {
+        let found = self.keys.iter().find(|key| key.id == id)?;
+        let usable = found.revoked.is_none() && found.expires.is_none_or(|at| at > now);
+        usable.then(|| found.clone())
+    }
+
     /// The keys, in the order of the file.
     pub fn keys(&self) -> impl Iterator<Item = &Key> {
         self.keys.iter().map(|key| &**key)
@@ -284,7 +295,13 @@ impl KeyStore {
         getrandom::fill(&mut random).map_err(|error| KeyFileError::Write(self.path.clone(), error.into()))?;
         let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         let (id, secret) = hex.split_at(8);
-        let token = format!("{}{secret}", if new.demo { DEMO_PREFIX } else { LIVE_PREFIX });
+        let prefix = match (new.demo, new.e2b) {
+            (true, true) => return Err(KeyFileError::BadKey("a demo key's token cannot have the form of E2B's")),
+            (true, false) => DEMO_PREFIX,
+            (false, true) => E2B_PREFIX,
+            (false, false) => LIVE_PREFIX,
+        };
+        let token = format!("{prefix}{secret}");
         let key = Key {
             id: format!("k{id}"),
             name: new.name,

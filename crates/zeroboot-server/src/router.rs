@@ -14,20 +14,42 @@ use axum::{
     routing::{delete, get, post},
 };
 use hyper::body::Body as _;
+use tower::ServiceExt as _;
 use tower_http::catch_panic::CatchPanicLayer;
 use uuid::Uuid;
 
 use crate::{
     app::{App, NO_ROUTE},
     client_addr::client_address,
+    e2b::{self, Form},
     error::ApiError,
     gate::Caller,
     peer::{Asked, Peer},
     routes,
 };
 
-/// All routes.
+/// All routes: ours and those of E2B's control plane, and, for requests to a sandbox, those of E2B's sandboxes.
 pub(crate) fn router(app: Arc<App>) -> Router {
+    let api = finish(e2b::control(api()), app.clone(), Surface::Api);
+    let sandbox = finish(e2b::sandbox(), app, Surface::Sandbox);
+    Router::new().fallback(async move |request: Request| {
+        let router = if e2b::is_for_a_sandbox(&request) { &sandbox } else { &api };
+        // It cannot fail.
+        let Ok(response) = router.clone().oneshot(request).await;
+        response
+    })
+}
+
+/// What a request speaks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Surface {
+    /// The server.
+    Api,
+    /// A sandbox, as E2B's SDKs do.
+    Sandbox,
+}
+
+fn api() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/exec", post(routes::exec::exec))
         .route("/exec", post(routes::exec::exec))
@@ -65,6 +87,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/sandboxes/{id}/files/watch", get(routes::files::watch))
         .route("/openapi.json", get(routes::docs::openapi))
         .route("/docs", get(routes::docs::page))
+}
+
+fn finish(routes: Router<Arc<App>>, app: Arc<App>, surface: Surface) -> Router {
+    routes
         .fallback(async || ApiError::new("not_found", "The API has no such path; see /docs"))
         .method_not_allowed_fallback(async || {
             ApiError::new("method_not_allowed", "This path does not take this method; see the Allow header")
@@ -72,22 +98,35 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         // The body is read under our own limit and time, after authentication.
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(|_panic: Box<dyn std::any::Any + Send>| ApiError::internal().into_response()))
-        .layer(middleware::from_fn_with_state(app.clone(), around))
+        .layer(middleware::from_fn_with_state((app.clone(), surface), around))
         .with_state(app)
 }
 
 /// The outermost layer: gives the request its id, lets only callers with a key through, renders errors, counts and logs
 /// the answer. Never the path as it was sent, the query, a header or a body: they can hold code and keys.
-async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+async fn around(State((app, surface)): State<(Arc<App>, Surface)>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let id = Uuid::now_v7();
     let (method, version) = (request.method().clone(), request.version());
-    let route = request.extensions().get::<MatchedPath>().map_or(NO_ROUTE, |path| known_route(path.as_str()));
+    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let (route, form) = match surface {
+        Surface::Api => {
+            let control = matched.and_then(e2b::control_route);
+            (control.or_else(|| matched.map(known_route)).unwrap_or(NO_ROUTE), control.map(|_| Form::Control))
+        }
+        Surface::Sandbox => {
+            let (route, form) = e2b::sandbox_route(matched.unwrap_or_default());
+            (route, Some(form))
+        }
+    };
     let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
     let client = client_address(peer.ip, request.headers(), &app.config.trusted_proxies);
     let after = peer.after.clone();
     let has_body = !request.body().is_end_stream();
-    let admitted = app.let_in(route, request.headers(), peer.ip, client);
+    let admitted = match surface {
+        Surface::Api => app.let_in(route, request.headers(), peer.ip, client),
+        Surface::Sandbox => e2b::let_in(&app, &mut request, peer.ip, client),
+    };
     let caller = admitted.as_ref().map_or(Caller { key: None, address: client }, Caller::clone);
     let mut response = match admitted {
         Ok(caller) => {
@@ -102,7 +141,10 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let mut code = "";
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         code = error.code;
-        response = error.render(id, response);
+        response = match form {
+            None => error.render(id, response),
+            Some(form) => e2b::render(form, &error, response),
+        };
     }
     let mut text = Uuid::encode_buffer();
     if let Ok(value) = HeaderValue::from_str(id.hyphenated().encode_lower(&mut text)) {
@@ -112,7 +154,10 @@ async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     let ends = app.draining.load(Ordering::Relaxed);
     // A sandbox can refuse before its request's body was read; hyper closes such a connection, and a client that was not
     // told would send its next request into it.
-    let unread = has_body && response.status().is_client_error() && SANDBOX_ROUTES.contains(&route);
+    let refused = response.status().is_client_error()
+        || (form.is_some() && response.status().is_server_error())
+        || response.extensions().get::<e2b::Unread>().is_some();
+    let unread = has_body && refused && (form.is_some() || SANDBOX_ROUTES.contains(&route));
     if version < Version::HTTP_2 && (ends || unread) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

@@ -190,7 +190,7 @@ impl Serialize for ResultBody<'_> {
     }
 }
 
-fn is_text(mime: &str) -> bool {
+pub(crate) fn is_text(mime: &str) -> bool {
     mime.starts_with("text/")
         || matches!(mime, "image/svg+xml" | "application/javascript" | "application/json")
         || mime.ends_with("+json")

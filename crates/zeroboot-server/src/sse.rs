@@ -51,12 +51,23 @@ pub(crate) struct Sender {
 
 /// A stream of events, and the answer that it is.
 pub(crate) fn stream(peer: Peer, share: Arc<Share>, stall: Duration, until: Option<Instant>) -> (Sender, Response) {
+    stream_of(HeaderValue::from_static("text/event-stream"), peer, share, stall, until)
+}
+
+/// A stream of something else.
+pub(crate) fn stream_of(
+    content_type: HeaderValue,
+    peer: Peer,
+    share: Arc<Share>,
+    stall: Duration,
+    until: Option<Instant>,
+) -> (Sender, Response) {
     let (events, mut receiver) = mpsc::channel::<Bytes>(WAITING);
     let stream = futures_util::stream::poll_fn(move |context| {
         receiver.poll_recv(context).map(|bytes| bytes.map(Ok::<_, Infallible>))
     });
     let headers = [
-        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (header::CONTENT_TYPE, content_type),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         // nginx would hold the events back.
         (header::HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
@@ -86,7 +97,8 @@ impl Sender {
         self.held(event_in(Vec::with_capacity(size + size / 16 + 256), name, id, piece)?).await
     }
 
-    async fn held(&self, bytes: Vec<u8>) -> Result<(), Unsent> {
+    /// Bytes that count as an event does.
+    pub(crate) async fn held(&self, bytes: Vec<u8>) -> Result<(), Unsent> {
         let held = self.share.part(&self.peer, bytes).map_err(Unsent::Full)?;
         self.raw(held).await
     }
@@ -116,9 +128,14 @@ impl Sender {
     /// The last event, an error under this name. It is small, and is sent whether there is room or not.
     pub(crate) async fn last(&self, name: &str, error: &ApiError, request_id: Uuid) {
         let Ok(text) = event(name, None, &error.body(Some(request_id))) else { return };
-        let sent = match self.share.part(&self.peer, text.clone()) {
+        self.last_bytes(text, request_id).await;
+    }
+
+    /// Few bytes, the last, sent whether there is room or not.
+    pub(crate) async fn last_bytes(&self, bytes: Vec<u8>, request_id: Uuid) {
+        let sent = match self.share.part(&self.peer, bytes.clone()) {
             Ok(held) => self.raw(held).await,
-            Err(Full) => self.raw(text.into()).await,
+            Err(Full) => self.raw(bytes.into()).await,
         };
         if sent.is_err() {
             tracing::debug!(%request_id, "the client left before the stream's last event");

@@ -66,6 +66,8 @@ pub struct RootPlan {
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Empty directories: the mount points of each sandbox's own file systems.
     pub directories: Vec<PathBuf>,
+    /// Symbolic links: path and where it leads.
+    pub links: Vec<(PathBuf, PathBuf)>,
 }
 
 /// Device nodes that a sandbox has. No `zero`: mapping it shared makes memory that only a cgroup counts.
@@ -123,6 +125,9 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     }
     for path in &plan.directories {
         fs::create_dir_all(inside(path)).map_err(at("make", path))?;
+    }
+    for (path, target) in &plan.links {
+        symlink(target, inside(path)).map_err(at("link", path))?;
     }
     if !plan.covered.is_empty() {
         let empty = inside(Path::new(EMPTY));

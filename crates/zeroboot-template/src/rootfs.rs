@@ -235,6 +235,9 @@ pub(crate) fn finish(tree: &mut Tree, recipe: &Recipe) -> Result<(), RootfsError
     tree.directory("var/tmp", 0o1777, 0);
     tree.directory("home", 0o755, 0);
     tree.directory("home/sandbox", 0o700, SANDBOX);
+    // The name that programs written for E2B use.
+    tree.remove("home/user");
+    tree.symlink("home/user", "/home/sandbox");
     // It holds times and inode numbers of this machine.
     tree.remove("var/cache");
     tree.directory("var/cache", 0o755, 0);

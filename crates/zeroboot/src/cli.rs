@@ -348,6 +348,9 @@ pub(crate) enum KeysCommand {
         /// A demo key: 10 execs a minute for each client address, unless the server says otherwise.
         #[arg(long)]
         demo: bool,
+        /// A key whose form E2B's SDKs accept: e2b_ and hexadecimal digits.
+        #[arg(long, conflicts_with = "demo")]
+        e2b: bool,
     },
     /// List the keys.
     List {

@@ -7,12 +7,12 @@ use crate::{cli::KeysCommand, printer};
 
 pub(crate) fn run(command: KeysCommand) -> anyhow::Result<u8> {
     match command {
-        KeysCommand::Create { file, name, expires_in, rate, concurrency, demo } => {
+        KeysCommand::Create { file, name, expires_in, rate, concurrency, demo, e2b } => {
             let expires = expires_in
                 .map(|time| jiff::Timestamp::now().checked_add(time).context("that expiry is too far away"))
                 .transpose()?;
             let (token, key) =
-                KeyStore::new(file.keys_file).create(NewKey { name, expires, rate, concurrency, demo })?;
+                KeyStore::new(file.keys_file).create(NewKey { name, expires, rate, concurrency, demo, e2b })?;
             printer::note(format_args!("key {} for {:?}; it is shown once:", key.id, key.name));
             printer::line(token)?;
         }

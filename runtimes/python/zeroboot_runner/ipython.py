@@ -21,6 +21,7 @@ from IPython.core.profiledir import ProfileDir
 from traitlets import Type, observe
 from traitlets.config import Config
 
+from .charts import extras
 from .results import add_representations
 from .shell import Loop, format_error
 from .wire import OURS
@@ -196,6 +197,10 @@ class IPythonShell:
         before = {name: getattr(builtins, name) for name in names if hasattr(builtins, name)}
         self.shell = Interactive.instance(config=config, user_module=self.main, user_ns=self.main.__dict__)
         self.shell.loop_runner = self.loop.run
+        bundles = self.shell.display_formatter.mimebundle_formatter
+        # pandas says another module of its class since version 3.
+        for module, name in (("matplotlib.figure", "Figure"), ("pandas", "DataFrame"), ("pandas.core.frame", "DataFrame")):
+            bundles.for_type_by_name(module, name, lambda obj, include=None, exclude=None: extras(obj))
         self.practise()
         # A program must not take itself for a notebook.
         self.ours = {name: getattr(builtins, name) for name in names if hasattr(builtins, name)}

@@ -6,6 +6,7 @@ import struct
 import sys
 import threading
 
+from .charts import extras
 from .figures import png
 from .report import print_exception
 from .wire import DONE, ERROR, MAX_PAYLOAD, RESULT, send
@@ -161,6 +162,7 @@ def representations(obj):
     figure = getattr(sys.modules.get("matplotlib.figure"), "Figure", None)
     if figure is not None and isinstance(obj, figure) and "image/png" not in bundle:
         bundle["image/png"] = png(obj)
+    add_representations(bundle, extras(obj))
     if "text/plain" not in bundle:
         bundle["text/plain"] = repr(obj).encode("utf-8", "replace")
     # The plain one first, as people read it.

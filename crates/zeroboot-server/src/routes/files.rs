@@ -154,7 +154,7 @@ pub(crate) async fn read(
 
 /// A file's bytes, each piece held until the connection has taken it. The file may change meanwhile: not more than
 /// `promised` are sent, and fewer are an error, by which the client sees that the answer is not whole.
-fn bytes_of(
+pub(crate) fn bytes_of(
     call: Call,
     reader: FileReader,
     promised: Option<u64>,

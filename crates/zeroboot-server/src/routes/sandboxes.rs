@@ -25,12 +25,18 @@ const LISTED: u64 = 100;
 
 pub(crate) async fn create(call: Call, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     let body: CreateBody = call.body(&headers, body).await?;
-    let app = &call.app;
-    let caller = &call.asked.caller;
+    let (app, caller) = (&call.app, &call.asked.caller);
     let spec = body.into_spec(&app.catalog, &app.config.limits, caller)?;
+    let sandbox = make(&call, spec).await?;
+    call.json(StatusCode::CREATED, &SandboxBody::of(&sandbox))
+}
+
+/// Makes a sandbox for the caller.
+pub(crate) async fn make(call: &Call, spec: SandboxSpec) -> Result<Sandbox, ApiError> {
+    let app = &call.app;
     app.check_open()?;
     // Its own share: it stays when this request is over.
-    let held = app.budget.share(caller).map_err(Full::busy)?;
+    let held = app.budget.share(&call.asked.caller).map_err(Full::busy)?;
     let made = call.engine()?.create(SandboxSpec { hold: Some(held), ..spec }).await;
     let sandbox = made.map_err(|error| {
         let reason: String = error.to_string().chars().take(300).collect();
@@ -40,8 +46,8 @@ pub(crate) async fn create(call: Call, headers: HeaderMap, body: Body) -> Result
         }
         api
     })?;
-    watch(&call, sandbox.clone());
-    call.json(StatusCode::CREATED, &SandboxBody::of(&sandbox))
+    watch(call, sandbox.clone());
+    Ok(sandbox)
 }
 
 /// Counts and logs its start and, whenever that is, its end.
