@@ -58,11 +58,10 @@ fn says(root: &Path, command: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// Starts the runner as the agent does and gives what it says when it is warm. Then it ends: the other end of its control
-/// socket is a pipe, from which nothing can be read.
+/// Starts the runner as the agent does and gives what it says when it is warm. Then it ends, because nobody tells it anything.
 fn runner_says(root: &Path) -> String {
     let argv = fs::read_to_string(root.join("etc/zeroboot/argv")).unwrap();
-    let mut command = vec!["sh", "-c", "exec \"$0\" \"$@\" 3>&1"];
+    let mut command = vec!["sh", "-c", "exec \"$0\" \"$@\" 3</dev/null 4>&1"];
     command.extend(argv.split_terminator('\0'));
     String::from_utf8_lossy(&inside(root, &command).stdout).into_owned()
 }
