@@ -133,7 +133,7 @@ fn guests_that_attack_their_machine_harm_only_themselves() {
     // Mappings only: tests that wait for their turn hold descriptors.
     let before = resources().1;
     let lidt = |asm: Asm| asm.raw(&[0x0f, 0x01, 0x1e]).words(&[NO_IDT]);
-    let attacks: [(&str, Asm, Duration, &[Ending]); 14] = [
+    let attacks: [(&str, Asm, Duration, &[Ending]); 13] = [
         ("its end in protected mode", prologue().protected().ring_wide(done()), LONG, &[good]),
         ("its end in long mode", prologue().long().ring_wide(done()), LONG, &[good]),
         (
@@ -177,23 +177,6 @@ fn guests_that_attack_their_machine_harm_only_themselves() {
             &[good],
         ),
         ("its mailbox's header", prologue().rewrites_its_mailbox().ring(done()), LONG, &[good]),
-        (
-            "a page that is mapped twice",
-            // Ones through the second mapping of the mailbox's header: mov dword [esi], -1; add esi, 4; up to its end.
-            prologue()
-                .store(TABLES, 0x83)
-                .store(TABLES + 4, 0x83)
-                .protected()
-                .paged(0x10)
-                .raw(&[0xbe])
-                .raw(&(0x40_0000 + HEADER as u32).to_le_bytes())
-                .raw(&[0xc7, 0x06, 0xff, 0xff, 0xff, 0xff, 0x83, 0xc6, 4, 0x81, 0xfe])
-                .raw(&(0x40_0000 + HEADER as u32 + (TABLE_AT + 16 * AREA_PAGES) as u32).to_le_bytes())
-                .raw(&[0x75, 0xed])
-                .ring_wide(done()),
-            LONG,
-            &[good],
-        ),
         ("a triple fault in real mode", lidt(prologue()).raw(&[0xcc]), LONG, &[Ending::Crashed]),
         ("a triple fault in protected mode", prologue().protected().raw(&[0x0f, 0x0b]), LONG, &[Ending::Crashed]),
         ("a triple fault in long mode", prologue().long().raw(&[0x0f, 0x0b]), LONG, &[Ending::Crashed]),
