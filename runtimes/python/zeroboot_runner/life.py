@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from . import streams
+from . import bash, streams
 from .context import Context, set_environment, shell_maker, warm_cells
 from .identity import Generators, apply_identity
 from .installed import HomePackages
@@ -87,7 +87,9 @@ def read_request(generators, make_shell):
             os.chdir(directory)
         except OSError as error:
             raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
-    if serves:
+    if not serves and bash.runs(argv):
+        work = functools.partial(bash.become, bash.command(b"".join(code), argv))
+    elif serves:
         work = Context(PatientReader(reader, private), private, generators, make_shell).run
     else:
         # Code and argv are the program's; everything else of this function goes.
