@@ -98,7 +98,7 @@ pub struct ExecRequest {
     pub env: Vec<(String, String)>,
     /// Files to put in.
     pub files: Vec<InputFile>,
-    /// Paths to bring back.
+    /// Paths to bring back: files, directories, patterns ([`zeroboot_proto::pattern`]).
     pub output_files: Vec<String>,
     /// Standard input.
     pub stdin: Stdin,
@@ -142,8 +142,12 @@ impl ExecRequest {
         if total > MAX_FILES_BYTES {
             return Err(E::FilesTooLarge(total));
         }
-        for path in self.files.iter().map(|f| &f.path).chain(&self.output_files) {
-            check_path(path)?;
+        for path in &self.files {
+            check_path(&path.path)?;
+        }
+        for path in &self.output_files {
+            // A directory may end in a slash.
+            check_path(path.strip_suffix('/').unwrap_or(path))?;
         }
         let files: HashSet<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
         for path in &files {
@@ -196,7 +200,7 @@ pub(crate) fn check_args(args: &[String]) -> Result<(), InvalidRequest> {
 
 /// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts, none longer than any
 /// file system has them.
-fn check_path(path: &str) -> Result<(), InvalidRequest> {
+pub(crate) fn check_path(path: &str) -> Result<(), InvalidRequest> {
     let bad = path.is_empty()
         || path.len() > 1024
         || path.starts_with('/')
@@ -298,13 +302,13 @@ mod tests {
 
     #[test]
     fn a_path_cannot_leave_the_working_directory() {
-        for path in ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a/", "a\0b"] {
+        for path in ["", "/", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a//", "a\0b"] {
             let mut request = ExecRequest::new("python", "1");
             request.output_files = vec![path.into()];
             assert!(request.check().is_err(), "{path:?}");
         }
         let mut request = ExecRequest::new("python", "1");
-        request.output_files = vec!["a/b.c/..d".into()];
+        request.output_files = vec!["a/b.c/..d".into(), "a/".into(), "**/*.csv".into()];
         assert_eq!(request.check(), Ok(()));
     }
 
