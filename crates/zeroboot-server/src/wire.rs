@@ -71,6 +71,14 @@ pub(crate) struct LimitsBody {
     /// CPU time of all its processes, seconds.
     #[schema(exclusive_minimum = 0)]
     pub(crate) cpu_seconds: Option<f64>,
+    /// The largest file that it may write, MiB.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    pub(crate) file_size_mb: Option<u64>,
+    /// Open descriptors of one process.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    pub(crate) open_files: Option<u64>,
 }
 
 /// A whole number. In JSON 64.0 is one as well, and some languages write it so.
@@ -489,6 +497,12 @@ impl ExecBody {
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
         request.limits.output =
             within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
+        let file_size = limits.file_size_mb.map(|count| count.saturating_mul(mib));
+        let (usual, most) = (bounds.default_file_size, bounds.max_file_size);
+        request.limits.file_size = within("limits.file_size_mb", file_size, usual, most, mib)?;
+        let (usual, most) = (bounds.default_open_files.into(), bounds.max_open_files.into());
+        let open_files = within("limits.open_files", limits.open_files, usual, most, 1)?;
+        request.limits.open_files = u32::try_from(open_files).unwrap_or(bounds.max_open_files);
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {

@@ -239,6 +239,14 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::size)]
     pub(crate) max_output: u64,
 
+    /// The largest file that the code may write, such as 200M.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = units::size)]
+    pub(crate) max_file: u64,
+
+    /// Descriptors that one process may have open.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..))]
+    pub(crate) open_files: u32,
+
     /// An environment variable for the code; KEY alone passes ours on. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,

@@ -49,7 +49,7 @@ export interface CreateOptions {
   /** Words of yours, for the list. */
   metadata?: Record<string, string> | undefined;
   /** Spelled as the API spells them. */
-  limits?: { memory_mb?: number; processes?: number } | undefined;
+  limits?: { memory_mb?: number; processes?: number; file_size_mb?: number; open_files?: number } | undefined;
   /** Its key, address and `fetch` are used. A new one if nothing is said. */
   client?: Sandbox | undefined;
   signal?: AbortSignal | undefined;
