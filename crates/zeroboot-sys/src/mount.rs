@@ -64,6 +64,8 @@ pub struct RootPlan {
     pub covered: Vec<PathBuf>,
     /// Files that we write: path and bytes.
     pub files: Vec<(PathBuf, Vec<u8>)>,
+    /// Symbolic links: where they are, where they lead. One is left out where something else of the plan is.
+    pub links: Vec<(PathBuf, PathBuf)>,
     /// Empty directories: the mount points of each sandbox's own file systems.
     pub directories: Vec<PathBuf>,
 }
@@ -123,6 +125,15 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
     }
     for path in &plan.directories {
         fs::create_dir_all(inside(path)).map_err(at("make", path))?;
+    }
+    for (path, to) in &plan.links {
+        let link = inside(path);
+        if link.symlink_metadata().is_err() {
+            if let Some(parent) = link.parent() {
+                fs::create_dir_all(parent).map_err(at("make the directory of", path))?;
+            }
+            symlink(to, &link).map_err(at("link", path))?;
+        }
     }
     if !plan.covered.is_empty() {
         let empty = inside(Path::new(EMPTY));

@@ -235,6 +235,12 @@ pub(crate) fn finish(tree: &mut Tree, recipe: &Recipe) -> Result<(), RootfsError
     tree.directory("var/tmp", 0o1777, 0);
     tree.directory("home", 0o755, 0);
     tree.directory("home/sandbox", 0o700, SANDBOX);
+    // Names that other sandboxes have for the home directory: models write to them from habit.
+    for other in ["workspace", "mnt/data", "home/user"] {
+        if !tree.contains(other) {
+            tree.symlink(other, "/home/sandbox");
+        }
+    }
     // It holds times and inode numbers of this machine.
     tree.remove("var/cache");
     tree.directory("var/cache", 0o755, 0);
