@@ -31,7 +31,7 @@ pub(crate) struct Files {
 type Version = (u64, i64, i64, u64);
 
 fn version(stat: &Stat) -> Version {
-    (stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec as u64)
+    (stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec)
 }
 
 /// Why a path is not a file to bring back.
