@@ -28,6 +28,7 @@ const STEPS: &[Step] = &[
     ("cargo", "unit, property, end-to-end and hostile tests on this host", cargo_tests),
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
+    ("page", "the first page in a real browser: keyboard, streams, keys, light and dark", page),
     ("load", "200 connections for a minute, the last quarter with kill -9 of zygotes and workers", load),
     ("systemd", "deploy/systemd under a systemd that runs, in an emulated machine", systemd),
     ("intel", "the VM engine on kvm_intel with guests of a few bytes, in an emulated machine", intel),
@@ -238,6 +239,13 @@ fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> 
     ensure!(env::var_os("CI").is_none(), "{mend}, and only root can do that");
     println!("{mend}: {what} NOT TESTED");
     Ok(false)
+}
+
+fn page(setup: &Setup) -> anyhow::Result<()> {
+    if !step_package(found("chromium"), "chromium", "the first page")? {
+        return Ok(());
+    }
+    check(Command::new("tests/page/run").arg(binary(setup)?).arg("--python").arg(&setup.python))
 }
 
 fn load(setup: &Setup) -> anyhow::Result<()> {

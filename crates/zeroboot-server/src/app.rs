@@ -112,7 +112,7 @@ impl App {
             return Err(ApiError::new("forbidden_host", text));
         }
         let open = match route {
-            "/v1/health" | "/openapi.json" | "/docs" | NO_ROUTE => true,
+            "/v1/health" | "/openapi.json" | "/docs" | "/" | "/page/{file}" | NO_ROUTE => true,
             "/v1/metrics" => self.config.metrics_public,
             _ => false,
         };

@@ -65,6 +65,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/sandboxes/{id}/files/watch", get(routes::files::watch))
         .route("/openapi.json", get(routes::docs::openapi))
         .route("/docs", get(routes::docs::page))
+        .route("/", get(routes::page::index))
+        .route("/page/{file}", get(routes::page::asset))
         .fallback(async || ApiError::new("not_found", "The API has no such path; see /docs"))
         .method_not_allowed_fallback(async || {
             ApiError::new("method_not_allowed", "This path does not take this method; see the Allow header")
@@ -165,6 +167,8 @@ fn known_route(path: &str) -> &'static str {
         "/v1/metrics" | "/metrics" => "/v1/metrics",
         "/openapi.json" => "/openapi.json",
         "/docs" => "/docs",
+        "/" => "/",
+        "/page/{file}" => "/page/{file}",
         _ => SANDBOX_ROUTES.iter().find(|known| **known == path).copied().unwrap_or("other"),
     }
 }
