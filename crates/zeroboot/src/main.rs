@@ -25,6 +25,9 @@ pub(crate) const OWN_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {
     // Before anything else: a zygote must have one thread, and neither flags nor logs.
+    if let Some(cache) = zeroboot_template::paths::cache_dir() {
+        zeroboot_process::keep_in(cache);
+    }
     if std::env::args_os().nth(1).is_some_and(|arg| arg == "__zygote") {
         return ExitCode::from(zygote::main());
     }
