@@ -183,8 +183,8 @@ impl Server {
 
 /// Runs the canaries until the server ends. `READY=1` is said when the first of them passes.
 async fn prove(app: Arc<App>, manager: Arc<Manager>) {
-    manager.tell("STATUS=Warming the templates");
     if let Some(engine) = app.backend.engine() {
+        manager.tell("STATUS=Warming the templates");
         // Which of them failed, their canaries say.
         let _failed = engine.warm().await;
     }

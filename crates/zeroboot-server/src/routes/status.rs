@@ -114,7 +114,7 @@ pub(crate) async fn health(
     let told = app.gate.authenticate(&headers, caller.address).is_ok();
     // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds. While the
     // templates warm a canary would wait for them.
-    let warming = !app.canaries.tried();
+    let warming = !app.canaries.tried() && app.backend.templates().iter().any(|template| !template.ready);
     let canaries =
         if warming { Vec::new() } else { app.canaries.results(&app.backend, app.config.canary_interval * 2).await };
     let canaries = canaries.iter().map(Some).chain(std::iter::repeat(None));
