@@ -1,9 +1,7 @@
 //! One template: its zygote, kept alive, and its pool of waiting sandboxes.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    io,
-    os::fd::{AsFd, OwnedFd},
+    collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -11,16 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::{
-    net::UnixStream,
-    sync::{Notify, mpsc, oneshot},
-};
-use zeroboot_sys::control::{self, Control};
+use tokio::sync::{Notify, mpsc};
 
 use crate::{
     ExecError, StartError, TemplateConfig, TemplateStatus, ZygoteSpec,
-    cgroup::{Cgroup, Cgroups},
+    cgroup::Cgroups,
+    forker::{Forker, Request, serve},
     reaper::Reaper,
     spawn::{Spawner, Zygote},
     worker::Worker,
@@ -36,12 +30,6 @@ const REFILL_AT_ONCE: usize = 4;
 /// How long a pool that is at least half full waits before it is filled up: a fork costs more CPU time than most runs, so
 /// the exec that has just taken a sandbox goes first.
 const REST: Duration = Duration::from_millis(10);
-/// Forks asked of a zygote that it has not answered. So few that neither side's socket can be full of them: else both
-/// could wait for the other to read.
-const MOST_PENDING: usize = 64;
-
-type ForkAnswer = oneshot::Sender<Result<Worker, String>>;
-
 #[derive(Debug)]
 enum Health {
     Starting,
@@ -75,7 +63,7 @@ pub(crate) struct Template {
     shared: Arc<Shared>,
     state: Mutex<State>,
     forks: AtomicU64,
-    requests: mpsc::Sender<ForkAnswer>,
+    pub(crate) forker: Arc<Forker>,
     /// A place in the pool came free, or the zygote came up.
     refill: Notify,
 }
@@ -88,7 +76,7 @@ impl Template {
             .start(&config.spec, shared.warm_timeout)
             .await
             .map_err(|error| StartError::Template { template: config.name.clone(), reason: error.to_string() })?;
-        let (requests, queue) = mpsc::channel(256);
+        let (forker, queue) = Forker::new(Arc::clone(&shared));
         let template = Arc::new(Template {
             state: Mutex::new(State {
                 health: Health::Up { pid: zygote.pid() },
@@ -101,7 +89,7 @@ impl Template {
             config,
             shared,
             forks: AtomicU64::new(0),
-            requests,
+            forker: Arc::new(forker),
             refill: Notify::new(),
         });
         tokio::spawn(keep_zygote(Arc::downgrade(&template), zygote, queue));
@@ -139,10 +127,7 @@ impl Template {
     /// A fresh sandbox, ready for its request.
     #[tracing::instrument(name = "exec.fork", level = "debug", skip_all)]
     async fn fork(&self) -> Result<Worker, String> {
-        let (answer, worker) = oneshot::channel();
-        self.requests.send(answer).await.map_err(|_| "the engine is shutting down".to_owned())?;
-        let mut worker = worker.await.map_err(|_| "the zygote ended".to_owned())??;
-        let info = worker.ready(self.shared.warm_timeout).await?;
+        let (worker, info) = self.forker.fork().await?;
         self.forks.fetch_add(1, Ordering::Relaxed);
         self.note_info(&info);
         Ok(worker)
@@ -214,12 +199,12 @@ fn resident_memory(pid: u32) -> u64 {
 }
 
 /// Serves fork requests from the zygote, and starts a new one when it dies.
-async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mut queue: mpsc::Receiver<ForkAnswer>) {
+async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mut queue: mpsc::Receiver<Request>) {
     let mut backoff = MIN_BACKOFF;
     loop {
         let born = Instant::now();
         let Some(shared) = template.upgrade().map(|t| Arc::clone(&t.shared)) else { return };
-        let reason = match serve(&shared, &zygote, &mut queue).await {
+        let reason = match serve(&shared, &zygote.control, &mut queue).await {
             Ok(()) => return,
             Err(reason) => reason,
         };
@@ -236,7 +221,7 @@ async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mu
                     () = &mut wait => break,
                     request = queue.recv() => match request {
                         // Nobody waits for a zygote that is down: a caller gets its reason at once.
-                        Some(answer) => { let _gone = answer.send(Err(reason.clone())); }
+                        Some(request) => request.refuse(&reason),
                         None => return,
                     },
                 }
@@ -271,98 +256,6 @@ fn down(template: &std::sync::Weak<Template>, reason: &str) -> Option<ZygoteSpec
     state.health = Health::Down { reason: reason.to_owned() };
     state.pool.clear();
     Some(template.config.spec.clone())
-}
-
-struct Pending {
-    answer: ForkAnswer,
-    socket: OwnedFd,
-    cgroup: Option<Cgroup>,
-}
-
-/// Passes fork requests to one zygote until it dies (`Err`) or the engine is gone (`Ok`).
-async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), String> {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    let mut pending: HashMap<u64, Pending> = HashMap::new();
-    let mut heard = Instant::now();
-    loop {
-        tokio::select! {
-            request = queue.recv(), if pending.len() < MOST_PENDING => {
-                let Some(answer) = request else { return Ok(()) };
-                if pending.is_empty() {
-                    heard = Instant::now();
-                }
-                let id = NEXT.fetch_add(1, Ordering::Relaxed);
-                match ask(shared, zygote, id).await {
-                    Ok((socket, cgroup)) => { pending.insert(id, Pending { answer, socket, cgroup }); }
-                    // The caller may have given up.
-                    Err(error) => { let _gone = answer.send(Err(format!("cannot ask the zygote for a fork: {error}"))); }
-                }
-            }
-            message = next_message(zygote) => {
-                heard = Instant::now();
-                match message {
-                    Ok(Some((Control::Forked { id }, mut fds))) => {
-                        let Some(p) = pending.remove(&id) else { continue };
-                        let worker = match fds.pop() {
-                            Some(pidfd) => adopt(p.socket).map(|socket| {
-                                Worker::new(socket, pidfd, p.cgroup, Arc::clone(&shared.reaper))
-                            }),
-                            // Without its socket the worker ends.
-                            None => Err(io::Error::other("this process may have no more descriptors")),
-                        };
-                        // A caller that gave up: the worker is dropped, and so killed.
-                        let _gone = p.answer.send(worker.map_err(|e| e.to_string()));
-                    }
-                    Ok(Some((Control::ForkFailed { id, text }, _))) => {
-                        if let Some(p) = pending.remove(&id) {
-                            let _gone = p.answer.send(Err(text));
-                        }
-                    }
-                    Ok(Some((Control::Image { text }, _))) => tracing::info!(image = text, "the template's memory is shared"),
-                    Ok(Some((Control::Fork { .. }, _))) => return Err("the zygote spoke out of turn".into()),
-                    Ok(None) => return Err("the zygote ended".into()),
-                    Err(error) => return Err(format!("the zygote's control channel failed: {error}")),
-                }
-            }
-            // A fork takes far less than warming up.
-            () = tokio::time::sleep_until((heard + shared.warm_timeout).into()), if !pending.is_empty() => {
-                return Err(format!("the zygote has not answered for {} s", shared.warm_timeout.as_secs()));
-            }
-        }
-    }
-}
-
-async fn next_message(zygote: &Zygote) -> io::Result<Option<(Control, Vec<OwnedFd>)>> {
-    loop {
-        let mut guard = zygote.control.readable().await?;
-        if let Ok(message) = guard.try_io(|fd| control::receive(fd.get_ref())) {
-            return message;
-        }
-    }
-}
-
-/// Sends one fork request; gives our end of the worker's socket and its cgroup.
-async fn ask(shared: &Shared, zygote: &Zygote, id: u64) -> io::Result<(OwnedFd, Option<Cgroup>)> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    let (cgroup, procs) = match &shared.cgroups {
-        Some(cgroups) => cgroups.make(id).map(|(group, procs)| (Some(group), Some(procs)))?,
-        None => (None, None),
-    };
-    let mut fds = vec![theirs.as_fd()];
-    fds.extend(procs.as_ref().map(AsFd::as_fd));
-    loop {
-        let mut guard = zygote.control.writable().await?;
-        if let Ok(sent) = guard.try_io(|fd| control::send(fd.get_ref(), &Control::Fork { id }, &fds)) {
-            sent?;
-            return Ok((ours, cgroup));
-        }
-    }
-}
-
-fn adopt(socket: OwnedFd) -> io::Result<UnixStream> {
-    let socket = std::os::unix::net::UnixStream::from(socket);
-    socket.set_nonblocking(true)?;
-    UnixStream::from_std(socket)
 }
 
 /// Keeps the pool full.
