@@ -418,7 +418,7 @@ fn zero_free_memory() -> io::Result<()> {
 /// the others) and seed themselves again: the only way for Node, which has no call for it, and for every copy
 /// of OpenSSL that a package brings along. It detects forks by the process id, which is the same in all of ours.
 fn slow_clock() -> io::Result<()> {
-    const BACK: libc::time_t = 2 * 3600;
+    const BACK: i64 = 2 * 3600;
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure outlives both calls.
     unsafe {
@@ -429,6 +429,8 @@ fn slow_clock() -> io::Result<()> {
 }
 
 fn loopback_up() -> io::Result<()> {
+    // sockios.h. (musl and glibc differ in the type of a request.)
+    const SIOCSIFFLAGS: libc::Ioctl = 0x8914;
     // SAFETY: plain system calls; the request is an all-zero ifreq with a name and flags, as
     // SIOCSIFFLAGS takes it.
     unsafe {
@@ -439,7 +441,7 @@ fn loopback_up() -> io::Result<()> {
             *to = *from as libc::c_char;
         }
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        let done = check(libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request));
+        let done = check(libc::ioctl(socket, SIOCSIFFLAGS, &raw const request));
         libc::close(socket);
         done
     }
@@ -472,7 +474,7 @@ pub(crate) fn apply_identity(identity: &Identity) -> io::Result<()> {
 
     const SECOND: u64 = 1_000_000_000;
     let time = libc::timespec {
-        tv_sec: (identity.realtime_ns / SECOND) as libc::time_t,
+        tv_sec: (identity.realtime_ns / SECOND) as i64,
         tv_nsec: (identity.realtime_ns % SECOND) as libc::c_long,
     };
     // SAFETY: the structure outlives the call.

@@ -130,7 +130,8 @@ async fn what_a_module_that_node_warmed_keeps_differs_pairwise() {
     }
 }
 
-/// A module that keeps bytes in memory that the kernel wipes at a fork, as random generators do, and in ordinary memory.
+/// A module that keeps bytes in memory that the kernel wipes at a fork, as random generators do, and in ordinary memory, and
+/// that has hooks for forks.
 const KEEPER: &str = "
 import mmap
 def page(byte):
@@ -139,12 +140,17 @@ def page(byte):
     return m
 wiped, kept = page(b'w'), page(b'k')
 wiped.madvise(18)  # MADV_WIPEONFORK
+calls = []
+import os
+os.register_at_fork(before=lambda: calls.append('before'), after_in_child=lambda: calls.append('in child'))
 ";
 
 /// Says where it runs and what it finds, and changes what the next fork must not see.
 const KEPT: &str = "
+import os, random
 import keeper
 print('wiped', bytes(keeper.wiped) == bytes(1 << 20))
+print('hooks', keeper.calls == ['before', 'in child'])
 print('kept', bytes(keeper.kept) == b'k' * (1 << 20))
 keeper.kept[:] = b'x' * (1 << 20)
 print('changed', bytes(keeper.kept) == b'x' * (1 << 20))
@@ -152,6 +158,14 @@ print('image', 'zeroboot-image' in open('/proc/self/maps').read())
 import threading
 thread = threading.Thread(target=lambda: print('thread', True))
 thread.start(); thread.join()
+print('native', threading.main_thread().native_id == os.getpid())
+# The program's own forks run the standard library's hooks.
+r, w = os.pipe()
+if os.fork() == 0:
+    os.write(w, str(random.random()).encode())
+    os._exit(0)
+os.wait()
+print('forked', os.read(r, 100) != str(random.random()).encode())
 ";
 
 #[tokio::test]
@@ -178,7 +192,7 @@ async fn forks_of_an_image_are_private_and_what_is_wiped_at_a_fork_stays_wiped()
     };
     let (_engine, seen) = drawn(spec, "python", KEPT).await;
     let only = |name: &str| seen[name].iter().map(String::as_str).collect::<Vec<_>>();
-    for name in ["wiped", "kept", "changed", "thread"] {
+    for name in ["wiped", "hooks", "kept", "changed", "thread", "native", "forked"] {
         assert_eq!(only(name), ["True"], "{name}");
     }
     // The first fork comes before the image.

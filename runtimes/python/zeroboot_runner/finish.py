@@ -19,6 +19,11 @@ def finish(main, status=0):
     except BaseException:
         # Printed already; up to 3.9 the last one is raised again.
         pass
+    return tidy(main, status)
+
+
+def tidy(main, status):
+    """Flushes what is open, and lets the objects of the main module go. Returns the exit status."""
     if streams.flush_std():
         status = 120
     # Files that were never closed lose their buffers unless they are flushed or the objects go, and __del__ methods are owed

@@ -6,7 +6,11 @@ import os
 import random
 import sys
 
+from .streams import ctypes
 from .wire import IDENTITY_LEN, RunnerError
+
+# _random.Random, which the garbage collector does not track.
+CORE = random.Random.__mro__[1]
 
 
 class Seeds:
@@ -21,6 +25,9 @@ class Seeds:
         self.count += 1
         return hashlib.sha512(self.key + self.count.to_bytes(8, "little")).digest()
 
+    def bytes(self, count):
+        return hashlib.shake_256(self.take()).digest(count)
+
     def number(self, bits=512):
         return int.from_bytes(self.take(), "little") >> (512 - bits)
 
@@ -30,14 +37,14 @@ class Generators:
 
     def __init__(self, known=None, walk=True):
         """`known`: what an earlier walk found. Without a walk there are none."""
-        self.python, self.numpy_bits, self.numpy_states = [], [], []
+        self.python, self.numpy_bits, self.numpy_states, self.memories = [], [], [], {}
+        self.halves_dropped = False
         if not walk:
             return
-        core = random.Random.__mro__[1]  # _random.Random, which the garbage collector does not track
         numpy_random = sys.modules.get("numpy.random")
         bit_type = getattr(numpy_random, "BitGenerator", None)
         state_type = getattr(numpy_random, "RandomState", None)
-        wanted = tuple(t for t in (core, bit_type, state_type) if t is not None)
+        wanted = tuple(t for t in (CORE, bit_type, state_type) if t is not None)
         interesting = {}
 
         def consider(obj):
@@ -67,8 +74,10 @@ class Generators:
         for obj in seen.values():
             if bit_type is not None and isinstance(obj, bit_type):
                 self.numpy_bits.append(obj)
-            elif isinstance(obj, core) and not isinstance(obj, random.SystemRandom):
+            elif isinstance(obj, CORE) and not isinstance(obj, random.SystemRandom):
                 self.python.append(obj)
+        mersenne = getattr(numpy_random, "MT19937", None)
+        self.memories = {id(obj): mersenne_memory(obj) for obj in self.numpy_bits if type(obj) is mersenne}
         # The walk found the ones that must exist, or it cannot be trusted to have found the others.
         if not any(obj is random._inst for obj in self.python):
             raise RunnerError("the walk for random generators missed the one of module random")
@@ -81,40 +90,62 @@ class Generators:
 
     def reseed(self, seeds):
         for obj in self.python:
-            # Unbound: a subclass may have made seed() do something else.
-            kind = random.Random if isinstance(obj, random.Random) else random.Random.__mro__[1]
-            kind.seed(obj, seeds.number())
+            # The base's own: a subclass may have made seed() do something else, and Random's does this alone.
+            CORE.seed(obj, seeds.number())
+            if isinstance(obj, random.Random):
+                obj.gauss_next = None
         if not self.numpy_bits and not self.numpy_states:
             return
-        numpy = sys.modules["numpy"]
-        mersenne = getattr(numpy.random, "MT19937", None)
-
-        def mersenne_key():
-            return numpy.frombuffer(hashlib.shake_256(seeds.take()).digest(4 * 624), dtype=numpy.uint32).copy()
-
-        for obj in self.numpy_bits:
-            seed = numpy.random.SeedSequence(seeds.number())
-            if type(obj) is mersenne:
-                # The one that is always there. Its own seeding takes five times as long.
-                state = {"bit_generator": "MT19937", "state": {"key": mersenne_key(), "pos": 624}}
-            else:
-                state = type(obj)(seed).state
-            try:
-                # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
-                obj.__setstate__((state, seed))
-                whole = obj.seed_seq is seed
-            except Exception:
-                whole = False
-            if not whole:
-                type(obj).__init__(obj, seed)
-        for obj in self.numpy_states:
-            # Also drops the second half of a Gaussian pair, which would survive.
-            if type(obj._bit_generator) is mersenne:
-                obj.set_state(("MT19937", mersenne_key(), 624, 0, 0.0))
-            else:
+        if not self.halves_dropped:
+            # The second half of a Gaussian pair would survive.
+            for obj in self.numpy_states:
                 state = obj.get_state(legacy=False)
                 state["has_gauss"], state["gauss"] = 0, 0.0
                 obj.set_state(state)
+        make_sequence = sys.modules["numpy"].random.SeedSequence
+        for obj in self.numpy_bits:
+            sequence = make_sequence(seeds.number())
+            memory = self.memories.get(id(obj))
+            try:
+                if memory is not None:
+                    memory[:] = seeds.bytes(len(memory))
+                    take_sequence(obj, sequence)
+                else:
+                    # numpy from 1.25 on takes the seed sequence along, which spawn() draws from.
+                    obj.__setstate__((type(obj)(sequence).state, sequence))
+                whole = obj.seed_seq is sequence
+            except Exception:
+                whole = False
+            if not whole:
+                type(obj).__init__(obj, sequence)
+
+    def settle(self):
+        """To be called when they have been seeded, and draw nothing up to the next time."""
+        self.halves_dropped = True
+
+
+def mersenne_memory(obj):
+    """The words of a Mersenne Twister of numpy's, if they are where its address says. To set them through numpy takes half a millisecond."""
+    try:
+        state = obj.state["state"]
+        words = (ctypes.c_uint32 * 625).from_address(obj.ctypes.state_address)
+        if list(words) != [int(word) for word in state["key"]] + [state["pos"]]:
+            return None
+        # Without the position. It says that all words are used up.
+        state["pos"] = 624
+        obj.state = {"bit_generator": "MT19937", "state": state}
+        return memoryview(words).cast("B")[:2496] if words[624] == 624 else None
+    except Exception:
+        return None
+
+
+def take_sequence(obj, sequence):
+    """Gives a bit generator a seed sequence and leaves its state alone."""
+    try:
+        obj.__setstate__((None, sequence))
+    except TypeError:
+        # It has the sequence by then, and refuses the state. The caller looks.
+        pass
 
 
 def apply_identity(payload, generators):

@@ -1,19 +1,20 @@
 """From the start of the runner to the program or the context that it becomes."""
 
-import functools
+import fcntl
 import gc
-import io
 import json
 import os
 import sys
 
 from . import streams
 from .context import Context, set_environment, shell_maker, warm_cells
+from .hooks import Hooks
 from .identity import Generators, apply_identity
 from .installed import HomePackages
 from .program import Program
+from .rehearsal import rehearse
 from .streams import ctypes
-from .warm import UNFIT, plug_holes, shares_memory, threads, warm
+from .warm import UNFIT, plug_c_holes, plug_holes, shares_memory, threads, warm
 from .wire import (
     ARG,
     CODE,
@@ -21,13 +22,11 @@ from .wire import (
     CWD,
     ENV,
     IDENTITY,
-    IDENTITY_LEN,
-    MAX_PAYLOAD,
     READY,
     RUN,
     SERVE,
     STARTED,
-    PatientReader,
+    Reader,
     RunnerError,
     fail,
     frames,
@@ -40,23 +39,19 @@ PLUGS = []
 def serve(ready, generators, make_shell):
     """Waits for what to be, a program or a context, and becomes it; never returns."""
     try:
-        # Before Ready: in a pool of waiting forks this costs nobody anything.
-        streams.open_stdio()
         send(CONTROL_FD, READY, ready)
-        work = read_request(generators, make_shell)
+        work = read_request(CONTROL_FD, generators, make_shell)
     except RunnerError as error:
         fail(error)
     except BaseException as error:
         fail("%s: %s" % (type(error).__name__, error))
-    work()
+    work.run()
 
 
-def read_request(generators, make_shell):
-    import fcntl
-
+def read_request(control, generators, make_shell):
     # Out of the way of what runs here, and not inherited by what that executes.
-    private = fcntl.fcntl(CONTROL_FD, fcntl.F_DUPFD_CLOEXEC, 20)
-    reader = io.BufferedReader(io.FileIO(private, "r", closefd=False), MAX_PAYLOAD)
+    private = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 20)
+    reader = Reader(private)
     argv, code, environment, identified, directory, serves = [], [], [], False, None, False
     for kind, payload in frames(reader):
         if kind == IDENTITY:
@@ -88,18 +83,17 @@ def read_request(generators, make_shell):
         except OSError as error:
             raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
     if serves:
-        work = Context(PatientReader(reader, private), private, generators, make_shell).run
+        work = Context(reader, private, generators, make_shell)
     else:
         # Code and argv are the program's; everything else of this function goes.
-        program = Program(b"".join(code), argv or ["-c"])
-        program.hook_multiprocessing()
-        work = functools.partial(program.run, private)
-    os.close(CONTROL_FD)
+        work = Program(b"".join(code), argv or ["-c"], private)
+        work.hook_multiprocessing()
+    os.close(control)
     send(private, STARTED)
     return work
 
 
-def fork_server(path, fd):
+def fork_server(path, fd, hooks):
     """Hands the process to the cdylib, which forks it on demand; returns in each child."""
     if ctypes is None:
         raise RunnerError("this interpreter has no ctypes module, which the fork server needs")
@@ -118,9 +112,7 @@ def fork_server(path, fd):
     # Resolved before the fork, so that a child does not look symbols up.
     before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Child
     serve_forks = library.zb_serve
-    before()
-    status = serve_forks(fd)
-    after()
+    status = hooks.around(lambda: serve_forks(fd), before, after)
     if status != 0:
         raise RunnerError("the fork server returned %d" % status)
 
@@ -155,8 +147,9 @@ def prepare(arguments):
     sys.meta_path.append(HomePackages)
     ready = {"version": "Python " + sys.version.split()[0], "warmed": []}
     if options["--context"]:
+        streams.open_stdio()
         # Started cold for one context: nobody copies it, so there is nothing to warm and nothing that a copy froze.
-        return options, json.dumps(ready).encode(), Generators(walk=False), shell_maker()
+        return options, json.dumps(ready).encode(), Generators(walk=False), shell_maker(), None
     ready["warmed"], skipped = warm(options["--warm"], forks=options["--fork-server"] is not None)
     skipped += ["%s: %s" % (name, UNFIT) for name in options["--dropped"].split(",") if name]
     if skipped:
@@ -165,23 +158,23 @@ def prepare(arguments):
     make_shell = shell_maker()
     gc.collect()
     generators = Generators()
-    # Once for practice: OpenSSL makes its generators at the first use, which takes a millisecond.
-    apply_identity(os.urandom(IDENTITY_LEN), generators)
+    hooks = Hooks()
     ready = json.dumps(ready).encode()
     # After the walk: the collector does not list frozen objects. Forks then share these pages for good.
+    gc.freeze()
+    rehearse(read_request, generators, make_shell)
     gc.collect()
+    plug_c_holes()
     PLUGS.append(plug_holes())
     gc.freeze()
-    return options, ready, generators, make_shell
+    return options, ready, generators, make_shell, hooks
 
 
 def main():
     try:
-        options, ready, generators, make_shell = prepare(sys.argv[1:])
+        options, ready, generators, make_shell, hooks = prepare(sys.argv[1:])
         if options["--fork-server"] is not None:
-            fork_server(options["--fork-server"], int(options["--fork-fd"]))
-            # The pages that the identity writes to get copied now, while this fork waits in a pool.
-            apply_identity(os.urandom(IDENTITY_LEN), generators)
+            fork_server(options["--fork-server"], int(options["--fork-fd"]), hooks)
     except RunnerError as error:
         fail(error)
     except BaseException as error:

@@ -21,9 +21,10 @@ LINGER = os.environ.pop("ZEROBOOT_LINGER", None) == "1"
 class Program:
     """The code as `__main__`."""
 
-    def __init__(self, code, argv):
+    def __init__(self, code, argv, note_fd):
         self.code = code
         self.argv = argv
+        self.note_fd = note_fd
         self.pid = os.getpid()
         self.path = None
         name = argv[0]
@@ -93,9 +94,8 @@ class Program:
                 # The program closed the descriptor.
                 pass
 
-    def run(self, note_fd):
-        """Runs the code to its end; never returns."""
-        note = os.fstat(note_fd)
+    def attempt(self):
+        """Runs the code. Returns the exit status so far and whether SIGINT ended it."""
         status, program, error = 0, None, None
         try:
             program = compile(self.code, self.filename, "exec", dont_inherit=True)
@@ -107,15 +107,20 @@ class Program:
         if error is not None:
             if isinstance(error, MemoryError) and os.getpid() == self.pid:
                 try:
-                    send(note_fd, NOTE, NOTE_OUT_OF_MEMORY)
+                    send(self.note_fd, NOTE, NOTE_OUT_OF_MEMORY)
                 except OSError:
                     # The program closed the descriptor: it is then an ordinary exit 1.
                     pass
             status = report(error, program)
             if os.getpid() == self.pid and not isinstance(error, (SystemExit, KeyboardInterrupt)):
-                self.hint(note_fd, error)
-        interrupted = isinstance(error, KeyboardInterrupt)
-        error = None
+                self.hint(self.note_fd, error)
+        return status, isinstance(error, KeyboardInterrupt)
+
+    def run(self):
+        """Runs the code to its end; never returns."""
+        note_fd = self.note_fd
+        note = os.fstat(note_fd)
+        status, interrupted = self.attempt()
         status = finish(self.main, status)
         if interrupted:
             # As CPython: a program that SIGINT ended is seen to have been ended by SIGINT.

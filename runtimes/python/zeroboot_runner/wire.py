@@ -61,27 +61,24 @@ def frames(reader):
         yield kind, payload
 
 
-class PatientReader:
-    """Reads on after a buffered reader, and calls `wait` before each read that may wait long."""
+class Reader:
+    """Reads from a descriptor, and calls `wait` before each read that may wait long."""
 
-    def __init__(self, reader, fd):
+    def __init__(self, fd):
         self.fd = fd
-        self.wait = lambda: None
-        # What is buffered already, without waiting for more.
-        os.set_blocking(fd, False)
-        try:
-            self.held = bytearray(reader.read1(MAX_PAYLOAD) or b"") if reader.peek(1) else bytearray()
-        finally:
-            os.set_blocking(fd, True)
+        self.wait = None
+        self.held = b""
 
     def read(self, size):
         """`size` bytes, or fewer at the end."""
-        while len(self.held) < size:
-            self.wait()
-            more = os.read(self.fd, MAX_PAYLOAD)
+        held = self.held
+        while len(held) < size:
+            if self.wait is not None:
+                self.wait()
+            # No more than most requests have: what is allocated for it is written to.
+            more = os.read(self.fd, max(size - len(held), 4096))
             if not more:
                 break
-            self.held += more
-        taken = bytes(self.held[:size])
-        del self.held[:size]
-        return taken
+            held += more
+        self.held = held[size:]
+        return held[:size]

@@ -69,7 +69,7 @@ def main():
 
     # State that a warm-up may leave behind.
     ssl.RAND_bytes(1), uuid.uuid1(), uuid.getnode(), next(tempfile._get_candidate_names()), random.gauss(0, 1)
-    _, ready, generators, make_shell = life.prepare(["--warm", "premade,ssl"])
+    _, ready, generators, make_shell, _ = life.prepare(["--warm", "premade,ssl"])
     if not reseed:
         life.apply_identity = lambda payload, generators: None
     assert os.getpid() == 1, "run this as the first process of a pid namespace"
