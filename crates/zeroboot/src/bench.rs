@@ -1,5 +1,6 @@
 //! `zeroboot bench`: each measurement checks the answers that it times, and compares two ways in one run.
 
+mod compare;
 mod cpu;
 pub(crate) mod density;
 mod exec;
@@ -100,6 +101,10 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     } else if wants(BenchWhat::Density) {
         runtime()?.block_on(vm::stand_in_density(args, &mut results))?;
     }
+    if args.what == [BenchWhat::Compare] {
+        // It has printed and written its own.
+        return Ok(0);
+    }
     print_table(&results)?;
     if let Some(path) = &args.json {
         let document = Document { zeroboot: env!("CARGO_PKG_VERSION"), host, engine: name, results: &results };
@@ -129,6 +134,10 @@ fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Resu
         }
         if wants(BenchWhat::Serve) {
             exec::server(args, &template, results).await?;
+        }
+        // On demand alone: it takes minutes, and starts programs that are not ours.
+        if args.what.contains(&BenchWhat::Compare) {
+            compare::with_what_is_here(args, &template).await?;
         }
         if wants(BenchWhat::Density) {
             density::alive_at_once(args, &template, density::PYTHON, "", results).await?;

@@ -86,6 +86,9 @@ pub(crate) enum BenchWhat {
     Density,
     /// What the HTTP server adds to the direct path.
     Serve,
+    /// The same work by Zeroboot and by what else is installed: fresh interpreters, a bare os.fork(), unshare,
+    /// bubblewrap, runc, crun, sandlock. On its own, and only when asked for.
+    Compare,
 }
 
 #[derive(Args, Debug)]
@@ -113,6 +116,14 @@ pub(crate) struct BenchArgs {
     /// Also write the result, with the host's facts, as JSON to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
+
+    /// `compare`: also write a page with plots to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+
+    /// `compare`: a Python that has the package sandlock.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) sandlock: Option<PathBuf>,
 }
 
 /// The engine between the code and the host.

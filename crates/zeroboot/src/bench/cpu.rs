@@ -18,7 +18,7 @@ const PRINT: &str = "print(1)";
 const BATCH: u32 = 5;
 
 /// CPU time of this process and of all below it.
-struct Account {
+pub(super) struct Account {
     file: PathBuf,
     kind: Kind,
 }
@@ -31,7 +31,7 @@ enum Kind {
 }
 
 impl Account {
-    fn open() -> Account {
+    pub(super) fn open() -> Account {
         Account::group().unwrap_or(Account { file: "/proc/stat".into(), kind: Kind::Machine })
     }
 
@@ -52,14 +52,14 @@ impl Account {
         Some(account)
     }
 
-    fn whose(&self) -> &'static str {
+    pub(super) fn whose(&self) -> &'static str {
         match self.kind {
             Kind::Group { .. } => "all processes",
             Kind::Machine => "the whole machine",
         }
     }
 
-    fn now(&self) -> anyhow::Result<Duration> {
+    pub(super) fn now(&self) -> anyhow::Result<Duration> {
         let text = fs::read_to_string(&self.file).with_context(|| format!("read {}", self.file.display()))?;
         match self.kind {
             Kind::Group { .. } => Ok(Duration::from_nanos(text.trim().parse()?)),
