@@ -87,7 +87,7 @@ subprocess.Popen(["sleep", "1000"], stdout=1)
 print("before")
 for fd in range(3, 64):
     try:
-        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.write(fd, struct.pack("<IB3x", 2, 0x88) + b"\x02\x07")
     except OSError:
         pass
