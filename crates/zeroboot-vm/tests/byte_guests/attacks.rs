@@ -122,6 +122,10 @@ const LONG: Duration = Duration::from_secs(120);
 
 #[test]
 fn guests_that_attack_their_machine_harm_only_themselves() {
+    // In an emulated machine this did not end in ten minutes, so it runs on the host's own KVM only.
+    if std::env::var_os("ZEROBOOT_NESTED").is_some() {
+        return;
+    }
     let Some(host) = host() else { return };
     let _alone = lock();
     let good = Ending::Exited(0);
