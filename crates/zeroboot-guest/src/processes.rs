@@ -148,11 +148,20 @@ impl Processes {
         self.list().len()
     }
 
-    /// The process with the most memory that only it has.
-    pub(crate) fn largest(&self) -> Option<Pid> {
-        let sized = |(pid, stat): (u32, Stat)| (self.anonymous(pid, &stat), pid);
-        let (_, pid) = self.list().into_iter().map(sized).max()?;
-        i32::try_from(pid).ok().and_then(Pid::from_raw)
+    /// The process with the most memory that only it has, but for some.
+    pub(crate) fn largest(&self, but: &[Pid]) -> Option<Pid> {
+        let sized = |(pid, stat): (u32, Stat)| {
+            let number = i32::try_from(pid).ok().and_then(Pid::from_raw).filter(|number| !but.contains(number))?;
+            Some((self.anonymous(pid, &stat), number))
+        };
+        let (_, pid) = self.list().into_iter().filter_map(sized).max_by_key(|(memory, _)| *memory)?;
+        Some(pid)
+    }
+
+    /// Memory that only this process has; none once it has ended.
+    pub(crate) fn memory_of(&self, pid: Pid) -> u64 {
+        let pid = pid.as_raw_nonzero().get().unsigned_abs();
+        stat(pid).map_or(0, |stat| self.anonymous(pid, &stat))
     }
 
     /// Whether any process has run since the last sample, or may have. This check is far cheaper than a sample.

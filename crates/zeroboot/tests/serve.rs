@@ -152,7 +152,7 @@ fn what_a_crowd_of_half_sent_heads_took_is_given_back() {
     let served = Served::start("ulimit -n $(ulimit -Hn)", &["--keys-file", keys.to_str().unwrap()]);
     if served.words.contains("sandboxes have no cgroups") {
         assert!(
-            served.words.contains("WARN") && served.words.contains("one key's code can take memory from all"),
+            served.words.contains("WARN") && served.words.contains("one key's code can take memory and time from all"),
             "{}",
             served.words
         );
@@ -171,12 +171,17 @@ fn what_a_crowd_of_half_sent_heads_took_is_given_back() {
         stream.write_all(&head.as_bytes()[..if at % 2 == 0 { 15_000 } else { head.len() }]).unwrap_or_default();
         crowd.push(stream);
     }
+    let begun = std::time::Instant::now();
+    while memory() <= before + 10 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{before} MiB before, {} MiB with a crowd", memory());
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let most = memory();
-    assert!(most > before + 10 && most < before + 150, "{before} MiB before, {most} MiB with a crowd");
+    assert!(most < before + 150, "{before} MiB before, {most} MiB with a crowd");
     drop(crowd);
     let begun = std::time::Instant::now();
     while memory() > before + (most - before) / 4 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{before}, {most}, and {} MiB now", memory());
+        assert!(begun.elapsed() < Duration::from_secs(60), "{before}, {most}, and {} MiB now", memory());
         std::thread::sleep(Duration::from_millis(100));
     }
 }
@@ -339,7 +344,8 @@ found = {
 fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
     // Of root and of an ordinary user alike; what differs is whose the zygote is.
     let is_root = rustix::process::geteuid().is_root();
-    let folder = tempfile::Builder::new().prefix("zeroboot-package-").tempdir().unwrap();
+    // A sandbox has a /tmp of its own.
+    let folder = tempfile::Builder::new().prefix("package-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let venv = folder.path().join("venv");
     let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&venv).status().unwrap();

@@ -403,7 +403,8 @@ def test_a_terminal_is_one(sb: Any) -> None:
         assert b"20 90" in b"".join(rest) and b"got typed" in b"".join(rest)
         assert terminal.started.pid > 0
     with sb.terminal() as terminal:
-        terminal.send("echo $((6*7)); sleep 60\r")
+        # In one program: a shell that is interrupted between two waits for the second.
+        terminal.send("sh -c 'echo $((6*7)); sleep 60'\r")
         shown = b""
         while b"42\r\n" not in shown:
             shown += terminal.read(30)

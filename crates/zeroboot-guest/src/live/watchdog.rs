@@ -22,11 +22,13 @@ pub(super) struct Watchdog {
     last: (Duration, u64),
     /// Processes that were killed for want of memory and whose end was not seen yet.
     victims: HashSet<Pid>,
+    /// Those of them that the kernel still takes memory back from: a large one takes it a while.
+    dying: Vec<Pid>,
 }
 
 impl Watchdog {
     pub(super) fn new(limit: u64) -> Watchdog {
-        Watchdog { limit, tick: TICK, next: None, last: (Duration::ZERO, 0), victims: HashSet::new() }
+        Watchdog { limit, tick: TICK, next: None, last: (Duration::ZERO, 0), victims: HashSet::new(), dying: Vec::new() }
     }
 
     /// Something happens.
@@ -45,12 +47,16 @@ impl Watchdog {
         if self.next.is_none_or(|next| now < next) {
             return;
         }
+        // Before the whole is counted, of which it becomes less and less.
+        let freed = self.freed(processes);
         let usage = processes.usage();
         let (cpu, memory) = std::mem::replace(&mut self.last, (usage.cpu, usage.memory));
-        if usage.memory > self.limit && processes.proportional_memory() > self.limit {
+        let limit = self.limit.saturating_add(freed);
+        if usage.memory > limit && processes.proportional_memory() > limit {
             // The largest goes, and what else there is goes on.
-            if let Some(pid) = processes.largest() {
+            if let Some(pid) = processes.largest(&self.dying) {
                 self.victims.insert(pid);
+                self.dying.push(pid);
                 rustix::process::kill_process(pid, Signal::KILL).ok();
             }
             self.tick = TICK;
@@ -61,6 +67,17 @@ impl Watchdog {
         }
         let quiet = self.tick == LONGEST && waiting.is_some_and(|waiting| processes.count() <= waiting);
         self.next = (!quiet).then(|| now + self.tick);
+    }
+
+    /// Memory that the kernel is taking back. Kills again, lest another process has got the number of one that is gone.
+    fn freed(&mut self, processes: &Processes) -> u64 {
+        let mut freed = 0;
+        self.dying.retain(|pid| {
+            let memory = processes.memory_of(*pid);
+            freed += memory;
+            memory > 0 && rustix::process::kill_process(*pid, Signal::KILL).is_ok()
+        });
+        freed
     }
 
     /// Whether this process was killed for want of memory. Asked once, when it was reaped.
