@@ -131,13 +131,22 @@ fn ensure(
     let lock_path = dir.with_extension("lock");
     let is_there = || dir.join(COMPLETE).exists();
 
-    let mut lock = lock_on(&lock_path, FlockOperation::LockShared)?;
-    if !is_there() {
-        drop(lock);
-        lock = match lock_on(&lock_path, FlockOperation::NonBlockingLockExclusive) {
+    let mut waits = false;
+    let lock = loop {
+        // Waits for a maker. Whoever uses an environment keeps a lock of this kind.
+        let shared = lock_on(&lock_path, FlockOperation::LockShared)?;
+        if is_there() {
+            break shared;
+        }
+        drop(shared);
+        let lock = match lock_on(&lock_path, FlockOperation::NonBlockingLockExclusive) {
             Err(EnvironmentError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
-                progress("another process is making this environment; waiting for it");
-                lock_on(&lock_path, FlockOperation::LockExclusive)?
+                if !std::mem::replace(&mut waits, true) {
+                    progress("another process is making this environment; waiting for it");
+                }
+                // Or it is another that only looked: two that look at once must not go on refusing each other.
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
             }
             other => other?,
         };
@@ -154,7 +163,8 @@ fn ensure(
             prune(&all, &dir);
         }
         flock(&lock, FlockOperation::LockShared).map_err(|e| failed("lock", &lock_path)(e.into()))?;
-    }
+        break lock;
+    };
     // When it was used last, for `prune`.
     let now = SystemTime::now();
     let touched = File::open(dir.join(COMPLETE)).and_then(|file| file.set_modified(now));
