@@ -23,10 +23,12 @@ use serde_json::Value;
 use crate::nested::{self, Run};
 
 /// Test programs that run elsewhere too, and mean more here.
-const ALSO: [(&str, &str); 4] =
-    [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot", "http"), ("zeroboot", "http_kill")];
+const ALSO: [&str; 4] = ["byte_guests", "workers", "http", "http_kill"];
 /// With `--more`: too long in an emulated machine for each change.
-const MORE: (&str, &str) = ("zeroboot", "sandboxes");
+const MORE: &str = "sandboxes";
+/// The tests of `http` that run code. Its others ask the server about keys, listening and its own limits, which no engine
+/// changes: they run here with `--more` or `--only`.
+const OF_HTTP: [&str; 4] = ["exec::", "load::", "service::", "slow::"];
 /// Contexts that the lane has alive at once: an interpreter takes many seconds to start on an emulated CPU.
 const CONTEXTS: &str = "8";
 const TEMPLATES: [&str; 2] = ["python", "node"];
@@ -63,7 +65,7 @@ that match FILTER.
   --kernel VERSION   of the lane (6.1)
   --timeout SECONDS  of the lane (2400)
   --memory SIZE      of the lane (5G)
-  --more             also `sandboxes`: sandboxes that live, over HTTP; give it a longer --timeout
+  --more             also `sandboxes` (sandboxes that live, over HTTP) and all of `http`; give it a longer --timeout
   --only PROGRAM     of the test programs, this one; may be repeated. `sandboxes` needs no --more then
   --no-templates     neither assemble nor build templates, nor test what they are made of
 ";
@@ -110,7 +112,12 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
         timed("what they are made of is tested", assembly_tests)?;
     }
     let programs = timed("the test programs are built", || test_programs(&wanted(more, &only)?))?;
-    lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filter.as_deref())?.into()];
+    let filters = |program: &str| match &filter {
+        Some(filter) => vec![filter.as_str()],
+        None if program == "http" && !more && only.is_empty() => OF_HTTP.to_vec(),
+        None => Vec::new(),
+    };
+    lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filters)?.into()];
     lane.env("ZEROBOOT_BIN", &zeroboot);
     lane.env("ZEROBOOT_HOME", "/dev/shm/zeroboot");
     lane.env("ZEROBOOT_REQUIRE_KVM", "1");
@@ -129,7 +136,7 @@ fn timed<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 /// The tests that need package mirrors, which `cargo test` leaves out.
 fn assembly_tests() -> Result<()> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["test", "--quiet", "--package", "zeroboot-template", "--test", "assemble", "--", "--ignored"]);
+    cargo.args(["test", "--quiet", "--workspace", "--test", "assemble", "--", "--ignored"]);
     let status = cargo.current_dir(nested::repository()?).status().context("cannot run cargo")?;
     ensure!(status.success(), "the assembly tests failed (they need cpio, unshare, pip and npm)");
     Ok(())
@@ -141,42 +148,38 @@ pub(crate) struct Program {
     directory: PathBuf,
 }
 
-/// The lane's test programs, each with its package.
-fn wanted(more: bool, only: &[String]) -> Result<Vec<(String, String)>> {
+/// The names of the lane's test programs.
+fn wanted(more: bool, only: &[String]) -> Result<Vec<String>> {
     let repository = nested::repository()?;
-    let mut wanted: Vec<(String, String)> = ALSO
-        .iter()
-        .chain((more || !only.is_empty()).then_some(&MORE))
-        .map(|(package, test)| ((*package).to_owned(), (*test).to_owned()))
-        .collect();
+    let mut wanted: Vec<String> =
+        ALSO.iter().chain((more || !only.is_empty()).then_some(&MORE)).map(|test| (*test).to_owned()).collect();
     for package in names_in(&repository.join("crates"))? {
         for file in names_in(&repository.join("crates").join(&package).join("tests"))? {
-            if let Some(test) = file.strip_suffix(".rs").filter(|test| test.starts_with("nested")) {
-                wanted.push((package.clone(), test.to_owned()));
-            }
+            wanted.extend(file.strip_suffix(".rs").filter(|test| test.starts_with("nested")).map(str::to_owned));
         }
     }
-    if let Some(unknown) = only.iter().find(|name| !wanted.iter().any(|(_, test)| test == *name)) {
+    if let Some(unknown) = only.iter().find(|name| !wanted.contains(name)) {
         bail!("the lane has no test program {unknown}");
     }
-    wanted.retain(|(_, test)| only.is_empty() || only.contains(test));
+    wanted.retain(|test| only.is_empty() || only.contains(test));
     Ok(wanted)
 }
 
-/// Compiles test programs, given by package and name, and says where they are.
-pub(crate) fn test_programs(wanted: &[(String, String)]) -> Result<Vec<Program>> {
+/// Compiles test programs and says where they are. Of the whole workspace, as `cargo test` does: with the features of one
+/// package alone, its dependencies would be compiled once more.
+pub(crate) fn test_programs(wanted: &[String]) -> Result<Vec<Program>> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]);
+    cargo.args(["test", "--no-run", "--quiet", "--workspace", "--message-format=json-render-diagnostics"]);
     cargo.current_dir(nested::repository()?);
-    for (package, test) in wanted {
-        cargo.args(["--package", package, "--test", test]);
+    for test in wanted {
+        cargo.args(["--test", test]);
     }
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     ensure!(output.status.success(), "the test programs do not build");
     let text = String::from_utf8_lossy(&output.stdout);
     let programs: Vec<Program> = text.lines().filter_map(program).collect();
-    for (package, test) in wanted {
-        ensure!(programs.iter().any(|program| program.name == *test), "cargo built no test {test} of {package}");
+    for test in wanted {
+        ensure!(programs.iter().any(|program| program.name == *test), "cargo built no test {test}");
     }
     Ok(programs)
 }
@@ -208,7 +211,7 @@ fn names_in(dir: &Path) -> Result<Vec<String>> {
 }
 
 /// What runs in the lane. Every step runs, whatever became of those before; the status says whether all succeeded.
-fn script(templates: bool, programs: &[Program], filter: Option<&str>) -> Result<String> {
+fn script<'a>(templates: bool, programs: &[Program], filters: impl Fn(&str) -> Vec<&'a str>) -> Result<String> {
     let quote = nested::quoted_text;
     let mut script = String::from(STEPS);
     if templates {
@@ -224,7 +227,7 @@ fn script(templates: bool, programs: &[Program], filter: Option<&str>) -> Result
         let text = |path: &Path| quote(path.to_str().context("a path is not UTF-8")?);
         script += &format!("cd {} || exit 125\n", text(directory)?);
         script += &format!("step {name} {}", text(executable)?);
-        if let Some(filter) = filter {
+        for filter in filters(name) {
             script += &format!(" {}", quote(filter)?);
         }
         // An emulated CPU: tests that measure time must not disturb each other.

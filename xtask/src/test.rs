@@ -215,24 +215,19 @@ fn cargo_tests(setup: &Setup) -> anyhow::Result<()> {
     check(&mut tests)
 }
 
-fn binary(setup: &Setup) -> anyhow::Result<PathBuf> {
-    check(cargo().args(["build", "--quiet", "--package", "zeroboot"]))?;
-    Ok(setup.root.join("target/debug/zeroboot"))
-}
-
 fn sdk(setup: &Setup) -> anyhow::Result<()> {
-    let binary = binary(setup)?;
+    let binary = lane::build_zeroboot(true)?;
     let mut tests = Command::new("bash");
     tests.arg("sdk/test.sh").env("ZEROBOOT_BIN", binary).env("ZEROBOOT_PYTHON", &setup.python);
     check(tests.env("ZEROBOOT_REQUIRE_SERVER", "1"))
 }
 
-fn e2b(setup: &Setup) -> anyhow::Result<()> {
-    check(Command::new("tests/e2b/run").env("ZEROBOOT_BIN", binary(setup)?))
+fn e2b(_: &Setup) -> anyhow::Result<()> {
+    check(Command::new("tests/e2b/run").env("ZEROBOOT_BIN", lane::build_zeroboot(true)?))
 }
 
-fn openapi(setup: &Setup) -> anyhow::Result<()> {
-    check(Command::new("tests/openapi/run").arg(binary(setup)?))
+fn openapi(_: &Setup) -> anyhow::Result<()> {
+    check(Command::new("tests/openapi/run").arg(lane::build_zeroboot(true)?))
 }
 
 /// A package that one step needs. `false`, and said, where it is missing and we cannot install it; in CI an error.
@@ -249,18 +244,18 @@ fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> 
     Ok(false)
 }
 
-fn load(setup: &Setup) -> anyhow::Result<()> {
+fn load(_: &Setup) -> anyhow::Result<()> {
     if !step_package(found("wrk"), "wrk", "behaviour under load")? {
         return Ok(());
     }
-    check(Command::new("tests/load/run").arg("--program").arg(binary(setup)?))
+    check(Command::new("tests/load/run").arg("--program").arg(lane::build_zeroboot(true)?))
 }
 
-fn systemd(setup: &Setup) -> anyhow::Result<()> {
+fn systemd(_: &Setup) -> anyhow::Result<()> {
     if !step_package(Path::new("/lib/systemd/systemd").exists(), "systemd", "deploy/systemd")? {
         return Ok(());
     }
-    let run = lane::Run::new(vec!["tests/deploy/systemd".into(), binary(setup)?.into()]);
+    let run = lane::Run::new(vec!["tests/deploy/systemd".into(), lane::build_zeroboot(true)?.into()]);
     let status = lane::run(&run)?;
     ensure!(status == 0, "exit status {status}");
     Ok(())

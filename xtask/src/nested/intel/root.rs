@@ -20,8 +20,7 @@ use crate::{
 pub(super) const CACHE: &str = "/cache";
 
 /// Test programs, in `/tests`.
-const TESTS: [(&str, &str); 3] =
-    [("zeroboot-vm", "byte_guests"), ("zeroboot-vm", "workers"), ("zeroboot-vm", "nested_linux")];
+const TESTS: [&str; 3] = ["byte_guests", "workers", "nested_linux"];
 /// Programs of this machine's that busybox has no good version of.
 const PROGRAMS: [&str; 1] = [
     "setpriv", // a test of `workers` drops capabilities with it
@@ -46,7 +45,7 @@ pub(super) fn disk(run: &Run) -> Result<Vec<u8>> {
         let path = ["/usr/bin", "/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists());
         tree.program(&format!("usr/bin/{name}"), &path.with_context(|| format!("this machine has no {name}"))?)?;
     }
-    for program in suite::test_programs(&TESTS.map(|(package, test)| (package.to_owned(), test.to_owned())))? {
+    for program in suite::test_programs(&TESTS.map(str::to_owned))? {
         tree.program(&format!("tests/{}", program.name), &program.executable)?;
     }
     if run.templates {
