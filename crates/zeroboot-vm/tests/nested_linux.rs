@@ -189,6 +189,7 @@ fn limits_end_a_run_with_the_right_word() {
     let answer = run(python, "x = bytearray(1 << 31)");
     assert_eq!(answer.ending, Some(Ending::OutOfMemory(1)));
     assert!(String::from_utf8_lossy(&answer.stderr).contains("MemoryError"));
+    assert!(answer.hints.len() == 1 && answer.hints[0].contains("memory"), "{:?}", answer.hints);
 
     // More than the machine has, in small steps: the kernel takes the program, never the agent.
     let mut r = request("x = []\nwhile True: x.append(bytes(1 << 20))");

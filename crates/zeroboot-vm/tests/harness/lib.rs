@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use zeroboot_proto::{Decoder, Ending, ExitReport, FileChunk, Identity, Kind, Limits, encode};
+use zeroboot_proto::{Decoder, Ending, ExitReport, FileChunk, Identity, Kind, Limits, Message, encode};
 use zeroboot_sys::kick::{self, Kick};
 use zeroboot_vm::{Front, Host, Prefault, Received, Session, SessionEnd, Snapshot};
 
@@ -135,6 +135,7 @@ pub(crate) struct Answer {
     pub(crate) failure: Option<String>,
     pub(crate) took: Duration,
     pub(crate) crash: Option<String>,
+    pub(crate) hints: Vec<String>,
 }
 
 impl Answer {
@@ -204,6 +205,10 @@ impl Front for Caller {
                 Kind::Exit => answer.ending = Some(ExitReport::decode(payload).unwrap().ending),
                 Kind::Crash => answer.crash = Some(String::from_utf8_lossy(payload).into_owned()),
                 Kind::Failure => answer.failure = Some(String::from_utf8_lossy(payload).into_owned()),
+                Kind::Note => match Message::decode(kind, payload).unwrap() {
+                    Message::Hint(hint) => answer.hints.push(hint.into()),
+                    other => panic!("{other:?}"),
+                },
                 other => panic!("{other:?}"),
             }
         }
