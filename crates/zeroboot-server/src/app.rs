@@ -10,6 +10,7 @@ use std::{
 };
 
 use axum::http::{HeaderMap, header};
+use tokio_util::sync::CancellationToken;
 use zeroboot_engine::TemplateStatus;
 
 use crate::{
@@ -39,6 +40,8 @@ pub(crate) struct App {
     pub(crate) canaries: Canaries,
     /// The shutdown signal came.
     pub(crate) draining: AtomicBool,
+    /// Cancelled when sessions of the Model Context Protocol are to end.
+    pub(crate) mcp_ends: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) streams: Arc<Streams>,
     pub(crate) e2b: crate::e2b::Shared,
@@ -72,6 +75,7 @@ impl App {
             e2b: crate::e2b::Shared::default(),
             metrics: Metrics::new(),
             draining: AtomicBool::new(false),
+            mcp_ends: CancellationToken::new(),
             started: Instant::now(),
             waiting: Arc::default(),
         }

@@ -30,7 +30,8 @@ use crate::{
 
 /// All routes: ours and those of E2B's control plane, and, for requests to a sandbox, those of E2B's sandboxes.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let api = finish(e2b::control(api()), app.clone(), Surface::Api);
+    let own = finish(api(), app.clone(), Surface::Api);
+    let api = finish(e2b::control(api()).merge(routes::mcp::route(own, &app)), app.clone(), Surface::Api);
     let sandbox = finish(e2b::sandbox(), app, Surface::Sandbox);
     Router::new().fallback(async move |request: Request| {
         let router = if e2b::is_for_a_sandbox(&request) { &sandbox } else { &api };
@@ -210,6 +211,7 @@ fn known_route(path: &str) -> &'static str {
         "/v1/metrics" | "/metrics" => "/v1/metrics",
         "/openapi.json" => "/openapi.json",
         "/docs" => "/docs",
+        "/mcp" => "/mcp",
         _ => SANDBOX_ROUTES.iter().find(|known| **known == path).copied().unwrap_or("other"),
     }
 }

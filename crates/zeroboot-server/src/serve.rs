@@ -160,6 +160,7 @@ impl Server {
         while app.under_way() > 0 && Instant::now() < until {
             sleep(LOOK).await;
         }
+        app.mcp_ends.cancel();
         // Streams and terminals end with their sandboxes, which end with the server.
         if let Some(engine) = app.backend.engine() {
             engine.end_sandboxes();

@@ -30,6 +30,11 @@ pub(crate) enum Command {
     /// Make long-lived sandboxes on a server, and work in them.
     Sandbox(SandboxArgs),
 
+    /// Speak the Model Context Protocol on standard input and output, so that an agent can run code.
+    ///
+    /// Without --base-url it starts a server of its own, which ends with it.
+    Mcp(McpArgs),
+
     /// Show what code finds inside: interpreter, packages, limits, writable places.
     ///
     /// It asks a sandbox, so it shows what is there and not what should be.
@@ -57,6 +62,17 @@ pub(crate) enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct McpArgs {
+    /// The server to use: http://HOST:PORT, https://HOST or unix:PATH. Its key is in ZEROBOOT_API_KEY.
+    #[arg(long, value_name = "URL", env = "ZEROBOOT_BASE_URL")]
+    pub(crate) base_url: Option<String>,
+
+    /// Arguments of `zeroboot serve` for a server of its own.
+    #[arg(last = true, value_name = "ARG", conflicts_with = "base_url")]
+    pub(crate) serve: Vec<std::ffi::OsString>,
 }
 
 #[derive(Args, Debug)]

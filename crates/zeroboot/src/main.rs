@@ -7,6 +7,7 @@ mod doctor;
 mod env;
 mod hint;
 mod keys;
+mod mcp;
 mod printer;
 mod resolve;
 mod run;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         cli::Command::Run(args) => run::run(args),
         cli::Command::Serve(args) => serve::run(&args),
         cli::Command::Sandbox(args) => sandbox::run(args),
+        cli::Command::Mcp(args) => mcp::run(&args),
         cli::Command::Env(args) => env::run(&args),
         cli::Command::Keys(command) => keys::run(command),
         cli::Command::Template(command) => template::run(command),

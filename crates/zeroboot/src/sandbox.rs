@@ -25,7 +25,7 @@ pub(crate) const BROKEN_PIPE: u8 = 128 + 13;
 
 /// Runs it; gives the exit status.
 pub(crate) fn run(args: SandboxArgs) -> anyhow::Result<u8> {
-    let client = Client::new(&args.server)?;
+    let client = Client::new(&args.server.base_url)?;
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = tokio.block_on(command(&client, args.command));
     // A thread may still wait for our standard input, which need not come.

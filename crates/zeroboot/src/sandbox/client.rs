@@ -29,7 +29,6 @@ use tokio_rustls::{
     rustls::{ClientConfig, RootCertStore, pki_types::ServerName},
 };
 
-use super::args::ServerArgs;
 use crate::hint::hinted;
 
 /// The body of a request.
@@ -118,8 +117,8 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) fn new(args: &ServerArgs) -> anyhow::Result<Client> {
-        let named = args.base_url.trim().trim_end_matches('/').to_owned();
+    pub(crate) fn new(base_url: &str) -> anyhow::Result<Client> {
+        let named = base_url.trim().trim_end_matches('/').to_owned();
         let wrong = |why: &str| {
             hinted(
                 format!("{named:?} is not an address of a server: {why}"),
@@ -237,7 +236,7 @@ impl Client {
         Err(refused.into())
     }
 
-    async fn collect(&self, answer: Response<Incoming>) -> anyhow::Result<Bytes> {
+    pub(crate) async fn collect(&self, answer: Response<Incoming>) -> anyhow::Result<Bytes> {
         let limited = http_body_util::Limited::new(answer.into_body(), MAX_ANSWER);
         let whole =
             limited.collect().await.map_err(|error| anyhow::anyhow!("read the answer of {}: {error}", self.named))?;

@@ -15,10 +15,7 @@ use tempfile::TempDir;
 use super::text;
 use crate::{
     cli::{BenchArgs, EngineChoice},
-    sandbox::{
-        args::ServerArgs,
-        client::{Client, path},
-    },
+    sandbox::client::{Client, path},
 };
 
 /// Time to warm a template, on a busy machine too.
@@ -65,7 +62,7 @@ impl Server {
             command.arg("--python").arg(python);
         }
         let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
-        let client = Client::new(&ServerArgs { base_url: "http://127.0.0.1".into() })?;
+        let client = Client::new("http://127.0.0.1")?;
         let mut server = Server { client, child, _dir: dir };
         let begin = Instant::now();
         loop {
@@ -73,7 +70,7 @@ impl Server {
             if let Some(found) = log.lines().find_map(|line| line.split_once("listens on ")) {
                 let address = found.1.split_whitespace().next().unwrap_or_default();
                 let base_url = format!("http://{}", address.trim_start_matches("http://"));
-                server.client = Client::new(&ServerArgs { base_url })?;
+                server.client = Client::new(&base_url)?;
                 break;
             }
             let ended = server.child.try_wait()?.is_some();
