@@ -64,6 +64,11 @@ pub struct InputFile {
     pub executable: bool,
 }
 
+/// The name of code for the shell that is in no file.
+pub const INLINE_BASH: &str = "-bash";
+/// The name of TypeScript that is in no file.
+pub const INLINE_TYPESCRIPT: &str = "-typescript";
+
 /// Where standard input comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Stdin {
@@ -83,7 +88,9 @@ pub struct ExecRequest {
     pub template: String,
     /// The code.
     pub code: Bytes,
-    /// What the code sees as its own path: `-c` or a script's name. `argv[0]`.
+    /// What the code sees as its own path, `argv[0]`: `-c` or a script's name. A script ending in `.sh` or `.bash` is run by
+    /// the shell in a Python template, and one in `.ts`, `.mts` or `.cts` as TypeScript in a Node template. So is what is
+    /// called [`INLINE_BASH`] or [`INLINE_TYPESCRIPT`].
     pub name: String,
     /// The further arguments.
     pub args: Vec<String>,

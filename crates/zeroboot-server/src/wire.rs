@@ -21,7 +21,9 @@ pub(crate) struct ExecBody {
     /// The code.
     #[schema(min_length = 1, example = "print(1 + 1)")]
     pub(crate) code: String,
-    /// The language; `python` if neither this nor `template` is given. `javascript` is another word for `node`.
+    /// The language: `python`, `node`, `bash` or `typescript`; `python` if neither this nor `template` is given.
+    /// `javascript` is another word for `node`. `bash` runs in a Python template and `typescript` in a Node template, so
+    /// these two may be given together with `template`.
     #[schema(example = "python")]
     pub(crate) language: Option<String>,
     /// The template's name, instead of a language.
@@ -435,6 +437,15 @@ impl Catalog {
     }
 }
 
+/// A language that runs in another one's template: its name, that language, and what its code is called there.
+fn guest_language(word: &str) -> Option<(&'static str, &'static str, &'static str)> {
+    match word {
+        "bash" | "sh" | "shell" => Some(("bash", "python", zeroboot_engine::INLINE_BASH)),
+        "typescript" | "ts" => Some(("typescript", "node", zeroboot_engine::INLINE_TYPESCRIPT)),
+        _ => None,
+    }
+}
+
 fn quoted(word: &str) -> String {
     format!("{:?}", word.chars().take(60).collect::<String>())
 }
@@ -446,8 +457,26 @@ impl ExecBody {
         catalog: &Catalog,
         bounds: &RequestLimits,
     ) -> Result<(ExecRequest, Named), ApiError> {
-        let template = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
+        let guest = self.language.as_deref().and_then(guest_language);
+        let template = match (guest, &self.template) {
+            (Some((asked, host, _)), Some(name)) => {
+                let template = catalog.choose(None, Some(name))?;
+                if *template.language != *host {
+                    let text = format!("{asked} runs in a {host} template, and {} is not one", quoted(name));
+                    return Err(ApiError::new("invalid_request", text));
+                }
+                template
+            }
+            (Some((asked, host, _)), None) => catalog.choose(Some(host), None).map_err(|_| {
+                let text = format!("{asked} runs in a {host} template, and this server has none");
+                ApiError::new("unknown_language", text)
+            })?,
+            (None, template) => catalog.choose(self.language.as_deref(), template.as_deref())?,
+        };
         let mut request = ExecRequest::new(&*template.name, self.code);
+        if let Some((_, _, name)) = guest {
+            request.name = name.into();
+        }
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {

@@ -57,6 +57,12 @@ fn languages_and_templates_are_looked_up_and_never_guessed() {
     assert_eq!(template(r#"{"code": "1", "language": "python"}"#), "python");
     assert_eq!(template(r#"{"code": "1", "language": "node"}"#), "node");
     assert_eq!(template(r#"{"code": "1", "language": "javascript"}"#), "node");
+    assert_eq!(template(r#"{"code": "1", "language": "bash"}"#), "python");
+    assert_eq!(template(r#"{"code": "1", "language": "typescript"}"#), "node");
+    let (shell, _) = request(r#"{"code": "ls", "language": "bash", "template": "science"}"#).unwrap();
+    assert_eq!((shell.template.as_str(), shell.name.as_str()), ("science", zeroboot_engine::INLINE_BASH));
+    let (code, text) = refused(r#"{"code": "1", "language": "bash", "template": "node"}"#);
+    assert_eq!((code, text.as_str()), ("invalid_request", "bash runs in a python template, and \"node\" is not one"));
     let (code, text) = refused(r#"{"code": "1", "language": "ruby"}"#);
     assert_eq!((code, text.as_str()), ("unknown_language", "Unknown language \"ruby\"; there are: python, node"));
     assert_eq!(refused(r#"{"code": "1", "template": "python3"}"#).0, "unknown_template");

@@ -155,6 +155,32 @@ pub(crate) enum Runtime {
     Node,
 }
 
+/// What `zeroboot run` takes as the language: a runtime, or what runs in one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Language {
+    /// Python 3.9 or newer.
+    Python,
+    /// Node.js 18 or newer.
+    #[value(aliases = ["javascript", "js"])]
+    Node,
+    /// TypeScript, by the stripping of types of Node.js 22.18 or newer.
+    #[value(alias = "ts")]
+    Typescript,
+    /// The shell of a Python template.
+    #[value(aliases = ["sh", "shell"])]
+    Bash,
+}
+
+impl Language {
+    /// Whose template it runs in.
+    pub(crate) fn runtime(self) -> Runtime {
+        match self {
+            Language::Python | Language::Bash => Runtime::Python,
+            Language::Node | Language::Typescript => Runtime::Node,
+        }
+    }
+}
+
 /// Where sandboxes come from.
 #[derive(Args, Debug)]
 pub(crate) struct TemplateArgs {
@@ -193,7 +219,7 @@ pub(crate) struct RunArgs {
 
     /// The language [default: that of the file's name, else python].
     #[arg(long, value_enum)]
-    pub(crate) runtime: Option<Runtime>,
+    pub(crate) runtime: Option<Language>,
 
     /// A template by name, instead of a runtime: python, node, data-science, or one that was built (VM engine).
     #[arg(long, value_name = "NAME", conflicts_with = "runtime")]

@@ -16,22 +16,25 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use zeroboot_engine::{
-    Engine, Event, ExecRequest, Execution, InputFile, InvalidRequest, Limits, MAX_CODE, Outcome, Report, Stdin,
+    Engine, Event, ExecRequest, Execution, INLINE_BASH, INLINE_TYPESCRIPT, InputFile, InvalidRequest, Limits, MAX_CODE,
+    Outcome, Report, Stdin,
 };
 
 use crate::{
-    cli::{RunArgs, Runtime},
+    cli::{Language, RunArgs, Runtime},
     hint::hinted,
     printer, resolve,
 };
 
 /// Runs it; gives the exit status.
 pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
-    let source = read_source(&args)?;
-    let runtime = match args.runtime {
-        Some(runtime) => runtime,
-        None => by_name(&source.name)?.unwrap_or(Runtime::Python),
+    let mut source = read_source(&args)?;
+    let language = match args.runtime {
+        Some(language) => language,
+        None => by_name(&source.name)?.unwrap_or(Language::Python),
     };
+    source.name = told_by_name(source.name, language);
+    let runtime = language.runtime();
     let recipe = resolve::chosen_recipe(args.recipe.as_deref(), args.template.as_deref(), runtime, &args.with)?;
     let runtime = recipe.as_ref().map_or(runtime, |recipe| recipe.runtime.into());
     let mut request = request(&args, source, runtime)?;
@@ -39,7 +42,16 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
     let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
     let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
-    let template = resolve::template(engine, asked, &args.from, Some(&request.code))?;
+    // The shell imports nothing.
+    let mentioned = if language == Language::Bash { &[][..] } else { &request.code[..] };
+    let template = resolve::template(engine, asked, &args.from, Some(mentioned))?;
+    if matches!(language, Language::Bash | Language::Typescript) && template.language != language.runtime().name() {
+        let (name, needed) = (&request.name, language.runtime().name());
+        return Err(hinted(
+            format!("{name} needs a {needed} template, and {} is a {} template", template.name, template.language),
+            format!("take another --template, or leave it out for {needed}"),
+        ));
+    }
     request.template.clone_from(&template.name);
     let language = template.language.clone();
     let config =
@@ -133,22 +145,33 @@ fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The language of a file by its name; python if it says nothing.
-fn by_name(name: &str) -> anyhow::Result<Option<Runtime>> {
+/// The language of a file by its name; `None` if it says nothing.
+fn by_name(name: &str) -> anyhow::Result<Option<Language>> {
     let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or_default();
-    let other = |what: &str, hint: &str| Err(hinted(format!("{name} is {what}, which is not run yet"), hint));
     match extension.to_ascii_lowercase().as_str() {
-        "py" => Ok(Some(Runtime::Python)),
-        "js" | "mjs" | "cjs" => Ok(Some(Runtime::Node)),
-        "ts" | "mts" | "cts" | "tsx" | "jsx" => other(
-            "TypeScript or JSX",
+        "py" => Ok(Some(Language::Python)),
+        "js" | "mjs" | "cjs" => Ok(Some(Language::Node)),
+        "ts" | "mts" | "cts" => Ok(Some(Language::Typescript)),
+        "sh" | "bash" => Ok(Some(Language::Bash)),
+        "tsx" | "jsx" => Err(hinted(
+            format!("{name} has JSX, which is not run"),
             "compile it to JavaScript first, such as with `npx esbuild FILE`, or name a language with --runtime",
-        ),
-        "sh" | "bash" => other(
-            "a shell script",
-            "put it in with --put and run it from Python: subprocess.run(['bash', 'FILE']), or name a language with --runtime",
-        ),
+        )),
         _ => Ok(None),
+    }
+}
+
+/// The name under which the runner takes the code for what it is: its extension decides there.
+fn told_by_name(name: String, language: Language) -> String {
+    let says = by_name(&name).ok().flatten();
+    match (name.as_str(), language) {
+        ("-c" | "-", Language::Bash) => INLINE_BASH.into(),
+        ("-c" | "-", Language::Typescript) => INLINE_TYPESCRIPT.into(),
+        (_, Language::Bash) if says != Some(Language::Bash) => name + ".sh",
+        (_, Language::Typescript) if says != Some(Language::Typescript) => name + ".ts",
+        (_, Language::Python) if says == Some(Language::Bash) => name + ".py",
+        (_, Language::Node) if says == Some(Language::Typescript) => name + ".js",
+        _ => name,
     }
 }
 

@@ -233,3 +233,41 @@ fn node_ends_as_its_code_says() {
         .go()
         .says("out of memory: the limit is 256 MiB");
 }
+
+#[test]
+fn a_shell_script_is_run_by_the_shell() {
+    let script =
+        "echo \"$0 $1\"; read line; echo \"read $line\"; yes | head -n 1; echo $((6 * 7)) > answer; ls; exit 3";
+    let done = Cli::run(Who::Me).file("job.sh", script).args(["job.sh", "one"]).stdin("typed\n").go();
+    assert_eq!(done.ended(3).out(), "job.sh one\nread typed\ny\nanswer\njob.sh\n");
+    let inline = Cli::run(Who::Me).args(["--runtime", "bash", "-c", "echo \"$0 $1\"; ls -A; type -t [[", "one"]).go();
+    assert_eq!(inline.good(), "bash one\nkeyword\n");
+    // Neither code nor a file's name is an option.
+    Cli::run(Who::Me).args(["--runtime", "bash", "-c", "-x; exit 4"]).go().ended(4).says("command not found");
+    assert_eq!(Cli::run(Who::Me).file("-x.sh", "echo $0").args(["./-x.sh"]).go().good(), "-x.sh\n");
+    // Longer than an argument may be.
+    let long = format!("echo begin\n{}echo end\n", "# a comment\n".repeat(12_000));
+    assert_eq!(
+        Cli::run(Who::Me).file("long.txt", &long).args(["--runtime", "bash", "long.txt"]).go().good(),
+        "begin\nend\n"
+    );
+    Cli::run(Who::Me).args(["--runtime", "bash", "--timeout", "300ms", "-c", "while :; do :; done"]).go().ended(124);
+}
+
+#[test]
+fn typescript_runs_where_node_strips_types_and_is_refused_with_the_reason_elsewhere() {
+    let source =
+        "interface Point { x: number }\nconst p: Point = { x: 42 };\nconsole.log(p.x as number, process.argv.at(-1));";
+    let node = std::process::Command::new("node").args(["-p", "!!process.features.typescript"]).output().unwrap();
+    for cli in [
+        Cli::run(Who::Me).file("main.ts", source).args(["main.ts", "a"]),
+        Cli::run(Who::Me).args(["--runtime", "typescript", "-c", source, "a"]),
+    ] {
+        let done = cli.go();
+        if node.stdout.starts_with(b"true") {
+            assert_eq!(done.good(), "42 a\n");
+        } else {
+            done.ended(1).says("TypeScript needs Node.js 22.18 or newer, and this is v").says("esbuild");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 // The words of the API. `test/openapi.test.ts` holds the lists against `openapi/zeroboot.json`, and
 // the compiler holds the types against the lists.
 
-export type Language = "python" | "node" | "javascript";
+export type Language = "python" | "node" | "javascript" | "bash" | "typescript";
 export type Isolation = "vm" | "process";
 export type Outcome =
   | "exited"

@@ -28,7 +28,14 @@ pub(super) struct Watchdog {
 
 impl Watchdog {
     pub(super) fn new(limit: u64) -> Watchdog {
-        Watchdog { limit, tick: TICK, next: None, last: (Duration::ZERO, 0), victims: HashSet::new(), dying: Vec::new() }
+        Watchdog {
+            limit,
+            tick: TICK,
+            next: None,
+            last: (Duration::ZERO, 0),
+            victims: HashSet::new(),
+            dying: Vec::new(),
+        }
     }
 
     /// Something happens.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, TypedDict, Union
 
-Language = Literal["python", "node", "javascript"]
+Language = Literal["python", "node", "javascript", "bash", "typescript"]
 Isolation = Literal["vm", "process"]
 Outcome = Literal[
     "exited",
