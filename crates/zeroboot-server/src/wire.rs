@@ -43,7 +43,7 @@ pub(crate) struct ExecBody {
     /// Files to put into the working directory: path to content.
     #[schema(value_type = Option<BTreeMap<String, DataSchema>>)]
     pub(crate) files: Option<FewNamed<Data, MAX_FILES>>,
-    /// Paths of files to bring back.
+    /// Paths to bring back: files, directories, and patterns such as `out/*.csv` or `**/*.png`.
     #[schema(value_type = Option<Vec<String>>)]
     pub(crate) output_files: Option<Few<String, MAX_FILES>>,
     /// What the sandbox may use.

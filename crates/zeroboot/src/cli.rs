@@ -265,13 +265,20 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
 
-    /// A file to put into the working directory, under its own name or NAME. May be repeated.
+    /// A file or a directory to put into the working directory, under its own name or NAME. The files of `.` get no
+    /// directory. Links in a directory are left out. May be repeated.
     #[arg(long = "put", value_name = "FILE[:NAME]")]
     pub(crate) put: Vec<String>,
 
-    /// A file to bring back from the working directory, to its own name or FILE. May be repeated.
+    /// A file to bring back from the working directory, to its own name or FILE. A directory or a pattern, such as
+    /// 'out/*.png' (`**` means any directories), brings new files, which keep their paths, below FILE if it is given.
+    /// May be repeated. The command fails when one brings nothing.
     #[arg(long = "get", value_name = "NAME[:FILE]")]
     pub(crate) get: Vec<String>,
+
+    /// Bring back all new files of the working directory, into DIR. The command fails when there are none.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) get_all: Option<String>,
 
     /// Print one JSON object instead of the output: the API's answer.
     #[arg(long)]

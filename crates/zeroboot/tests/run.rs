@@ -4,6 +4,8 @@
 #[allow(dead_code)]
 mod harness;
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
 use harness::{Cli, Who};
 
 fn python(code: &str) -> Cli {
@@ -152,6 +154,44 @@ fn files_go_in_and_come_back() {
     done.good();
     assert_eq!(done.made("out.bin").unwrap(), b"21\xff\x00");
     assert_eq!(done.made("renamed").unwrap(), b"2");
+}
+
+#[test]
+fn directories_and_patterns_go_in_and_come_back() {
+    let cli = Cli::run(Who::Me).file("unused", "");
+    fs::create_dir_all(cli.work().join("project/lib")).unwrap();
+    fs::write(cli.work().join("project/lib/tool.sh"), "#!/bin/sh\necho from the tool").unwrap();
+    fs::set_permissions(cli.work().join("project/lib/tool.sh"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(cli.work().join("project/data.csv"), "1,2").unwrap();
+    let code = "import os, subprocess
+print(sorted(os.listdir('project')), subprocess.check_output(['project/lib/tool.sh'], text=True), end='')
+os.makedirs('out/deep')
+for name in ['out/a.txt', 'out/b.bin', 'out/deep/c.txt', 'other.txt']: open(name, 'w').write(name)
+open('project/data.csv', 'a').write(',3')";
+    let cli = cli.makes("project").makes("out").makes("some").makes("all");
+    let args = ["--put", "project", "--get", "out/*.txt", "--get", "out/deep/:some", "--get-all", "all"];
+    let done = cli.args(args).code(code).go();
+    assert_eq!(done.good(), "['data.csv', 'lib'] from the tool\n");
+    let text = |name: &str| done.made(name).map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
+    assert_eq!(text("out/a.txt").as_deref(), Some("out/a.txt"));
+    assert_eq!(text("some/out/deep/c.txt").as_deref(), Some("out/deep/c.txt"));
+    // A file comes back once. One that was put in comes back where it was changed.
+    assert_eq!(text("all/out/b.bin").as_deref(), Some("out/b.bin"));
+    assert_eq!(text("all/project/data.csv").as_deref(), Some("1,2,3"));
+    assert_eq!((text("all/project/lib/tool.sh"), text("all/out/a.txt")), (None, None));
+    let done = Cli::run(Who::Me).file("in.txt", "x").makes("new").args(["--put", ".", "--get", "*", "--get", "new"]);
+    let done = done.code("import os; print(os.listdir()); open('new', 'w').write('y')").go();
+    assert_eq!((done.good(), done.made("new").unwrap()), ("['in.txt']\n", b"y".to_vec()));
+}
+
+#[test]
+fn a_file_that_does_not_come_back_makes_the_command_fail() {
+    for name in ["missing.txt", "*.csv", "nothing/"] {
+        let done = python("print('done')").args(["--get", name]).go();
+        done.ended(1).says(&format!("zeroboot: {name}: "));
+        python("exit(3)").args(["--get", name]).go().ended(3);
+    }
+    python("1").args(["--json", "--get", "missing.txt"]).go().ended(1);
 }
 
 #[test]
