@@ -16,6 +16,8 @@ pub const MAX_FILES: usize = 256;
 pub const MAX_PATTERNS: usize = 16;
 /// Most bytes of one pattern.
 pub const MAX_PATTERN_BYTES: usize = 256;
+/// Fewest descriptors that a limit of open files may leave: a runner has some of its own.
+pub const MIN_OPEN_FILES: u32 = 32;
 /// Most environment variables, and most arguments, of one exec.
 pub const MAX_ENV: usize = 256;
 /// Most bytes of one environment variable or argument.

@@ -9,7 +9,7 @@ use serde::{
     de::{self, DeserializeSeed, IgnoredAny},
 };
 use utoipa::ToSchema;
-use zeroboot_engine::{ExecRequest, InputFile, MAX_ENV, MAX_FILES, Stdin};
+use zeroboot_engine::{ExecRequest, InputFile, MAX_ENV, MAX_FILES, MIN_OPEN_FILES, Stdin};
 
 use crate::{config::RequestLimits, error::ApiError};
 
@@ -71,6 +71,14 @@ pub(crate) struct LimitsBody {
     /// CPU time of all its processes, seconds.
     #[schema(exclusive_minimum = 0)]
     pub(crate) cpu_seconds: Option<f64>,
+    /// The largest file that it may write, MiB.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    pub(crate) file_size_mb: Option<u64>,
+    /// Open descriptors of one process.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 32)]
+    pub(crate) open_files: Option<u64>,
 }
 
 /// A whole number. In JSON 64.0 is one as well, and some languages write it so.
@@ -496,6 +504,11 @@ impl ExecBody {
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
         request.limits.output =
             within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
+        let file_size = limits.file_size_mb.map(|count| count.saturating_mul(mib));
+        let (usual, most) = (bounds.default_file_size, bounds.max_file_size);
+        request.limits.file_size = within("limits.file_size_mb", file_size, usual, most, mib)?;
+        let (usual, most) = (bounds.default_open_files, bounds.max_open_files);
+        request.limits.open_files = descriptors("limits.open_files", limits.open_files, usual, most)?;
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {
@@ -529,6 +542,14 @@ pub(crate) fn within(name: &str, given: Option<u64>, default: u64, most: u64, un
         Some(value) if value > 0 && value <= most => Ok(value),
         Some(_) => Err(ApiError::new("invalid_limits", format!("{name} must be above 0 and at most {}", most / unit))),
     }
+}
+
+/// A limit of open descriptors.
+pub(crate) fn descriptors(name: &str, given: Option<u64>, default: u32, most: u32) -> Result<u32, ApiError> {
+    let Some(given) = given else { return Ok(default) };
+    u32::try_from(given).ok().filter(|count| (MIN_OPEN_FILES..=most).contains(count)).ok_or_else(|| {
+        ApiError::new("invalid_limits", format!("{name} must be at least {MIN_OPEN_FILES} and at most {most}"))
+    })
 }
 
 #[cfg(test)]

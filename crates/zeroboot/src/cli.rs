@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use zeroboot_engine::MIN_OPEN_FILES;
 use zeroboot_server::env;
 
 use crate::{sandbox::args::SandboxArgs, units};
@@ -256,6 +257,14 @@ pub(crate) struct RunArgs {
     /// Bytes of output that the code may write.
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::size)]
     pub(crate) max_output: u64,
+
+    /// The largest file that the code may write, such as 200M.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = units::size)]
+    pub(crate) max_file: u64,
+
+    /// Descriptors that one process may have open.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(i64::from(MIN_OPEN_FILES)..))]
+    pub(crate) open_files: u32,
 
     /// An environment variable for the code; KEY alone passes on your own value. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]

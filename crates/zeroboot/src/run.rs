@@ -228,6 +228,8 @@ fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<E
         memory: args.memory,
         processes: args.processes,
         output: args.max_output,
+        file_size: args.max_file,
+        open_files: args.open_files,
         ..Limits::default()
     };
     Ok(request)

@@ -195,6 +195,19 @@ fn a_file_that_does_not_come_back_makes_the_command_fail() {
 }
 
 #[test]
+fn files_and_descriptors_have_a_limit_of_the_callers() {
+    let code = "import os
+def attempt(do):
+    try: return do()
+    except OSError as error: return os.strerror(error.errno)
+print(attempt(lambda: open('f', 'wb').write(bytes(3 << 20))))
+print(attempt(lambda: len([os.open('/dev/null', 0) for _ in range(100)])))";
+    assert_eq!(python(code).args(["--max-file", "4M", "--open-files", "200"]).go().good(), "3145728\n100\n");
+    let done = python(code).args(["--max-file", "2M", "--open-files", "50"]).go();
+    assert_eq!(done.good(), "File too large\nToo many open files\n");
+}
+
+#[test]
 fn verbose_says_what_it_cost() {
     let done = python("print(1)").args(["-v"]).go();
     assert_eq!(done.ended(0).out(), "1\n");

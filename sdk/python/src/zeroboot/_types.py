@@ -41,6 +41,8 @@ class Limits(TypedDict, total=False):
     memory_mb: int
     processes: int
     output_bytes: int
+    file_size_mb: int
+    open_files: int
     cpu_seconds: float
 
 
