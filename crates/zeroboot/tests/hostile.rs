@@ -481,7 +481,7 @@ print(os.waitpid(pid, 0)[1])
         std::fs::write(canary.path(), "canary").unwrap();
         let code = format!(r#"
 for path in ['/etc/shadow', '/etc/machine-id', '/etc/hostname', '/etc/ssh', '/root/.ssh', '/root/.bashrc', '/root/.cargo', '/home/sandbox/..', '/var/log', '/var/lib',
-             '/run', '/boot', '/sys', '/mnt', '/srv', '/proc/1/root', '/proc/self/root/root/.ssh', '/tmp', '{canary}', '/dev/vda',
+             '/run', '/boot', '/sys', '/mnt', '/mnt/data', '/workspace', '/home/user', '/srv', '/proc/1/root', '/proc/self/root/root/.ssh', '/tmp', '{canary}', '/dev/vda',
              '/dev/kmsg', '/dev/mem', '/dev/kvm', '/dev/tty', '/dev/pts', '/dev/console', '/dev/fuse', '/dev/net']:
     entries = attempt(os.listdir, path)
     entries = entries if isinstance(entries, str) else sorted(entries)
@@ -493,6 +493,9 @@ print(open('/etc/passwd').read().count('\n'), sorted(os.listdir('/dev')))
             let Some((path, seen)) = line.split_once(' ') else { panic!("{done:?}") };
             let fine = match path {
                 "/home/sandbox/.." => seen == "['sandbox', 'user']",
+                "/mnt" => seen == "['data']",
+                // They lead to the home directory.
+                "/workspace" | "/mnt/data" | "/home/user" => seen == "empty",
                 "/tmp" | "/run" => seen == "empty",
                 "/dev/pts" => seen == "['ptmx']",
                 "3" => seen == "['fd', 'full', 'null', 'ptmx', 'pts', 'random', 'shm', 'stderr', 'stdin', 'stdout', 'urandom']",

@@ -208,6 +208,15 @@ print(attempt(lambda: len([os.open('/dev/null', 0) for _ in range(100)])))";
 }
 
 #[test]
+fn names_that_other_sandboxes_have_for_the_home_directory_lead_there() {
+    let code = "import os
+for place in ['/workspace', '/mnt/data', '/home/user']:
+    with open(place + '/f', 'a') as file: file.write('x')
+print(open('f').read(), os.path.realpath('/mnt/data'))";
+    assert_eq!(python(code).go().good(), "xxx /home/sandbox\n");
+}
+
+#[test]
 fn verbose_says_what_it_cost() {
     let done = python("print(1)").args(["-v"]).go();
     assert_eq!(done.ended(0).out(), "1\n");
