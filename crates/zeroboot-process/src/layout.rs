@@ -23,8 +23,9 @@ pub(crate) const ENVIRON: &str = "/etc/zeroboot/environ";
 pub(crate) const IMAGE_AT_ONCE: &str = "/.zeroboot/image-at-once";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
-/// The same under the name that programs written for E2B use.
-const E2B_HOME: &str = "/home/user";
+/// Names that other sandboxes have for the home directory: models write to them from habit, and programs written for E2B
+/// use the last.
+const OTHER_HOMES: [&str; 3] = ["/workspace", "/mnt/data", "/home/user"];
 
 /// Where Node packages appear: `require` and `import` climb from any directory to the root.
 pub(crate) const NODE_MODULES: &str = "/node_modules";
@@ -47,6 +48,14 @@ const SHARED: &[(&str, &str)] = &[
     ("/etc/protocols", "names of protocols: getprotobyname"),
     ("/etc/os-release", "which distribution this is"),
     ("/etc/fonts", "fontconfig: plots and PDF libraries"),
+    ("/etc/java-11-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-17-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-21-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-25-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/R", "/usr/lib/R has links to it"),
+    ("/etc/perl", "Perl looks for modules there"),
+    ("/etc/matplotlibrc", "Debian's matplotlib has a link to it"),
+    ("/etc/magic", "/usr/share/misc/magic and libmagic"),
 ];
 
 /// The root of a sandbox: [`SHARED`], the runtime's own directories, a few files of ours, mount points.
@@ -77,7 +86,7 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
     let moved = node_modules.map(|from| (from.to_owned(), PathBuf::from(NODE_MODULES))).into_iter().collect();
-    let links = vec![(PathBuf::from(E2B_HOME), PathBuf::from(HOME))];
+    let links = OTHER_HOMES.map(|path| (PathBuf::from(path), PathBuf::from(HOME))).to_vec();
     RootPlan { binds, moved, covered, files, directories, links }
 }
 

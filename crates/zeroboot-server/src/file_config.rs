@@ -67,6 +67,10 @@ pub struct LimitsSection {
     pub max_processes: Option<u32>,
     pub default_output_bytes: Option<u64>,
     pub max_output_bytes: Option<u64>,
+    pub default_file_size_mb: Option<u64>,
+    pub max_file_size_mb: Option<u64>,
+    pub default_open_files: Option<u32>,
+    pub max_open_files: Option<u32>,
     pub key_rate: Option<f64>,
     pub key_concurrency: Option<u32>,
     pub anonymous_rate: Option<f64>,
@@ -213,6 +217,10 @@ impl FileConfig {
         put(from.max_processes, &mut to.max_processes);
         put(from.default_output_bytes, &mut to.default_output);
         put(from.max_output_bytes, &mut to.max_output);
+        put(from.default_file_size_mb.map(mebibytes), &mut to.default_file_size);
+        put(from.max_file_size_mb.map(mebibytes), &mut to.max_file_size);
+        put(from.default_open_files, &mut to.default_open_files);
+        put(from.max_open_files, &mut to.max_open_files);
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);
