@@ -323,9 +323,13 @@ pub(crate) struct ServeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct KeyFileArgs {
-    /// The key file.
+    /// The key file [default: the `keys_file` of the server's configuration].
     #[arg(long, value_name = "FILE", env = env::API_KEYS_FILE)]
-    pub(crate) keys_file: PathBuf,
+    pub(crate) keys_file: Option<PathBuf>,
+
+    /// The server's configuration file.
+    #[arg(long, value_name = "FILE", env = env::CONFIG)]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

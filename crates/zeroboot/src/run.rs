@@ -41,7 +41,7 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
     let template = resolve::template(engine, asked, &args.from, Some(&request.code))?;
     request.template.clone_from(&template.name);
-    let language = template.language.clone();
+    let (language, what) = (template.language.clone(), resolve::runtime_of(&template.spec));
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
@@ -49,7 +49,7 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
         let mut interrupts = Interrupts::new()?;
         let work = async {
             let engine = Engine::start(config).await?;
-            let status = drive(&engine, request, &args, &language).await;
+            let status = drive(&engine, request, &args, &language, &what).await;
             engine.shutdown(SHUTDOWN).await;
             status
         };
@@ -116,9 +116,8 @@ fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
     let name = |word: &OsStr| word.to_string_lossy().split('=').next().unwrap_or_default().to_owned();
     let option = name(file);
     if option.starts_with('-') && option != "-" {
-        let near = ours.iter().map(|known| (strsim::jaro_winkler(known, &option), known));
-        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8);
-        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |(_, known)| format!("did you mean {known}?"));
+        let near = zeroboot_server::nearest(&option, ours.iter().map(String::as_str));
+        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |known| format!("did you mean {known}?"));
         return Err(hinted(format!("there is no option {option}"), hint));
     }
     for word in rest {
@@ -214,7 +213,13 @@ fn file_name(path: &str) -> &str {
 }
 
 /// Passes the streams through until the end.
-async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: &str) -> anyhow::Result<u8> {
+async fn drive(
+    engine: &Engine,
+    request: ExecRequest,
+    args: &RunArgs,
+    language: &str,
+    what: &str,
+) -> anyhow::Result<u8> {
     let timeout = request.limits.timeout;
     let template = request.template.clone();
     let mut execution = engine.exec(request).await?;
@@ -255,7 +260,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
                 explain(&report, timeout, args.memory);
                 not_warmed(engine, args);
                 if args.verbose {
-                    verbose(engine, &execution, &report);
+                    verbose(engine, &execution, &report, what);
                 }
                 return Ok(report.outcome.exit_code() as u8);
             }
@@ -363,10 +368,10 @@ fn not_warmed(engine: &Engine, args: &RunArgs) {
     }
 }
 
-fn verbose(engine: &Engine, execution: &Execution, report: &Report) {
+fn verbose(engine: &Engine, execution: &Execution, report: &Report, what: &str) {
     for template in engine.templates() {
         let warmed = if template.warmed.is_empty() { "nothing warmed".into() } else { template.warmed.join(", ") };
-        printer::note(format_args!("zeroboot: {} · {warmed}", template.version));
+        printer::note(format_args!("zeroboot: {} ({what}) · {warmed}", template.version));
     }
     printer::note(format_args!(
         "zeroboot: engine {} · {} · fork {:.3} ms · exec {:.3} ms · total {:.3} ms · cpu {:.1} ms · peak {:.1} MiB",
