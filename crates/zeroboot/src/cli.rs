@@ -191,6 +191,10 @@ pub(crate) struct RunArgs {
     #[arg(value_name = "FILE] [ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 
+    /// Open the interpreter's prompt on our terminal, after the code if there is any.
+    #[arg(short = 'i', long, conflicts_with_all = ["timeout", "cpu_time", "max_output", "stdin", "get", "json", "verbose"])]
+    pub(crate) interactive: bool,
+
     /// The language [default: that of the file's name, else python].
     #[arg(long, value_enum)]
     pub(crate) runtime: Option<Runtime>,

@@ -13,6 +13,7 @@ mod run;
 mod sandbox;
 mod serve;
 mod template;
+mod terminal;
 mod units;
 mod zygote;
 

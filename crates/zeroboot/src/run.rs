@@ -1,5 +1,7 @@
 //! `zeroboot run`: one piece of code, its streams and its exit status.
 
+mod interactive;
+
 use std::{
     ffi::{OsStr, OsString},
     io::{self, IsTerminal as _, Read},
@@ -36,7 +38,13 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let runtime = recipe.as_ref().map_or(runtime, |recipe| recipe.runtime.into());
     let mut request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
-    request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    let nothing = args.interactive && request.code.is_empty();
+    if args.interactive {
+        interactive::check()?;
+    }
+    if !nothing {
+        request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    }
     let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
     let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
     let template = resolve::template(engine, asked, &args.from, Some(&request.code))?;
@@ -44,6 +52,9 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let (language, what) = (template.language.clone(), resolve::runtime_of(&template.spec));
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
+    if args.interactive {
+        return interactive::run(config, request, &language);
+    }
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = tokio.block_on(async {
         let mut interrupts = Interrupts::new()?;
@@ -76,6 +87,9 @@ fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
     if let Some(code) = &args.code {
         let rest = args.args.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
         return Ok(Source { code: Bytes::copy_from_slice(code.as_bytes()), name: "-c".into(), args: rest });
+    }
+    if args.interactive && args.args.is_empty() {
+        return Ok(Source { code: Bytes::new(), name: String::new(), args: Vec::new() });
     }
     let piped = [std::ffi::OsString::from("-")];
     let words = if args.args.is_empty() && !io::stdin().is_terminal() { &piped[..] } else { &args.args };
