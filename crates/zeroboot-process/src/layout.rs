@@ -1,11 +1,10 @@
 //! What a process sandbox sees of a file system.
 
-use std::{
-    os::unix::fs::FileTypeExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use zeroboot_sys::mount::RootPlan;
+
+use crate::{cache, meeting};
 
 /// The agent's binary inside every sandbox.
 pub const AGENT: &str = "/.zeroboot/agent";
@@ -73,7 +72,7 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     }
     let mut covered = Vec::new();
     for bind in binds.get(of_the_system..).unwrap_or_default() {
-        meeting_points(bind, &mut covered);
+        covered.extend(meeting::points(bind, cache::place()));
     }
     let mut files = own;
     let text = |path: &str, text: &str| (PathBuf::from(path), text.as_bytes().to_vec());
@@ -88,22 +87,6 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     let moved = node_modules.map(|from| (from.to_owned(), PathBuf::from(NODE_MODULES))).into_iter().collect();
     let links = OTHER_HOMES.map(|path| (PathBuf::from(path), PathBuf::from(HOME))).to_vec();
     RootPlan { binds, moved, covered, files, directories, links }
-}
-
-/// Sockets and FIFOs at and below `path`: processes of the host wait behind them. A directory that we may not read is
-/// skipped: the sandbox may not either.
-fn meeting_points(path: &Path, found: &mut Vec<PathBuf>) {
-    let mut waiting = vec![path.to_owned()];
-    while let Some(path) = waiting.pop() {
-        let Ok(entries) = std::fs::read_dir(&path) else { continue };
-        for entry in entries.flatten() {
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => waiting.push(entry.path()),
-                Ok(kind) if kind.is_socket() || kind.is_fifo() => found.push(entry.path()),
-                _ => {}
-            }
-        }
-    }
 }
 
 fn present(path: &Path) -> bool {

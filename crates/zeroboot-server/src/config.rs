@@ -216,6 +216,8 @@ pub struct ServerConfig {
     pub trusted_proxies: Vec<IpNet>,
     /// `/v1/metrics` needs no key.
     pub metrics_public: bool,
+    /// `GET /` is the page to try code on.
+    pub page: bool,
     /// TLS on the TCP listeners.
     pub tls: Option<TlsFiles>,
     /// Bounds on requests and clients.
@@ -236,6 +238,7 @@ impl Default for ServerConfig {
             keys_file: None,
             trusted_proxies: Vec::new(),
             metrics_public: false,
+            page: true,
             tls: None,
             limits: RequestLimits::default(),
             drain: Duration::from_secs(30),

@@ -20,6 +20,8 @@ pub struct FileConfig {
     pub trusted_proxies: Option<Vec<String>>,
     /// `/v1/metrics` needs no key.
     pub metrics_public: Option<bool>,
+    /// `GET /` is the page to try code on.
+    pub page: Option<bool>,
     /// How long live requests may take to end after the shutdown signal.
     pub drain_seconds: Option<f64>,
     /// How often each template's canary runs.
@@ -191,6 +193,7 @@ impl FileConfig {
         config.keys_file.clone_from(&self.keys_file);
         config.tls = self.tls.clone().map(|tls| TlsFiles { cert: tls.cert, key: tls.key });
         put(self.metrics_public, &mut config.metrics_public);
+        put(self.page, &mut config.page);
         seconds("drain_seconds", self.drain_seconds, &mut config.drain)?;
         seconds("canary_interval_seconds", self.canary_interval_seconds, &mut config.canary_interval)?;
         seconds("reload_interval_seconds", self.reload_interval_seconds, &mut config.reload_interval)?;

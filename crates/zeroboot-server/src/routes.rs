@@ -6,6 +6,7 @@ pub(crate) mod docs;
 pub(crate) mod exec;
 pub(crate) mod files;
 pub(crate) mod follow;
+pub(crate) mod page;
 pub(crate) mod runs;
 pub(crate) mod sandboxes;
 pub(crate) mod status;

@@ -390,12 +390,35 @@ fn parse_as<'a, S: DeserializeSeed<'a>>(body: &'a [u8], seed: S) -> Result<S::Va
     Ok(value)
 }
 
+/// Longest unknown name, in bytes, that is compared with the known ones.
+const LONGEST_WORD: usize = 64;
+
+/// The name that was probably meant.
+pub fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let near = names.into_iter().map(|known| (strsim::jaro_winkler(known, word), known));
+    near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8).map(|(_, known)| known)
+}
+
+/// Which field was probably meant, where the parser met an unknown one: its words are "unknown field `a`, expected one of
+/// `b`, `c`".
+fn meant(text: &str) -> Option<String> {
+    let rest = text.strip_prefix("unknown field `")?;
+    // The caller's word can be anything; the known ones are ours, and stand last.
+    let (word, known) = rest.rsplit_once("`, expected ")?;
+    if word.len() > LONGEST_WORD {
+        return None;
+    }
+    let near = nearest(word, known.split('`').skip(1).step_by(2))?;
+    Some(format!("; did you mean `{near}`?"))
+}
+
 /// The parser's words, at most 300 characters of them: they can quote the caller's own values, which can be long.
 fn blunt(error: &serde_json::Error) -> String {
     let text = error.to_string();
+    let meant = meant(&text).unwrap_or_default();
     match text.char_indices().nth(300) {
-        Some((at, _)) => format!("{}… (line {}, column {})", &text[..at], error.line(), error.column()),
-        None => text,
+        Some((at, _)) => format!("{}… (line {}, column {}){meant}", &text[..at], error.line(), error.column()),
+        None => text + &meant,
     }
 }
 

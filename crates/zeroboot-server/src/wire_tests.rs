@@ -115,6 +115,26 @@ fn errors_name_the_field() {
 }
 
 #[test]
+fn an_unknown_field_is_told_which_one_was_probably_meant() {
+    for (json, meant) in [
+        (r#"{"code": "1", "timeout": 5}"#, Some("timeout_seconds")),
+        (r#"{"code": "1", "timeoutSeconds": 5}"#, Some("timeout_seconds")),
+        (r#"{"code": "1", "lang": "python"}"#, Some("language")),
+        (r#"{"code": "1", "limits": {"memory": 5}}"#, Some("memory_mb")),
+        (r#"{"code": "1", "`, expected `x`": 5}"#, None),
+        (r#"{"code": "1", "zzz": 5}"#, None),
+    ] {
+        let (_, text) = refused(json);
+        match meant {
+            Some(meant) => assert!(text.ends_with(&format!("; did you mean `{meant}`?")), "{json}: {text}"),
+            None => assert!(!text.contains("did you mean"), "{json}: {text}"),
+        }
+    }
+    let long = format!(r#"{{"code": "1", "timeout{}": 5}}"#, "t".repeat(10_000));
+    assert!(!refused(&long).1.contains("did you mean"));
+}
+
+#[test]
 fn of_a_list_that_is_too_long_little_more_than_allowed_is_kept() {
     let items = vec![r#"{"code": "1"}"#; 5000].join(",");
     let json = format!(r#"{{"executions": [{items}]}}"#);

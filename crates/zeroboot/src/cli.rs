@@ -218,6 +218,10 @@ pub(crate) struct RunArgs {
     #[arg(value_name = "FILE] [ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 
+    /// Open the interpreter's prompt on our terminal, after the code if there is any.
+    #[arg(short = 'i', long, conflicts_with_all = ["timeout", "cpu_time", "max_output", "stdin", "get", "json", "verbose"])]
+    pub(crate) interactive: bool,
+
     /// The language [default: that of the file's name, else python].
     #[arg(long, value_enum)]
     pub(crate) runtime: Option<Language>,
@@ -365,9 +369,13 @@ pub(crate) struct ServeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct KeyFileArgs {
-    /// The key file.
+    /// The key file [default: the `keys_file` of the server's configuration].
     #[arg(long, value_name = "FILE", env = env::API_KEYS_FILE)]
-    pub(crate) keys_file: PathBuf,
+    pub(crate) keys_file: Option<PathBuf>,
+
+    /// The server's configuration file.
+    #[arg(long, value_name = "FILE", env = env::CONFIG)]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

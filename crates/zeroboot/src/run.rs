@@ -1,5 +1,7 @@
 //! `zeroboot run`: one piece of code, its streams and its exit status.
 
+mod interactive;
+
 use std::{
     ffi::{OsStr, OsString},
     io::{self, IsTerminal as _, Read},
@@ -40,7 +42,13 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
     let runtime = recipe.as_ref().map_or(runtime, |recipe| recipe.runtime.into());
     let mut request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
-    request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    let nothing = args.interactive && request.code.is_empty();
+    if args.interactive {
+        interactive::check()?;
+    }
+    if !nothing {
+        request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    }
     let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
     let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
     // The shell imports nothing.
@@ -54,15 +62,18 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
         ));
     }
     request.template.clone_from(&template.name);
-    let language = template.language.clone();
+    let (language, what) = (template.language.clone(), resolve::runtime_of(&template.spec));
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
+    if args.interactive {
+        return interactive::run(config, request, &language);
+    }
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = tokio.block_on(async {
         let mut interrupts = Interrupts::new()?;
         let work = async {
             let engine = Engine::start(config).await?;
-            let status = drive(&engine, request, &args, &language).await;
+            let status = drive(&engine, request, &args, &language, &what).await;
             engine.shutdown(SHUTDOWN).await;
             status
         };
@@ -89,6 +100,9 @@ fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
     if let Some(code) = &args.code {
         let rest = args.args.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
         return Ok(Source { code: Bytes::copy_from_slice(code.as_bytes()), name: "-c".into(), args: rest });
+    }
+    if args.interactive && args.args.is_empty() {
+        return Ok(Source { code: Bytes::new(), name: String::new(), args: Vec::new() });
     }
     let piped = [std::ffi::OsString::from("-")];
     let words = if args.args.is_empty() && !io::stdin().is_terminal() { &piped[..] } else { &args.args };
@@ -129,9 +143,8 @@ fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
     let name = |word: &OsStr| word.to_string_lossy().split('=').next().unwrap_or_default().to_owned();
     let option = name(file);
     if option.starts_with('-') && option != "-" {
-        let near = ours.iter().map(|known| (strsim::jaro_winkler(known, &option), known));
-        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8);
-        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |(_, known)| format!("did you mean {known}?"));
+        let near = zeroboot_server::nearest(&option, ours.iter().map(String::as_str));
+        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |known| format!("did you mean {known}?"));
         return Err(hinted(format!("there is no option {option}"), hint));
     }
     for word in rest {
@@ -269,7 +282,13 @@ fn file_name(path: &str) -> &str {
 }
 
 /// Passes the streams through until the end.
-async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: &str) -> anyhow::Result<u8> {
+async fn drive(
+    engine: &Engine,
+    request: ExecRequest,
+    args: &RunArgs,
+    language: &str,
+    what: &str,
+) -> anyhow::Result<u8> {
     let timeout = request.limits.timeout;
     let template = request.template.clone();
     let mut execution = engine.exec(request).await?;
@@ -311,7 +330,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
                 explain(&report, timeout, args.memory);
                 not_warmed(engine, args);
                 if args.verbose {
-                    verbose(engine, &execution, &report);
+                    verbose(engine, &execution, &report, what);
                 }
                 return Ok(status(&report, missing));
             }
@@ -434,10 +453,10 @@ fn not_warmed(engine: &Engine, args: &RunArgs) {
     }
 }
 
-fn verbose(engine: &Engine, execution: &Execution, report: &Report) {
+fn verbose(engine: &Engine, execution: &Execution, report: &Report, what: &str) {
     for template in engine.templates() {
         let warmed = if template.warmed.is_empty() { "nothing warmed".into() } else { template.warmed.join(", ") };
-        printer::note(format_args!("zeroboot: {} · {warmed}", template.version));
+        printer::note(format_args!("zeroboot: {} ({what}) · {warmed}", template.version));
     }
     printer::note(format_args!(
         "zeroboot: engine {} · {} · fork {:.3} ms · exec {:.3} ms · total {:.3} ms · cpu {:.1} ms · peak {:.1} MiB",

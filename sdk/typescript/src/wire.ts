@@ -75,7 +75,7 @@ export interface ExecAnswer {
   hints: string[];
 }
 
-export type HealthStatus = "ok" | "degraded" | "unavailable" | "shutting_down";
+export type HealthStatus = "ok" | "degraded" | "unavailable" | "warming" | "shutting_down";
 
 /** One template. `ready` means that a canary exec just passed. */
 export interface TemplateHealth {
@@ -188,6 +188,7 @@ export const HEALTH_STATUSES = names<HealthStatus>({
   ok: true,
   degraded: true,
   unavailable: true,
+  warming: true,
   shutting_down: true,
 });
 export const ISOLATIONS = names<Isolation>({ vm: true, process: true });

@@ -62,7 +62,7 @@ class Exec:
     limits: Optional[Limits] = None
 
 
-HealthStatus = Literal["ok", "degraded", "unavailable", "shutting_down"]
+HealthStatus = Literal["ok", "degraded", "unavailable", "warming", "shutting_down"]
 
 
 class TemplateHealth(TypedDict, total=False):
