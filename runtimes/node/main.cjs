@@ -11,7 +11,7 @@ const wire = require('./wire.cjs');
 const { RunnerError, send } = wire;
 const { warm, blockingStreams } = require('./warm.cjs');
 const { replaceRandom, spendDrawnAhead, applyIdentity } = require('./identity.cjs');
-const { prepareEval, prepareScript, tellTheEnd } = require('./program.cjs');
+const { prepare, tellTheEnd } = require('./program.cjs');
 
 function parse(args) {
   const options = { warm: '', frozen: false, context: false };
@@ -85,7 +85,7 @@ async function main() {
   }
   const source = Buffer.concat(code).toString().replace(/^\uFEFF/, '');
   const name = args.shift() || '-c';
-  const start = name === '-c' || name === '-' ? prepareEval(source, args) : prepareScript(source, name, args);
+  const start = prepare(source, name, args);
   send(wire.STARTED, '');
   tellTheEnd();
   // From the event loop: this function is then not on the program's stack.

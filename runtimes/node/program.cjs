@@ -81,6 +81,41 @@ function defineModuleGlobals(cwd) {
   }
 }
 
+// The name of TypeScript that is in no file; a script is told by its own.
+const INLINE_TYPESCRIPT = '-typescript';
+const TYPESCRIPT = ['.ts', '.mts', '.cts'];
+
+/** The JavaScript of a TypeScript program, in the same lines and columns, by Node's own stripping of types. */
+function withoutTypes(source) {
+  if (!process.features.typescript || !Module.stripTypeScriptTypes) {
+    throw new Error(`TypeScript needs Node.js 22.18 or newer, and this is ${process.version}; compile it to JavaScript first, such as with esbuild`);
+  }
+  const { emitWarning } = process;
+  // That it is experimental is said once a process, and is no news to the program's author.
+  process.emitWarning = () => {};
+  try {
+    return Module.stripTypeScriptTypes(source);
+  } finally {
+    process.emitWarning = emitWarning;
+  }
+}
+
+/** Returns what to start for the code of a request, by the name that it has. */
+function prepare(source, name, args) {
+  const inline = name === '-c' || name === '-' || name === INLINE_TYPESCRIPT;
+  let text = source;
+  try {
+    if (name === INLINE_TYPESCRIPT || TYPESCRIPT.includes(path.extname(name))) text = withoutTypes(source);
+  } catch (error) {
+    // Not thrown: Node would show the line of this file.
+    return () => {
+      fs.writeSync(2, `${error}\n`);
+      process.exit(1);
+    };
+  }
+  return inline ? prepareEval(text, args) : prepareScript(source, text, name, args);
+}
+
 /** Returns what to start from a fresh stack, where no frame of this file is below the program's. */
 function prepareEval(source, args) {
   const cwd = process.cwd();
@@ -99,25 +134,26 @@ function prepareEval(source, args) {
   return script.runInThisContext.bind(script);
 }
 
-function prepareScript(source, name, args) {
+/** `text`: the source as JavaScript. */
+function prepareScript(source, text, name, args) {
   const file = path.join(process.cwd(), path.basename(name) || 'main.js');
   // A file of that name that was put there, or a full disk: then it is what it is.
   try { fs.writeFileSync(file, source, { flag: 'wx' }); } catch {}
   process.argv = [process.argv[0], file, ...args];
   const extension = path.extname(file);
-  let module = extension === '.mjs';
-  if (!module && extension !== '.cjs') {
+  let module = extension === '.mjs' || extension === '.mts';
+  if (!module && extension !== '.cjs' && extension !== '.cts') {
     try {
-      Module.wrap && new vm.Script(Module.wrap(source), { filename: file });
+      Module.wrap && new vm.Script(Module.wrap(text), { filename: file });
     } catch (error) {
-      module = isModule(error, source);
+      module = isModule(error, text);
     }
   }
   if (!module) return Module._load.bind(Module, file, null, true);
   // Older ones (18, 20 up to 20.18, 22 up to 22.6) take the file's name for the answer.
   const [major, minor] = process.versions.node.split('.').map(Number);
   const detects = major > 22 || (major === 22 && minor >= 7) || (major === 20 && minor >= 19);
-  return extension === '.mjs' || detects ? startModule.bind(null, pathToFileURL(file).href) : startFromText(source);
+  return extension === '.mjs' || extension === '.mts' || detects ? startModule.bind(null, pathToFileURL(file).href) : startFromText(source);
 }
 
 /**
@@ -159,4 +195,4 @@ function tellTheEnd() {
   };
 }
 
-module.exports = { prepareEval, prepareScript, defineModuleGlobals, tellTheEnd };
+module.exports = { prepare, defineModuleGlobals, tellTheEnd };

@@ -26,9 +26,12 @@ use crate::nested::{self, Run};
 const ALSO: [&str; 4] = ["byte_guests", "workers", "http", "http_kill"];
 /// With `--more`: too long in an emulated machine for each change.
 const MORE: &str = "sandboxes";
-/// The tests of `http` that run code. Its others ask the server about keys, listening and its own limits, which no engine
-/// changes: they run here with `--more` or `--only`.
-const OF_HTTP: [&str; 4] = ["exec::", "load::", "service::", "slow::"];
+/// What runs of a test program unless `--more` or `--only` asks for all of it: what the engine decides, once. The other tests
+/// ask the server about keys, listening and its own limits, or take minutes on an emulated CPU.
+const SHORT: [(&str, &[&str]); 2] = [
+    ("http", &["exec::", "slow::a_client_that_leaves"]),
+    ("http_kill", &["a_killed_worker_ends", "no_sandbox_survives"]),
+];
 /// Contexts that the lane has alive at once: an interpreter takes many seconds to start on an emulated CPU.
 const CONTEXTS: &str = "8";
 const TEMPLATES: [&str; 2] = ["python", "node"];
@@ -65,7 +68,7 @@ that match FILTER.
   --kernel VERSION   of the lane (6.1)
   --timeout SECONDS  of the lane (2400)
   --memory SIZE      of the lane (5G)
-  --more             also `sandboxes` (sandboxes that live, over HTTP) and all of `http`; give it a longer --timeout
+  --more             also `sandboxes`, and all of `http` and `http_kill`; give it a longer --timeout
   --only PROGRAM     of the test programs, this one; may be repeated. `sandboxes` needs no --more then
   --no-templates     neither assemble nor build templates, nor test what they are made of
 ";
@@ -114,8 +117,8 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<u8> {
     let programs = timed("the test programs are built", || test_programs(&wanted(more, &only)?))?;
     let filters = |program: &str| match &filter {
         Some(filter) => vec![filter.as_str()],
-        None if program == "http" && !more && only.is_empty() => OF_HTTP.to_vec(),
-        None => Vec::new(),
+        None if more || !only.is_empty() => Vec::new(),
+        None => SHORT.iter().find(|(name, _)| *name == program).map(|(_, tests)| tests.to_vec()).unwrap_or_default(),
     };
     lane.command = vec!["/bin/sh".into(), "-c".into(), script(templates, &programs, filters)?.into()];
     lane.env("ZEROBOOT_BIN", &zeroboot);

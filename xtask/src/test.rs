@@ -29,6 +29,7 @@ const STEPS: &[Step] = &[
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("e2b", "E2B's own SDKs, unmodified, against a real server", e2b),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
+    ("page", "the first page in a real browser: keyboard, streams, keys, light and dark", page),
     (
         "load",
         "200 connections for half a minute, then two minutes of them and of live sandboxes while things break",
@@ -242,6 +243,15 @@ fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> 
     ensure!(env::var_os("CI").is_none(), "{mend}, and only root can do that");
     println!("{mend}: {what} NOT TESTED");
     Ok(false)
+}
+
+/// A browser is large, so the step does not install one.
+fn page(setup: &Setup) -> anyhow::Result<()> {
+    if !found("chromium") {
+        println!("chromium is not installed (apt-get install chromium): the first page NOT TESTED");
+        return Ok(());
+    }
+    check(Command::new("tests/page/run").arg(lane::build_zeroboot(true)?).arg("--python").arg(&setup.python))
 }
 
 fn load(_: &Setup) -> anyhow::Result<()> {

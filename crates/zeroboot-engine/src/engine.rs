@@ -162,6 +162,13 @@ impl Drop for Inner {
 impl Engine {
     /// Starts the zygotes, waits until every template is warm, and begins to fill the pools.
     pub async fn start(config: EngineConfig) -> Result<Engine, StartError> {
+        let engine = Engine::begin(config)?;
+        engine.warm().await?;
+        Ok(engine)
+    }
+
+    /// Begins to start the zygotes. Requests wait until their template is warm. To be called inside a Tokio runtime.
+    pub fn begin(config: EngineConfig) -> Result<Engine, StartError> {
         let (cgroups, cgroup_obstacle) = match config.cgroups.then(Cgroups::claim) {
             Some(Ok(cgroups)) => (Some(cgroups), None),
             Some(Err(reason)) => (None, Some(reason)),
@@ -174,15 +181,8 @@ impl Engine {
             reaper: Arc::clone(&reaper),
             warm_timeout: config.warm_timeout,
         });
-        let starts: Vec<_> = config
-            .templates
-            .into_iter()
-            .map(|template| tokio::spawn(Template::start(template, Arc::clone(&shared))))
-            .collect();
-        let mut templates = Vec::new();
-        for start in starts {
-            templates.push(start.await.map_err(|e| StartError::Spawn(std::io::Error::other(e)))??);
-        }
+        let templates =
+            config.templates.into_iter().map(|template| Template::begin(template, Arc::clone(&shared))).collect();
         Ok(Engine {
             inner: Arc::new(Inner {
                 templates: RwLock::new(templates),
@@ -200,11 +200,22 @@ impl Engine {
         })
     }
 
+    /// Waits until every template is warm. A template that failed to become so stays down.
+    pub async fn warm(&self) -> Result<(), StartError> {
+        let templates = self.inner.templates.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for template in templates {
+            template.warm().await?;
+        }
+        Ok(())
+    }
+
     /// Takes a sandbox and starts the code in it. Dropping the [`Execution`] kills the sandbox.
     pub async fn exec(&self, request: ExecRequest) -> Result<Execution, ExecError> {
         let requested = Instant::now();
         request.check()?;
         let template = self.template(&request.template)?;
+        // Before it takes a place: those that wait for one template keep nobody from another.
+        template.warmed().await?;
         let permits = self.admit(&request).instrument(tracing::debug_span!("exec.admission")).await?;
         let asked = Instant::now();
         let (mut worker, pooled) = template.checkout().instrument(tracing::debug_span!("exec.checkout")).await?;
@@ -274,6 +285,7 @@ impl Engine {
         }
         spec.check(&inner.live.bounds)?;
         let template = self.template(&spec.template)?;
+        template.warmed().await?;
         let (place, permits) = inner.live.admit(&spec)?;
         let asked = Instant::now();
         let (mut worker, pooled) = template.checkout().instrument(tracing::debug_span!("sandbox.checkout")).await?;

@@ -1,7 +1,7 @@
 //! An exec under way: frames in, events out.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     pin::Pin,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -10,11 +10,14 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::{io::Interest, sync::mpsc, time::Sleep};
 use uuid::Uuid;
-use zeroboot_proto::{Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode};
+use zeroboot_proto::{
+    Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode,
+    pattern::{MAX_FOUND, is_meant},
+};
 
 use crate::{
     Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, reaper::Watched,
-    worker::Worker,
+    request::check_path, worker::Worker,
 };
 
 /// Time after its deadline within which a sandbox must report its end, before the server kills it.
@@ -44,7 +47,9 @@ pub struct Execution {
     started: bool,
     lost: bool,
     output: u64,
-    wanted: Vec<String>,
+    wanted: Vec<Wanted>,
+    /// Files that patterns and directories have brought.
+    found: HashSet<String>,
     files: HashMap<String, Vec<u8>>,
     file_bytes: u64,
     last_file: Option<String>,
@@ -96,7 +101,11 @@ impl Execution {
             started: false,
             lost: false,
             output: 0,
-            wanted: std::mem::take(&mut request.output_files),
+            wanted: std::mem::take(&mut request.output_files)
+                .into_iter()
+                .map(|path| Wanted { path, met: false })
+                .collect(),
+            found: HashSet::new(),
             files: HashMap::new(),
             file_bytes: 0,
             last_file: None,
@@ -232,7 +241,7 @@ impl Execution {
             other => drop(other),
         }
         self.stdin = None;
-        for path in std::mem::take(&mut self.wanted) {
+        for Wanted { path, .. } in std::mem::take(&mut self.wanted).into_iter().filter(|wanted| !wanted.met) {
             let data = Err("the sandbox ended before it was read".to_owned());
             self.queue.push_back(Event::File(OutputFile { path, data }));
         }
@@ -326,10 +335,13 @@ impl Execution {
             }
         } else {
             self.finish_file();
-            let Some(at) = self.wanted.iter().position(|wanted| *wanted == path) else {
+            if let Some(at) = self.wanted.iter().position(|wanted| wanted.path == path) {
+                self.wanted.swap_remove(at);
+            } else if !self.is_found(&path) {
                 return Some("it sent a file that was not asked for");
-            };
-            self.wanted.swap_remove(at);
+            }
+            let means = |wanted: &&mut Wanted| is_meant(wanted.path.as_bytes(), path.as_bytes());
+            self.wanted.iter_mut().filter(means).for_each(|wanted| wanted.met = true);
         }
         if failed {
             let reason = String::from_utf8_lossy(&data).chars().take(200).collect();
@@ -345,6 +357,12 @@ impl Execution {
         self.files.entry(path.clone()).or_default().extend_from_slice(&data);
         self.last_file = Some(path);
         None
+    }
+
+    /// Whether a pattern or a directory means it, for the first time. The path becomes a file's name with the caller.
+    fn is_found(&mut self, path: &str) -> bool {
+        let meant = self.wanted.iter().any(|wanted| is_meant(wanted.path.as_bytes(), path.as_bytes()));
+        meant && check_path(path).is_ok() && self.found.len() < MAX_FOUND && self.found.insert(path.to_owned())
     }
 
     fn finish_file(&mut self) {
@@ -370,6 +388,14 @@ impl Execution {
             }
         }
     }
+}
+
+/// A path of `output_files`.
+#[derive(Debug)]
+struct Wanted {
+    path: String,
+    /// It was a pattern or a directory, and a file came of it.
+    met: bool,
 }
 
 enum Step {

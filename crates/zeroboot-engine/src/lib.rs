@@ -23,7 +23,8 @@ pub use live::{
 };
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{
-    ExecRequest, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES, MAX_FILES, MAX_FILES_BYTES, Stdin,
+    ExecRequest, INLINE_BASH, INLINE_TYPESCRIPT, InputFile, InvalidRequest, Limits, MAX_CODE, MAX_ENV, MAX_ENV_BYTES,
+    MAX_FILES, MAX_FILES_BYTES, MAX_PATTERN_BYTES, MAX_PATTERNS, MIN_OPEN_FILES, Stdin,
 };
 pub use spawn::leave_ids_to_zygotes;
 pub use zeroboot_proto::live::{

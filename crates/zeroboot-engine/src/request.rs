@@ -4,6 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use zeroboot_proto::pattern::has_wildcard;
 
 /// Most bytes of code in one exec (16 MiB).
 pub const MAX_CODE: usize = 16 * 1024 * 1024;
@@ -11,6 +12,12 @@ pub const MAX_CODE: usize = 16 * 1024 * 1024;
 pub const MAX_FILES_BYTES: usize = 64 * 1024 * 1024;
 /// Most input files, and most output files, of one exec.
 pub const MAX_FILES: usize = 256;
+/// Most patterns among the output files of one exec. The server compares each file that comes back with each pattern.
+pub const MAX_PATTERNS: usize = 16;
+/// Most bytes of one pattern.
+pub const MAX_PATTERN_BYTES: usize = 256;
+/// Fewest descriptors that a limit of open files may leave: a runner has some of its own.
+pub const MIN_OPEN_FILES: u32 = 32;
 /// Most environment variables, and most arguments, of one exec.
 pub const MAX_ENV: usize = 256;
 /// Most bytes of one environment variable or argument.
@@ -64,6 +71,11 @@ pub struct InputFile {
     pub executable: bool,
 }
 
+/// The name of code for the shell that is in no file.
+pub const INLINE_BASH: &str = "-bash";
+/// The name of TypeScript that is in no file.
+pub const INLINE_TYPESCRIPT: &str = "-typescript";
+
 /// Where standard input comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Stdin {
@@ -83,7 +95,9 @@ pub struct ExecRequest {
     pub template: String,
     /// The code.
     pub code: Bytes,
-    /// What the code sees as its own path: `-c` or a script's name. `argv[0]`.
+    /// What the code sees as its own path, `argv[0]`: `-c` or a script's name. A script ending in `.sh` or `.bash` is run by
+    /// the shell in a Python template, and one in `.ts`, `.mts` or `.cts` as TypeScript in a Node template. So is what is
+    /// called [`INLINE_BASH`] or [`INLINE_TYPESCRIPT`].
     pub name: String,
     /// The further arguments.
     pub args: Vec<String>,
@@ -91,7 +105,7 @@ pub struct ExecRequest {
     pub env: Vec<(String, String)>,
     /// Files to put in.
     pub files: Vec<InputFile>,
-    /// Paths to bring back.
+    /// Paths to bring back: files, directories, patterns ([`zeroboot_proto::pattern`]).
     pub output_files: Vec<String>,
     /// Standard input.
     pub stdin: Stdin,
@@ -135,8 +149,19 @@ impl ExecRequest {
         if total > MAX_FILES_BYTES {
             return Err(E::FilesTooLarge(total));
         }
-        for path in self.files.iter().map(|f| &f.path).chain(&self.output_files) {
-            check_path(path)?;
+        for path in &self.files {
+            check_path(&path.path)?;
+        }
+        for path in &self.output_files {
+            // A directory may end in a slash.
+            check_path(path.strip_suffix('/').unwrap_or(path))?;
+        }
+        let mut patterns = self.output_files.iter().filter(|path| has_wildcard(path.as_bytes()));
+        if let Some(long) = patterns.clone().find(|pattern| pattern.len() > MAX_PATTERN_BYTES) {
+            return Err(E::PatternTooLong(shown(long)));
+        }
+        if patterns.nth(MAX_PATTERNS).is_some() {
+            return Err(E::TooManyPatterns);
         }
         let files: HashSet<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
         for path in &files {
@@ -189,7 +214,7 @@ pub(crate) fn check_args(args: &[String]) -> Result<(), InvalidRequest> {
 
 /// A path inside the sandbox: relative to the working directory, no `..`, no empty or NUL parts, none longer than any
 /// file system has them.
-fn check_path(path: &str) -> Result<(), InvalidRequest> {
+pub(crate) fn check_path(path: &str) -> Result<(), InvalidRequest> {
     let bad = path.is_empty()
         || path.len() > 1024
         || path.starts_with('/')
@@ -224,6 +249,12 @@ pub enum InvalidRequest {
     /// Above [`MAX_ENV`].
     #[error("too many environment variables or arguments; the limit is {MAX_ENV} of each")]
     TooManyVariables,
+    /// Above [`MAX_PATTERNS`].
+    #[error("too many patterns in the output files; the limit is {MAX_PATTERNS}")]
+    TooManyPatterns,
+    /// Above [`MAX_PATTERN_BYTES`].
+    #[error("the pattern {0:?} is too long; the limit is {MAX_PATTERN_BYTES} bytes")]
+    PatternTooLong(String),
     /// Above [`MAX_FILES`].
     #[error("too many files; the limit is {MAX_FILES} in each direction")]
     TooManyFiles,
@@ -291,14 +322,26 @@ mod tests {
 
     #[test]
     fn a_path_cannot_leave_the_working_directory() {
-        for path in ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a/", "a\0b"] {
+        for path in ["", "/", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a//", "a\0b"] {
             let mut request = ExecRequest::new("python", "1");
             request.output_files = vec![path.into()];
             assert!(request.check().is_err(), "{path:?}");
         }
         let mut request = ExecRequest::new("python", "1");
-        request.output_files = vec!["a/b.c/..d".into()];
+        request.output_files = vec!["a/b.c/..d".into(), "a/".into(), "**/*.csv".into()];
         assert_eq!(request.check(), Ok(()));
+    }
+
+    #[test]
+    fn patterns_are_few_and_short() {
+        let mut request = ExecRequest::new("python", "1");
+        request.output_files =
+            (0..MAX_FILES).map(|n| if n < MAX_PATTERNS { format!("{n}*") } else { format!("{n}/") }).collect();
+        assert_eq!(request.check(), Ok(()));
+        request.output_files[MAX_PATTERNS] = "one/more/?".into();
+        assert_eq!(request.check(), Err(InvalidRequest::TooManyPatterns));
+        request.output_files = vec!["a/".repeat(MAX_PATTERN_BYTES / 2) + "*"];
+        assert!(matches!(request.check(), Err(InvalidRequest::PatternTooLong(_))));
     }
 
     fn with_files(paths: &[&str]) -> Result<(), InvalidRequest> {

@@ -75,8 +75,10 @@ impl Spawner {
         let (control, control_theirs) = pair(SocketType::SEQPACKET).map_err(ZygoteError::Spawn)?;
         let mut command = Command::new(&self.program);
         command.arg("__zygote").env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        // The zygote's root plan asks where home is; nothing else of our environment goes on.
-        let passed = |key: &std::ffi::OsStr| key == "HOME" || key == "ZEROBOOT_TCG_TR9" || key == IMAGE_AT_ONCE;
+        // The zygote's root plan asks where home and the cache are; nothing else of our environment goes on.
+        let passed = |key: &std::ffi::OsStr| {
+            key == "HOME" || key == "XDG_CACHE_HOME" || key == "ZEROBOOT_TCG_TR9" || key == IMAGE_AT_ONCE
+        };
         command.envs(std::env::vars_os().filter(|(key, _)| passed(key)));
         zeroboot_sys::process::as_zygote(&mut command, report_theirs, control_theirs);
         let (answer, child) = oneshot::channel();

@@ -14,7 +14,7 @@ use std::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::{
     net::UnixStream,
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
 };
 use zeroboot_sys::control::{self, Control};
 
@@ -91,6 +91,8 @@ struct State {
     warmed: Vec<String>,
     skipped: Vec<String>,
     restarts: u64,
+    /// Why it never became warm. It is not tried again.
+    failed: Option<String>,
 }
 
 /// What the engine's templates share.
@@ -112,37 +114,52 @@ pub(crate) struct Template {
     requests: mpsc::Sender<ForkAnswer>,
     /// A place in the pool came free, or the zygote came up.
     refill: Notify,
+    /// Whether the first start is over.
+    warm: watch::Sender<bool>,
 }
 
 impl Template {
-    /// Starts the zygote and, once it is warm, the tasks that keep it and fill its pool.
-    pub(crate) async fn start(config: TemplateConfig, shared: Arc<Shared>) -> Result<Arc<Template>, StartError> {
-        let zygote = shared
-            .spawner
-            .start(&config.spec, shared.warm_timeout)
-            .await
-            .map_err(|error| StartError::Template { template: config.name.clone(), reason: error.to_string() })?;
+    /// Begins to start the zygote and, once it is warm, the tasks that keep it and fill its pool. Requests wait so long.
+    pub(crate) fn begin(config: TemplateConfig, shared: Arc<Shared>) -> Arc<Template> {
         let (requests, queue) = mpsc::channel(256);
         let template = Arc::new(Template {
             state: Mutex::new(State {
-                health: Health::Up { pid: zygote.pid() },
+                health: Health::Starting,
                 pool: VecDeque::new(),
                 version: String::new(),
                 warmed: Vec::new(),
                 skipped: Vec::new(),
                 restarts: 0,
+                failed: None,
             }),
             config,
             shared,
             forks: AtomicU64::new(0),
             requests,
             refill: Notify::new(),
+            warm: watch::Sender::new(false),
         });
-        tokio::spawn(keep_zygote(Arc::downgrade(&template), zygote, queue));
-        if template.config.pool > 0 {
-            tokio::spawn(keep_pool(Arc::downgrade(&template)));
-        }
-        Ok(template)
+        tokio::spawn(first_start(Arc::downgrade(&template), queue));
+        template
+    }
+
+    /// Waits until its first start is over; no longer than a template may take to become warm. Gives why it failed.
+    async fn first_start(&self) -> Result<(), String> {
+        // The sender is in `self`.
+        let mut warm = self.warm.subscribe();
+        let _open = warm.wait_for(|tried| *tried).await.is_ok();
+        self.state().failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// Waits until it is warm for the first time, or failed to become so.
+    pub(crate) async fn warm(&self) -> Result<(), StartError> {
+        let failed = |reason| StartError::Template { template: self.config.name.clone(), reason };
+        self.first_start().await.map_err(failed)
+    }
+
+    /// The same for a request.
+    pub(crate) async fn warmed(&self) -> Result<(), ExecError> {
+        self.first_start().await.map_err(|reason| self.not_ready(reason))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -245,6 +262,31 @@ fn resident_memory(pid: u32) -> u64 {
         .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
         .unwrap_or(0);
     pages * rustix::param::page_size() as u64
+}
+
+/// Starts the zygote for the first time. Where that fails, nothing is tried again: it would fail alike.
+async fn first_start(template: std::sync::Weak<Template>, queue: mpsc::Receiver<ForkAnswer>) {
+    let Some((spec, shared)) = template.upgrade().map(|t| (t.config.spec.clone(), Arc::clone(&t.shared))) else {
+        return;
+    };
+    let started = shared.spawner.start(&spec, shared.warm_timeout).await;
+    drop(shared);
+    let Some(strong) = template.upgrade() else { return };
+    match started {
+        Ok(zygote) => {
+            strong.state().health = Health::Up { pid: zygote.pid() };
+            tokio::spawn(keep_zygote(Arc::downgrade(&strong), zygote, queue));
+            if strong.config.pool > 0 {
+                tokio::spawn(keep_pool(Arc::downgrade(&strong)));
+            }
+        }
+        Err(error) => {
+            let mut state = strong.state();
+            state.health = Health::Down { reason: error.to_string() };
+            state.failed = Some(error.to_string());
+        }
+    }
+    strong.warm.send_replace(true);
 }
 
 /// Serves fork requests from the zygote, and starts a new one when it dies.

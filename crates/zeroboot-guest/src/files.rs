@@ -1,14 +1,19 @@
 //! Files into the working directory before the run, and out of it after.
 
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
+use zeroboot_proto::pattern::{MAX_FOUND, is_meant, is_pattern};
 use zeroboot_proto::{FileChunk, Kind, MAX_PAYLOAD, encode};
+
+/// Most entries of directories that are looked at for one pattern.
+const MAX_SEEN: usize = 100_000;
 
 /// The working directory.
 pub(crate) struct Files {
@@ -16,13 +21,31 @@ pub(crate) struct Files {
     path: Vec<u8>,
     owner: Option<(u32, u32)>,
     writing: Option<(Vec<u8>, std::fs::File)>,
+    /// What was put in, as it was then. Patterns leave it out as long as it stays so.
+    put: HashMap<Vec<u8>, Option<Version>>,
+    /// What was brought back.
+    brought: BTreeSet<Vec<u8>>,
+}
+
+/// Inode, size and time of the last change: what differs when a file was written to.
+type Version = (u64, i64, i64, u64);
+
+fn version(stat: &Stat) -> Version {
+    (stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec)
+}
+
+/// Why a path is not a file to bring back.
+enum Unfit {
+    Directory,
+    Other(String),
 }
 
 impl Files {
     /// Over `cwd`. New files are given to `owner`, if that is another user than this process's.
     pub(crate) fn new(cwd: &Path, owner: Option<(u32, u32)>) -> io::Result<Files> {
         let root = rustix::fs::open(cwd, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Files { root, path: cwd.as_os_str().as_bytes().to_vec(), owner, writing: None })
+        let path = cwd.as_os_str().as_bytes().to_vec();
+        Ok(Files { root, path, owner, writing: None, put: HashMap::new(), brought: BTreeSet::new() })
     }
 
     /// Writes one chunk. The error comes into the host's log, so it does not have the file's name.
@@ -30,6 +53,7 @@ impl Files {
         let continues = matches!(&self.writing, Some((path, _)) if chunk.append && path == chunk.path);
         if !continues {
             let file = self.create(chunk).map_err(|error| format!("cannot write an input file: {error}"))?;
+            self.put.insert(chunk.path.to_vec(), None);
             self.writing = Some((chunk.path.to_vec(), file));
         }
         let Some((_, file)) = &mut self.writing else { return Ok(()) };
@@ -39,6 +63,16 @@ impl Files {
     /// No more `put`.
     pub(crate) fn close(&mut self) {
         self.writing = None;
+        for (path, seen) in &mut self.put {
+            let path = OsStr::from_bytes(path);
+            *seen = rustix::fs::statat(&self.root, path, AtFlags::SYMLINK_NOFOLLOW).ok().map(|stat| version(&stat));
+        }
+    }
+
+    /// A file that the runner makes, of the code itself: patterns leave it out.
+    pub(crate) fn code_is(&mut self, name: &[u8]) {
+        let name = name.rsplit(|&b| b == b'/').next().unwrap_or_default();
+        self.put.entry(name.to_vec()).or_insert(None);
     }
 
     fn create(&self, chunk: &FileChunk<'_>) -> io::Result<std::fs::File> {
@@ -92,13 +126,15 @@ impl Files {
     }
 
     /// Opens a file to bring back, and its size. Called when no process of the sandbox is left.
-    fn open(&self, path: &[u8]) -> Result<(std::fs::File, u64, u16), String> {
-        let text = |error: Errno| match error {
-            Errno::NOENT => "no such file".to_string(),
-            Errno::XDEV | Errno::LOOP => "a symbolic link leads out of the working directory".to_string(),
-            other => other.to_string(),
+    fn open(&self, path: &[u8]) -> Result<(std::fs::File, u64, u16), Unfit> {
+        let text = |error: Errno| {
+            Unfit::Other(match error {
+                Errno::NOENT => "no such file".to_string(),
+                Errno::XDEV | Errno::LOOP => "a symbolic link leads out of the working directory".to_string(),
+                other => other.to_string(),
+            })
         };
-        let parts = self.parts(path).map_err(|e| e.to_string())?;
+        let parts = self.parts(path).map_err(|e| Unfit::Other(e.to_string()))?;
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let joined = parts.join(OsStr::new("/"));
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
@@ -111,8 +147,8 @@ impl Files {
         let stat = rustix::fs::fstat(&fd).map_err(text)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {}
-            FileType::Directory => return Err("it is a directory".into()),
-            _ => return Err("it is not a regular file".into()),
+            FileType::Directory => return Err(Unfit::Directory),
+            _ => return Err(Unfit::Other("it is not a regular file".into())),
         }
         Ok((fd.into(), stat.st_size as u64, (stat.st_mode & 0o777) as u16))
     }
@@ -127,13 +163,94 @@ impl Files {
         rustix::fs::openat(&dir, *last, flags | OFlags::NOFOLLOW, Mode::empty())
     }
 
-    /// Sends a file as `File` frames, or one failed chunk with the reason. `budget` is what all files may still take.
+    /// The files below the working directory that are meant, in order, without those that were put in and stayed as they
+    /// were. Symbolic links are not followed. Called when no process of the sandbox is left.
+    fn find(&self, pattern: &[u8]) -> Result<BTreeSet<Vec<u8>>, String> {
+        let mut found = BTreeSet::new();
+        let mut waiting = vec![Vec::new()];
+        let mut seen = 0;
+        while let Some(directory) = waiting.pop() {
+            let at: &OsStr = if directory.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(&directory) };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = rustix::fs::openat(&self.root, at, flags, Mode::empty()).and_then(Dir::new);
+            // One that the code made unreadable has no files to bring.
+            let Ok(entries) = opened else { continue };
+            for entry in entries.flatten() {
+                let name = entry.file_name().to_bytes();
+                let separator: &[u8] = if directory.is_empty() { b"" } else { b"/" };
+                let path = [&directory[..], separator, name].concat();
+                // A name that is not UTF-8 has no place in an answer.
+                let fits = path.len() <= FileChunk::MAX_PATH && std::str::from_utf8(&path).is_ok();
+                if name == b"." || name == b".." || !fits {
+                    continue;
+                }
+                seen += 1;
+                if seen > MAX_SEEN {
+                    return Err(format!("the working directory has more than {MAX_SEEN} entries"));
+                }
+                let stat = rustix::fs::statat(&self.root, OsStr::from_bytes(&path), AtFlags::SYMLINK_NOFOLLOW);
+                let Ok(stat) = stat else { continue };
+                match FileType::from_raw_mode(stat.st_mode) {
+                    FileType::Directory => waiting.push(path),
+                    FileType::RegularFile if is_meant(pattern, &path) && self.is_new(&path, &stat) => {
+                        found.insert(path);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn is_new(&self, path: &[u8], stat: &Stat) -> bool {
+        match self.put.get(path) {
+            None => true,
+            // The code's own file.
+            Some(None) => false,
+            Some(Some(then)) => *then != version(stat),
+        }
+    }
+
+    /// Sends what a path of `output_files` means as `File` frames: a file; the files of a directory or a pattern; or one
+    /// failed chunk with the reason. `budget` is what all files may still take.
     pub(crate) fn get(
-        &self,
+        &mut self,
         path: &[u8],
         budget: &mut u64,
         mut send: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
+        let several = match self.open(path) {
+            Err(Unfit::Directory) => true,
+            Err(Unfit::Other(_)) => is_pattern(path),
+            Ok(_) => false,
+        };
+        if !several {
+            // A pattern before it may have brought it.
+            return if self.brought.insert(path.to_vec()) { self.send(path, budget, &mut send) } else { Ok(()) };
+        }
+        let mut refuse = |reason: &str| {
+            let (data, mut frames) = (reason.as_bytes(), Vec::new());
+            let chunk = FileChunk { path, data, mode: 0, append: false, failed: true };
+            encode(&mut frames, Kind::File, &chunk.encode());
+            send(&frames)
+        };
+        let found = match self.find(path) {
+            Ok(found) if found.is_empty() => return refuse("no new file is meant by it"),
+            Ok(found) => found,
+            Err(reason) => return refuse(&reason),
+        };
+        let new: Vec<Vec<u8>> = found.difference(&self.brought).cloned().collect();
+        if self.brought.len() + new.len() > MAX_FOUND {
+            return refuse(&format!("with its {} files there are more than {MAX_FOUND}", new.len()));
+        }
+        for path in new {
+            self.send(&path, budget, &mut send)?;
+            self.brought.insert(path);
+        }
+        Ok(())
+    }
+
+    fn send(&self, path: &[u8], budget: &mut u64, mut send: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut frames = Vec::new();
         let mut chunk = |data: &[u8], mode: u16, append: bool, failed: bool| {
             frames.clear();
@@ -142,7 +259,8 @@ impl Files {
         };
         let (mut file, size, mode) = match self.open(path) {
             Ok(opened) => opened,
-            Err(reason) => return chunk(reason.as_bytes(), 0, false, true),
+            Err(Unfit::Directory) => return chunk(b"it is a directory", 0, false, true),
+            Err(Unfit::Other(reason)) => return chunk(reason.as_bytes(), 0, false, true),
         };
         if size > *budget {
             let reason = format!("it has {size} bytes; the output files may have {budget} bytes more");

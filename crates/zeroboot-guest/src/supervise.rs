@@ -77,6 +77,8 @@ struct Request {
     limits: Option<Limits>,
     identity: Option<Identity>,
     wanted: Vec<Vec<u8>>,
+    /// The code has its name.
+    named: bool,
     /// As it came.
     env: Vec<Vec<u8>>,
     /// The request is for a long-lived sandbox, not for one program.
@@ -285,7 +287,13 @@ impl<T: Transport> Supervisor<T> {
                         encode(&mut self.control_out, kind, payload);
                         request.env.push(payload.to_vec());
                     }
-                    Command::Arg(_) | Command::Code(_) => encode(&mut self.control_out, kind, payload),
+                    Command::Arg(word) => {
+                        if !std::mem::replace(&mut request.named, true) {
+                            self.files.code_is(word);
+                        }
+                        encode(&mut self.control_out, kind, payload);
+                    }
+                    Command::Code(_) => encode(&mut self.control_out, kind, payload),
                     Command::Put(chunk) => self.files.put(&chunk).map_err(Stop::Failed)?,
                     Command::Get(path) => request.wanted.push(path.to_vec()),
                     Command::Stdin(bytes) => {

@@ -5,6 +5,8 @@ use std::{
     process::{Command, Stdio},
 };
 
+use crate::remembered;
+
 /// An interpreter of this host and what it needs.
 #[derive(Clone, Debug)]
 pub struct HostRuntime {
@@ -123,21 +125,21 @@ fn find(language: &'static str, given: Option<&Path>, names: &[&str]) -> Result<
     std::env::split_paths(&search)
         .flat_map(|dir| names.iter().map(move |name| dir.join(name)))
         .find(|candidate| candidate.is_file())
+        .map(|candidate| remembered::behind_shim(&candidate).unwrap_or(candidate))
         .ok_or(DiscoverError::NotFound(language))
 }
 
 fn ask(language: &'static str, program: PathBuf, args: &[&str]) -> Result<HostRuntime, DiscoverError> {
-    let output = Command::new(&program)
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| DiscoverError::Run(program.clone(), error))?;
     let unusable = |reason: String| DiscoverError::Unusable { path: program.clone(), language, reason };
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        return Err(unusable(words.trim().lines().last().unwrap_or("it failed").to_owned()));
-    }
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = remembered::said(&program, args, || {
+        let output = Command::new(&program).args(args).stdin(Stdio::null()).output();
+        let output = output.map_err(|error| DiscoverError::Run(program.clone(), error))?;
+        if !output.status.success() {
+            let words = String::from_utf8_lossy(&output.stderr);
+            return Err(unusable(words.trim().lines().last().unwrap_or("it failed").to_owned()));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    })?;
     let mut lines = text.lines();
     match (lines.next(), lines.next()) {
         (Some(version), Some(interpreter)) if Path::new(interpreter).is_absolute() => {

@@ -1,11 +1,10 @@
 //! What a process sandbox sees of a file system.
 
-use std::{
-    os::unix::fs::FileTypeExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use zeroboot_sys::mount::RootPlan;
+
+use crate::{cache, meeting};
 
 /// The agent's binary inside every sandbox.
 pub const AGENT: &str = "/.zeroboot/agent";
@@ -23,8 +22,9 @@ pub(crate) const ENVIRON: &str = "/etc/zeroboot/environ";
 pub(crate) const IMAGE_AT_ONCE: &str = "/.zeroboot/image-at-once";
 /// Working directory and home of the code.
 pub const HOME: &str = "/home/sandbox";
-/// The same under the name that programs written for E2B use.
-const E2B_HOME: &str = "/home/user";
+/// Names that other sandboxes have for the home directory: models write to them from habit, and programs written for E2B
+/// use the last.
+const OTHER_HOMES: [&str; 3] = ["/workspace", "/mnt/data", "/home/user"];
 
 /// Where Node packages appear: `require` and `import` climb from any directory to the root.
 pub(crate) const NODE_MODULES: &str = "/node_modules";
@@ -47,6 +47,14 @@ const SHARED: &[(&str, &str)] = &[
     ("/etc/protocols", "names of protocols: getprotobyname"),
     ("/etc/os-release", "which distribution this is"),
     ("/etc/fonts", "fontconfig: plots and PDF libraries"),
+    ("/etc/java-11-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-17-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-21-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/java-25-openjdk", "/usr/lib/jvm has links to it"),
+    ("/etc/R", "/usr/lib/R has links to it"),
+    ("/etc/perl", "Perl looks for modules there"),
+    ("/etc/matplotlibrc", "Debian's matplotlib has a link to it"),
+    ("/etc/magic", "/usr/share/misc/magic and libmagic"),
 ];
 
 /// The root of a sandbox: [`SHARED`], the runtime's own directories, a few files of ours, mount points.
@@ -64,7 +72,7 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     }
     let mut covered = Vec::new();
     for bind in binds.get(of_the_system..).unwrap_or_default() {
-        meeting_points(bind, &mut covered);
+        covered.extend(meeting::points(bind, cache::place()));
     }
     let mut files = own;
     let text = |path: &str, text: &str| (PathBuf::from(path), text.as_bytes().to_vec());
@@ -77,24 +85,8 @@ pub(crate) fn plan(runtime_paths: &[PathBuf], node_modules: Option<&Path>, own: 
     files.push(text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"));
     let directories = [HOME, "/tmp", "/run", "/var/tmp"].map(PathBuf::from).to_vec();
     let moved = node_modules.map(|from| (from.to_owned(), PathBuf::from(NODE_MODULES))).into_iter().collect();
-    let links = vec![(PathBuf::from(E2B_HOME), PathBuf::from(HOME))];
+    let links = OTHER_HOMES.map(|path| (PathBuf::from(path), PathBuf::from(HOME))).to_vec();
     RootPlan { binds, moved, covered, files, directories, links }
-}
-
-/// Sockets and FIFOs at and below `path`: processes of the host wait behind them. A directory that we may not read is
-/// skipped: the sandbox may not either.
-fn meeting_points(path: &Path, found: &mut Vec<PathBuf>) {
-    let mut waiting = vec![path.to_owned()];
-    while let Some(path) = waiting.pop() {
-        let Ok(entries) = std::fs::read_dir(&path) else { continue };
-        for entry in entries.flatten() {
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => waiting.push(entry.path()),
-                Ok(kind) if kind.is_socket() || kind.is_fifo() => found.push(entry.path()),
-                _ => {}
-            }
-        }
-    }
 }
 
 fn present(path: &Path) -> bool {

@@ -10,14 +10,18 @@
 //! The Python zygote *is* the warmed interpreter: it calls [`serve`] through the `zeroboot-pyfork` library,
 //! which returns in each runner. Node cannot be forked while warm, so its runner is started by exec.
 
+mod cache;
 mod discover;
 mod environment;
 mod ids;
 mod image;
 mod layout;
+mod meeting;
+mod remembered;
 mod serve;
 mod zygote;
 
+pub use cache::keep_in;
 pub use discover::{DiscoverError, HostRuntime, node, python};
 pub use environment::{EnvironmentError, node_environment, python_environment};
 pub use ids::shared_because;

@@ -28,6 +28,7 @@ mod frame;
 pub mod live;
 pub mod mailbox;
 mod message;
+pub mod pattern;
 mod payload;
 
 pub use frame::{

@@ -107,7 +107,7 @@ impl App {
     ) -> Result<Caller, ApiError> {
         self.check_host(headers, peer)?;
         let open = match route {
-            "/v1/health" | "/openapi.json" | "/docs" | NO_ROUTE => true,
+            "/v1/health" | "/openapi.json" | "/docs" | "/" | "/page/{file}" | NO_ROUTE => true,
             "/v1/metrics" => self.config.metrics_public,
             _ => false,
         };

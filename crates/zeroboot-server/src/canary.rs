@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
 use tracing::Instrument as _;
 use zeroboot_engine::{Event, ExecError, ExecRequest, Outcome};
 
@@ -32,7 +35,7 @@ pub(crate) struct Canaries {
     /// They have run.
     tried: AtomicBool,
     /// One has passed, now or earlier.
-    passed: AtomicBool,
+    passed: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -66,12 +69,30 @@ impl Canaries {
             last: Mutex::default(),
             worked: std::sync::Mutex::default(),
         };
-        Canaries { each: catalog.templates.iter().map(one).collect(), tried: false.into(), passed: false.into() }
+        Canaries {
+            each: catalog.templates.iter().map(one).collect(),
+            tried: false.into(),
+            passed: watch::Sender::new(false),
+        }
     }
 
     /// Whether a template ever ran code. Before the first results nothing speaks against it.
     pub(crate) fn proven(&self) -> bool {
-        self.passed.load(Ordering::Relaxed) || !self.tried.load(Ordering::Relaxed)
+        *self.passed.borrow() || !self.tried()
+    }
+
+    /// Whether there are results: not while the templates warm.
+    pub(crate) fn tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+
+    /// Waits until a template has run code.
+    pub(crate) fn passed(&self) -> impl Future<Output = ()> + use<> {
+        let mut passed = self.passed.subscribe();
+        async move {
+            // At the server's end, nobody asks any more.
+            let _ended = passed.wait_for(|passed| *passed).await;
+        }
     }
 
     /// An exec of this template just came to an outcome.
@@ -85,7 +106,7 @@ impl Canaries {
     pub(crate) async fn results(&self, backend: &Backend, age: Duration) -> Vec<Health> {
         let results = futures_util::future::join_all(self.each.iter().map(|canary| canary.result(backend, age))).await;
         if results.iter().any(|health: &Health| health.result.is_ok()) {
-            self.passed.store(true, Ordering::Relaxed);
+            self.passed.send_replace(true);
         }
         self.tried.store(true, Ordering::Relaxed);
         results

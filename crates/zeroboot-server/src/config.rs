@@ -115,6 +115,14 @@ pub struct RequestLimits {
     pub default_output: u64,
     /// The most bytes of output that may be asked for.
     pub max_output: u64,
+    /// Bytes of the largest file that an exec may write which names none.
+    pub default_file_size: u64,
+    /// The largest file that may be asked for, bytes.
+    pub max_file_size: u64,
+    /// Open descriptors of a process of an exec that names none.
+    pub default_open_files: u32,
+    /// The most open descriptors that may be asked for.
+    pub max_open_files: u32,
     /// Execs a second of a key without its own rate.
     pub key_rate: f64,
     /// Execs at once of a key that has no number of its own; `None`: where there are several keys, half of the engine's
@@ -166,6 +174,10 @@ impl Default for RequestLimits {
             max_processes: 256,
             default_output: sandbox.output,
             max_output: 64 * MIB,
+            default_file_size: sandbox.file_size,
+            max_file_size: 1024 * MIB,
+            default_open_files: sandbox.open_files,
+            max_open_files: 1024,
             key_rate: 100.0,
             key_concurrency: None,
             anonymous_rate: None,
@@ -204,6 +216,8 @@ pub struct ServerConfig {
     pub trusted_proxies: Vec<IpNet>,
     /// `/v1/metrics` needs no key.
     pub metrics_public: bool,
+    /// `GET /` is the page to try code on.
+    pub page: bool,
     /// TLS on the TCP listeners.
     pub tls: Option<TlsFiles>,
     /// Bounds on requests and clients.
@@ -224,6 +238,7 @@ impl Default for ServerConfig {
             keys_file: None,
             trusted_proxies: Vec::new(),
             metrics_public: false,
+            page: true,
             tls: None,
             limits: RequestLimits::default(),
             drain: Duration::from_secs(30),
@@ -358,8 +373,17 @@ impl ServerConfig {
         if limits.default_memory > limits.max_memory
             || limits.default_processes > limits.max_processes
             || limits.default_output > limits.max_output
+            || limits.default_file_size > limits.max_file_size
+            || limits.default_open_files > limits.max_open_files
         {
             return Err(Range("each default limit", "at most its maximum"));
+        }
+        // For the sandbox's agent 0 is no limit.
+        if limits.default_file_size == 0 {
+            return Err(Range("default_file_size_mb", "above zero"));
+        }
+        if limits.default_open_files < zeroboot_engine::MIN_OPEN_FILES {
+            return Err(Range("default_open_files", "at least 32"));
         }
         if limits.max_body < 1024
             || limits.max_batch == 0

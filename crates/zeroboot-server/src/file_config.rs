@@ -20,6 +20,8 @@ pub struct FileConfig {
     pub trusted_proxies: Option<Vec<String>>,
     /// `/v1/metrics` needs no key.
     pub metrics_public: Option<bool>,
+    /// `GET /` is the page to try code on.
+    pub page: Option<bool>,
     /// How long live requests may take to end after the shutdown signal.
     pub drain_seconds: Option<f64>,
     /// How often each template's canary runs.
@@ -67,6 +69,10 @@ pub struct LimitsSection {
     pub max_processes: Option<u32>,
     pub default_output_bytes: Option<u64>,
     pub max_output_bytes: Option<u64>,
+    pub default_file_size_mb: Option<u64>,
+    pub max_file_size_mb: Option<u64>,
+    pub default_open_files: Option<u32>,
+    pub max_open_files: Option<u32>,
     pub key_rate: Option<f64>,
     pub key_concurrency: Option<u32>,
     pub anonymous_rate: Option<f64>,
@@ -187,6 +193,7 @@ impl FileConfig {
         config.keys_file.clone_from(&self.keys_file);
         config.tls = self.tls.clone().map(|tls| TlsFiles { cert: tls.cert, key: tls.key });
         put(self.metrics_public, &mut config.metrics_public);
+        put(self.page, &mut config.page);
         seconds("drain_seconds", self.drain_seconds, &mut config.drain)?;
         seconds("canary_interval_seconds", self.canary_interval_seconds, &mut config.canary_interval)?;
         seconds("reload_interval_seconds", self.reload_interval_seconds, &mut config.reload_interval)?;
@@ -213,6 +220,10 @@ impl FileConfig {
         put(from.max_processes, &mut to.max_processes);
         put(from.default_output_bytes, &mut to.default_output);
         put(from.max_output_bytes, &mut to.max_output);
+        put(from.default_file_size_mb.map(mebibytes), &mut to.default_file_size);
+        put(from.max_file_size_mb.map(mebibytes), &mut to.max_file_size);
+        put(from.default_open_files, &mut to.default_open_files);
+        put(from.max_open_files, &mut to.max_open_files);
         put(from.key_rate, &mut to.key_rate);
         put(from.demo_per_minute, &mut to.demo_per_minute);
         put(from.max_connections, &mut to.max_connections);

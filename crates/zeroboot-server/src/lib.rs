@@ -52,6 +52,7 @@ pub use openapi::openapi_json;
 pub use otlp::OtlpError;
 pub use overhead::{Overhead, OverheadError, measure_overhead};
 pub use serve::{ServeError, Server};
+pub use wire::nearest;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]

@@ -152,6 +152,12 @@ impl Modify for Paths {
             "200",
             response("One page of HTML").content("text/html", ContentBuilder::new().schema(Some(text())).build()),
         );
+        let page = get("page", "A page to try code on, unless it is switched off")
+            .response(
+                "200",
+                response("One page of HTML").content("text/html", ContentBuilder::new().schema(Some(text())).build()),
+            )
+            .response("404", failure("404"));
         let path =
             |method, operation: OperationBuilder| PathItemBuilder::new().operation(method, operation.build()).build();
         let paths = PathsBuilder::new()
@@ -160,7 +166,8 @@ impl Modify for Paths {
             .path("/v1/health", path(HttpMethod::Get, health))
             .path("/v1/metrics", path(HttpMethod::Get, metrics))
             .path("/openapi.json", path(HttpMethod::Get, openapi))
-            .path("/docs", path(HttpMethod::Get, docs));
+            .path("/docs", path(HttpMethod::Get, docs))
+            .path("/", path(HttpMethod::Get, page));
         document.paths = openapi_sandboxes::add(paths).build();
     }
 }

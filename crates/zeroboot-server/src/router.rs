@@ -88,6 +88,8 @@ fn api() -> Router<Arc<App>> {
         .route("/v1/sandboxes/{id}/files/watch", get(routes::files::watch))
         .route("/openapi.json", get(routes::docs::openapi))
         .route("/docs", get(routes::docs::page))
+        .route("/", get(routes::page::index))
+        .route("/page/{file}", get(routes::page::asset))
 }
 
 fn finish(routes: Router<Arc<App>>, app: Arc<App>, surface: Surface) -> Router {
@@ -212,6 +214,8 @@ fn known_route(path: &str) -> &'static str {
         "/openapi.json" => "/openapi.json",
         "/docs" => "/docs",
         "/mcp" => "/mcp",
+        "/" => "/",
+        "/page/{file}" => "/page/{file}",
         _ => SANDBOX_ROUTES.iter().find(|known| **known == path).copied().unwrap_or("other"),
     }
 }

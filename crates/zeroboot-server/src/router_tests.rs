@@ -580,6 +580,46 @@ async fn the_document_and_the_page_are_served() {
     }
 }
 
+#[tokio::test]
+async fn the_first_page_loads_nothing_from_elsewhere_and_can_be_switched_off() {
+    let fixture = Fixture::open();
+    let page = fixture.get("/").await;
+    assert_eq!((page.status, page.header("content-type")), (200, "text/html; charset=utf-8"));
+    let policy = page.header("content-security-policy").to_owned();
+    for part in
+        ["default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'", "form-action 'none'"]
+    {
+        assert!(policy.split("; ").any(|found| found.trim() == part), "no {part} in {policy}");
+    }
+    assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
+    let files: Vec<&str> = page.text.split('"').filter(|word| word.starts_with("/page/")).collect();
+    assert!(files.len() >= 3, "{files:?}");
+    let mut texts = vec![page.text.clone()];
+    for file in
+        ["/page/api.js", "/page/dom.js", "/page/live.js", "/page/output.js", "/page/snippets.js"].iter().chain(&files)
+    {
+        let answer = fixture.get(file).await;
+        assert_eq!((answer.status, answer.header("x-content-type-options")), (200, "nosniff"), "{file}");
+        assert_eq!(answer.header("content-security-policy"), policy, "{file}");
+        texts.push(answer.text);
+    }
+    for text in texts {
+        // The one name of a namespace is not an address that is asked.
+        let text = text.replace("http://www.w3.org/2000/svg", "");
+        for elsewhere in ["http://", "https://", "//cdn", "@import", " style=", "onclick", "innerHTML", "eval("] {
+            assert!(!text.contains(elsewhere), "{elsewhere} in the page");
+        }
+    }
+    assert_eq!(fixture.get("/page/nothing.js").await.status, 404);
+    assert_eq!(fixture.get("/page/..%2Fapp.rs").await.status, 404);
+    let config = ServerConfig { page: false, ..ServerConfig::default() };
+    let fixture = Fixture::new(config, None);
+    for path in ["/", "/page/main.js"] {
+        let answer = fixture.get(path).await;
+        assert_eq!((answer.status, answer.code().as_str()), (404, "not_found"), "{path}");
+    }
+}
+
 fn events(text: &str) -> Vec<(String, Value)> {
     let blocks = text.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
     let read = |block: &str| {

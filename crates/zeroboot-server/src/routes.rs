@@ -7,6 +7,7 @@ pub(crate) mod exec;
 pub(crate) mod files;
 pub(crate) mod follow;
 pub(crate) mod mcp;
+pub(crate) mod page;
 pub(crate) mod runs;
 pub(crate) mod sandboxes;
 pub(crate) mod status;

@@ -12,7 +12,7 @@ use crate::{
     config::RequestLimits,
     error::ApiError,
     gate::Caller,
-    wire::{Catalog, Few, FewNamed, Object, positive, whole, within},
+    wire::{Catalog, Few, FewNamed, Object, descriptors, positive, whole, within},
 };
 
 /// Most labels of one sandbox, and most bytes of one.
@@ -50,6 +50,14 @@ pub(crate) struct CreateBody {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     pub(crate) processes: Option<u64>,
+    /// The largest file that it may write, MiB.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    pub(crate) file_size_mb: Option<u64>,
+    /// Open descriptors of one process.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 32)]
+    pub(crate) open_files: Option<u64>,
 }
 
 impl CreateBody {
@@ -70,12 +78,18 @@ impl CreateBody {
         let usual = SandboxLimits::default();
         let processes = u64::from(usual.processes).min(bounds.max_processes.into());
         let processes = within("processes", self.processes, processes, bounds.max_processes.into(), 1)?;
+        let most = bounds.max_file_size;
+        let file_size = self.file_size_mb.map(|count| count.saturating_mul(MIB));
+        let file_size = within("file_size_mb", file_size, usual.file_size.min(most), most, MIB)?;
+        let most = bounds.max_open_files;
+        let open_files = descriptors("open_files", self.open_files, usual.open_files.min(most), most)?;
         Ok(SandboxSpec {
             env: self.env.map(|FewNamed(env)| env).unwrap_or_default().into_iter().collect(),
             limits: SandboxLimits {
                 memory: within("memory_mb", memory, bounds.default_memory, bounds.max_memory, MIB)?,
                 processes: u32::try_from(processes).unwrap_or(bounds.max_processes),
-                ..usual
+                file_size,
+                open_files,
             },
             lease: lease(self.timeout_seconds, bounds)?,
             idle_timeout: match self.idle_timeout_seconds {

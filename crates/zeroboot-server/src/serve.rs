@@ -17,7 +17,6 @@ use zeroboot_engine::{Engine, Isolation};
 use crate::{
     app::App,
     backend::Backend,
-    canary::Health,
     config::{ConfigError, Listen, ServerConfig},
     gate::Gate,
     keys::{KeyFileError, KeyRing},
@@ -99,6 +98,11 @@ impl Server {
         self.bound.iter().filter_map(|bound| bound.address().ok()).collect()
     }
 
+    /// Waits until a template has run code: from then on [`Server::run`] serves.
+    pub fn ready(&self) -> impl Future<Output = ()> + use<> {
+        self.app.canaries.passed()
+    }
+
     /// Whether callers need a key.
     pub fn has_keys(&self) -> bool {
         self.app.gate.has_keys()
@@ -124,10 +128,6 @@ impl Server {
             tls: tls.clone(),
         });
         let mut background = tokio::task::JoinSet::new();
-        let first = app.canaries.results(&app.backend, Duration::ZERO).await;
-        for (health, template) in first.iter().zip(&app.catalog.templates) {
-            tracing::info!(template = &*template.name, ready = health.result.is_ok(), "first canary");
-        }
         let places = connections.places.clone();
         background.spawn(async move { places.tidy().await });
         let budget = app.budget.clone();
@@ -146,7 +146,7 @@ impl Server {
             background.spawn(connections.clone().accept(one));
         }
         drop(connections);
-        background.spawn(prove(app.clone(), manager.clone(), first));
+        background.spawn(prove(app.clone(), manager.clone()));
         tracing::info!(?addresses, keys = app.gate.has_keys(), tls = app.config.tls.is_some(), "listening");
 
         shutdown.await;
@@ -183,7 +183,16 @@ impl Server {
 }
 
 /// Runs the canaries until the server ends. `READY=1` is said when the first of them passes.
-async fn prove(app: Arc<App>, manager: Arc<Manager>, mut results: Vec<Health>) {
+async fn prove(app: Arc<App>, manager: Arc<Manager>) {
+    if let Some(engine) = app.backend.engine() {
+        manager.tell("STATUS=Warming the templates");
+        // Which of them failed, their canaries say.
+        let _failed = engine.warm().await;
+    }
+    let mut results = app.canaries.results(&app.backend, Duration::ZERO).await;
+    for (health, template) in results.iter().zip(&app.catalog.templates) {
+        tracing::info!(template = &*template.name, ready = health.result.is_ok(), "first canary");
+    }
     let mut ready = false;
     while !app.draining.load(Ordering::SeqCst) {
         if !ready && results.iter().any(|health| health.result.is_ok()) {

@@ -9,7 +9,7 @@ use serde::{
     de::{self, DeserializeSeed, IgnoredAny},
 };
 use utoipa::ToSchema;
-use zeroboot_engine::{ExecRequest, InputFile, MAX_ENV, MAX_FILES, Stdin};
+use zeroboot_engine::{ExecRequest, InputFile, MAX_ENV, MAX_FILES, MIN_OPEN_FILES, Stdin};
 
 use crate::{config::RequestLimits, error::ApiError};
 
@@ -21,7 +21,9 @@ pub(crate) struct ExecBody {
     /// The code.
     #[schema(min_length = 1, example = "print(1 + 1)")]
     pub(crate) code: String,
-    /// The language; `python` if neither this nor `template` is given. `javascript` is another word for `node`.
+    /// The language: `python`, `node`, `bash` or `typescript`; `python` if neither this nor `template` is given.
+    /// `javascript` is another word for `node`. `bash` runs in a Python template and `typescript` in a Node template, so
+    /// these two may be given together with `template`.
     #[schema(example = "python")]
     pub(crate) language: Option<String>,
     /// The template's name, instead of a language.
@@ -41,7 +43,7 @@ pub(crate) struct ExecBody {
     /// Files to put into the working directory: path to content.
     #[schema(value_type = Option<BTreeMap<String, DataSchema>>)]
     pub(crate) files: Option<FewNamed<Data, MAX_FILES>>,
-    /// Paths of files to bring back.
+    /// Paths to bring back: files, directories, and patterns such as `out/*.csv` or `**/*.png`.
     #[schema(value_type = Option<Vec<String>>)]
     pub(crate) output_files: Option<Few<String, MAX_FILES>>,
     /// What the sandbox may use.
@@ -69,6 +71,14 @@ pub(crate) struct LimitsBody {
     /// CPU time of all its processes, seconds.
     #[schema(exclusive_minimum = 0)]
     pub(crate) cpu_seconds: Option<f64>,
+    /// The largest file that it may write, MiB.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    pub(crate) file_size_mb: Option<u64>,
+    /// Open descriptors of one process.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 32)]
+    pub(crate) open_files: Option<u64>,
 }
 
 /// A whole number. In JSON 64.0 is one as well, and some languages write it so.
@@ -380,12 +390,35 @@ fn parse_as<'a, S: DeserializeSeed<'a>>(body: &'a [u8], seed: S) -> Result<S::Va
     Ok(value)
 }
 
+/// Longest unknown name, in bytes, that is compared with the known ones.
+const LONGEST_WORD: usize = 64;
+
+/// The name that was probably meant.
+pub fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let near = names.into_iter().map(|known| (strsim::jaro_winkler(known, word), known));
+    near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8).map(|(_, known)| known)
+}
+
+/// Which field was probably meant, where the parser met an unknown one: its words are "unknown field `a`, expected one of
+/// `b`, `c`".
+fn meant(text: &str) -> Option<String> {
+    let rest = text.strip_prefix("unknown field `")?;
+    // The caller's word can be anything; the known ones are ours, and stand last.
+    let (word, known) = rest.rsplit_once("`, expected ")?;
+    if word.len() > LONGEST_WORD {
+        return None;
+    }
+    let near = nearest(word, known.split('`').skip(1).step_by(2))?;
+    Some(format!("; did you mean `{near}`?"))
+}
+
 /// The parser's words, at most 300 characters of them: they can quote the caller's own values, which can be long.
 fn blunt(error: &serde_json::Error) -> String {
     let text = error.to_string();
+    let meant = meant(&text).unwrap_or_default();
     match text.char_indices().nth(300) {
-        Some((at, _)) => format!("{}… (line {}, column {})", &text[..at], error.line(), error.column()),
-        None => text,
+        Some((at, _)) => format!("{}… (line {}, column {}){meant}", &text[..at], error.line(), error.column()),
+        None => text + &meant,
     }
 }
 
@@ -435,6 +468,15 @@ impl Catalog {
     }
 }
 
+/// A language that runs in another one's template: its name, that language, and what its code is called there.
+fn guest_language(word: &str) -> Option<(&'static str, &'static str, &'static str)> {
+    match word {
+        "bash" | "sh" | "shell" => Some(("bash", "python", zeroboot_engine::INLINE_BASH)),
+        "typescript" | "ts" => Some(("typescript", "node", zeroboot_engine::INLINE_TYPESCRIPT)),
+        _ => None,
+    }
+}
+
 fn quoted(word: &str) -> String {
     format!("{:?}", word.chars().take(60).collect::<String>())
 }
@@ -446,8 +488,26 @@ impl ExecBody {
         catalog: &Catalog,
         bounds: &RequestLimits,
     ) -> Result<(ExecRequest, Named), ApiError> {
-        let template = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
+        let guest = self.language.as_deref().and_then(guest_language);
+        let template = match (guest, &self.template) {
+            (Some((asked, host, _)), Some(name)) => {
+                let template = catalog.choose(None, Some(name))?;
+                if *template.language != *host {
+                    let text = format!("{asked} runs in a {host} template, and {} is not one", quoted(name));
+                    return Err(ApiError::new("invalid_request", text));
+                }
+                template
+            }
+            (Some((asked, host, _)), None) => catalog.choose(Some(host), None).map_err(|_| {
+                let text = format!("{asked} runs in a {host} template, and this server has none");
+                ApiError::new("unknown_language", text)
+            })?,
+            (None, template) => catalog.choose(self.language.as_deref(), template.as_deref())?,
+        };
         let mut request = ExecRequest::new(&*template.name, self.code);
+        if let Some((_, _, name)) = guest {
+            request.name = name.into();
+        }
         request.limits.timeout = match self.timeout_seconds {
             None => bounds.default_timeout,
             Some(given) => {
@@ -467,6 +527,11 @@ impl ExecBody {
         request.limits.processes = u32::try_from(processes).unwrap_or(bounds.max_processes);
         request.limits.output =
             within("limits.output_bytes", limits.output_bytes, bounds.default_output, bounds.max_output, 1)?;
+        let file_size = limits.file_size_mb.map(|count| count.saturating_mul(mib));
+        let (usual, most) = (bounds.default_file_size, bounds.max_file_size);
+        request.limits.file_size = within("limits.file_size_mb", file_size, usual, most, mib)?;
+        let (usual, most) = (bounds.default_open_files, bounds.max_open_files);
+        request.limits.open_files = descriptors("limits.open_files", limits.open_files, usual, most)?;
         request.limits.cpu = match limits.cpu_seconds {
             None => None,
             Some(given) => {
@@ -500,6 +565,14 @@ pub(crate) fn within(name: &str, given: Option<u64>, default: u64, most: u64, un
         Some(value) if value > 0 && value <= most => Ok(value),
         Some(_) => Err(ApiError::new("invalid_limits", format!("{name} must be above 0 and at most {}", most / unit))),
     }
+}
+
+/// A limit of open descriptors.
+pub(crate) fn descriptors(name: &str, given: Option<u64>, default: u32, most: u32) -> Result<u32, ApiError> {
+    let Some(given) = given else { return Ok(default) };
+    u32::try_from(given).ok().filter(|count| (MIN_OPEN_FILES..=most).contains(count)).ok_or_else(|| {
+        ApiError::new("invalid_limits", format!("{name} must be at least {MIN_OPEN_FILES} and at most {most}"))
+    })
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ fn a_full_request_arrives_whole() {
     let (request, _) = request(
         r#"{"code": "1", "template": "science", "timeout_seconds": 0.25, "stdin": {"base64": "AP8="},
             "env": {"A": "b"}, "args": ["x", "y"], "files": {"a/b.txt": "text", "c.sh": {"text": "t", "executable": true}},
-            "output_files": ["out"], "limits": {"memory_mb": 64, "processes": 3, "output_bytes": 5, "cpu_seconds": 0.5}}"#,
+            "output_files": ["out"], "limits": {"memory_mb": 64, "processes": 3, "output_bytes": 5, "cpu_seconds": 0.5,
+            "file_size_mb": 100, "open_files": 512}}"#,
     )
     .unwrap();
     assert_eq!(request.template, "science");
@@ -39,6 +40,7 @@ fn a_full_request_arrives_whole() {
     assert_eq!(request.output_files, ["out"]);
     assert_eq!((request.limits.memory, request.limits.processes, request.limits.output), (64 << 20, 3, 5));
     assert_eq!(request.limits.cpu, Some(Duration::from_millis(500)));
+    assert_eq!((request.limits.file_size, request.limits.open_files), (100 << 20, 512));
 }
 
 #[test]
@@ -57,6 +59,12 @@ fn languages_and_templates_are_looked_up_and_never_guessed() {
     assert_eq!(template(r#"{"code": "1", "language": "python"}"#), "python");
     assert_eq!(template(r#"{"code": "1", "language": "node"}"#), "node");
     assert_eq!(template(r#"{"code": "1", "language": "javascript"}"#), "node");
+    assert_eq!(template(r#"{"code": "1", "language": "bash"}"#), "python");
+    assert_eq!(template(r#"{"code": "1", "language": "typescript"}"#), "node");
+    let (shell, _) = request(r#"{"code": "ls", "language": "bash", "template": "science"}"#).unwrap();
+    assert_eq!((shell.template.as_str(), shell.name.as_str()), ("science", zeroboot_engine::INLINE_BASH));
+    let (code, text) = refused(r#"{"code": "1", "language": "bash", "template": "node"}"#);
+    assert_eq!((code, text.as_str()), ("invalid_request", "bash runs in a python template, and \"node\" is not one"));
     let (code, text) = refused(r#"{"code": "1", "language": "ruby"}"#);
     assert_eq!((code, text.as_str()), ("unknown_language", "Unknown language \"ruby\"; there are: python, node"));
     assert_eq!(refused(r#"{"code": "1", "template": "python3"}"#).0, "unknown_template");
@@ -107,6 +115,26 @@ fn errors_name_the_field() {
 }
 
 #[test]
+fn an_unknown_field_is_told_which_one_was_probably_meant() {
+    for (json, meant) in [
+        (r#"{"code": "1", "timeout": 5}"#, Some("timeout_seconds")),
+        (r#"{"code": "1", "timeoutSeconds": 5}"#, Some("timeout_seconds")),
+        (r#"{"code": "1", "lang": "python"}"#, Some("language")),
+        (r#"{"code": "1", "limits": {"memory": 5}}"#, Some("memory_mb")),
+        (r#"{"code": "1", "`, expected `x`": 5}"#, None),
+        (r#"{"code": "1", "zzz": 5}"#, None),
+    ] {
+        let (_, text) = refused(json);
+        match meant {
+            Some(meant) => assert!(text.ends_with(&format!("; did you mean `{meant}`?")), "{json}: {text}"),
+            None => assert!(!text.contains("did you mean"), "{json}: {text}"),
+        }
+    }
+    let long = format!(r#"{{"code": "1", "timeout{}": 5}}"#, "t".repeat(10_000));
+    assert!(!refused(&long).1.contains("did you mean"));
+}
+
+#[test]
 fn of_a_list_that_is_too_long_little_more_than_allowed_is_kept() {
     let items = vec![r#"{"code": "1"}"#; 5000].join(",");
     let json = format!(r#"{{"executions": [{items}]}}"#);
@@ -153,6 +181,10 @@ fn numbers_that_no_sandbox_can_have_are_refused() {
         (r#""limits": {"processes": 100000}"#, "invalid_limits"),
         (r#""limits": {"output_bytes": 0}"#, "invalid_limits"),
         (r#""limits": {"cpu_seconds": -0.5}"#, "invalid_limits"),
+        (r#""limits": {"file_size_mb": 0}"#, "invalid_limits"),
+        (r#""limits": {"file_size_mb": 1025}"#, "invalid_limits"),
+        (r#""limits": {"open_files": 31}"#, "invalid_limits"),
+        (r#""limits": {"open_files": 1025}"#, "invalid_limits"),
         (r#""limits": {"memory_mb": -1}"#, "invalid_request"),
         (r#""files": {"../x": "a"}"#, "invalid_files"),
         (r#""output_files": ["/etc/passwd"]"#, "invalid_files"),

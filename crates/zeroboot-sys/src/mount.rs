@@ -66,7 +66,7 @@ pub struct RootPlan {
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Empty directories: the mount points of each sandbox's own file systems.
     pub directories: Vec<PathBuf>,
-    /// Symbolic links: path and where it leads.
+    /// Symbolic links: path and where it leads. One is left out where something else of the plan is.
     pub links: Vec<(PathBuf, PathBuf)>,
 }
 
@@ -127,7 +127,15 @@ pub fn enter_root(plan: &RootPlan) -> io::Result<()> {
         fs::create_dir_all(inside(path)).map_err(at("make", path))?;
     }
     for (path, target) in &plan.links {
-        symlink(target, inside(path)).map_err(at("link", path))?;
+        let link = inside(path);
+        // What is bound is read-only.
+        if plan.binds.iter().any(|bind| path.starts_with(bind)) || link.symlink_metadata().is_ok() {
+            continue;
+        }
+        if let Some(parent) = link.parent() {
+            fs::create_dir_all(parent).map_err(at("make the directory of", path))?;
+        }
+        symlink(target, &link).map_err(at("link", path))?;
     }
     if !plan.covered.is_empty() {
         let empty = inside(Path::new(EMPTY));

@@ -238,6 +238,12 @@ pub(crate) fn finish(tree: &mut Tree, recipe: &Recipe) -> Result<(), RootfsError
     // The name that programs written for E2B use.
     tree.remove("home/user");
     tree.symlink("home/user", "/home/sandbox");
+    // Names that other sandboxes have for the home directory: models write to them from habit. An image may use them itself.
+    for other in ["workspace", "mnt/data"] {
+        if !tree.contains(other) {
+            tree.symlink(other, "/home/sandbox");
+        }
+    }
     // It holds times and inode numbers of this machine.
     tree.remove("var/cache");
     tree.directory("var/cache", 0o755, 0);

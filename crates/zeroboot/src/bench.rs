@@ -10,6 +10,7 @@ pub(crate) mod vm;
 use std::{sync::Mutex, time::Duration};
 
 use anyhow::{Context, ensure};
+use clap::ValueEnum as _;
 use serde::Serialize;
 use zeroboot_engine::{Engine, ExecRequest, Outcome, TemplateConfig};
 
@@ -91,7 +92,8 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     let host = stats::HostFacts::read();
     let name = if engine == EngineChoice::Vm { "vm" } else { "process" };
     printer::line(&host)?;
-    printer::line(format_args!("engine {name}: {why}\n"))?;
+    printer::line(format_args!("engine {name}: {why}"))?;
+    printer::line(size(args, stand_in))?;
     let mut results = Results::default();
     if engine == EngineChoice::Vm && wants(BenchWhat::Fork) {
         vm::fork_path(args, stand_in, &mut results)?;
@@ -109,6 +111,31 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<u8> {
     }
     Ok(0)
 }
+
+/// How large it will be, before it begins.
+fn size(args: &BenchArgs, stand_in: bool) -> String {
+    let wants = |what| args.what.is_empty() || args.what.contains(&what);
+    let timed = [BenchWhat::Exec, BenchWhat::Cpu, BenchWhat::Fork, BenchWhat::Serve];
+    let names = timed.map(|what| (what, what.to_possible_value()));
+    let names: Vec<String> = names
+        .iter()
+        .filter(|(what, _)| wants(*what) && (!stand_in || *what == BenchWhat::Fork))
+        .filter_map(|(_, value)| Some(value.as_ref()?.get_name().to_owned()))
+        .collect();
+    let mut parts = Vec::new();
+    if !names.is_empty() {
+        parts.push(format!("{}: {} repetitions each (--repeat)", names.join(", "), args.repeat));
+    }
+    if wants(BenchWhat::Density) {
+        let (alive, gib) = (args.alive, f64::from(args.alive) * DENSITY_MIB / 1024.0);
+        parts.push(format!("density: up to {alive} sandboxes alive at once (--alive), which takes some {gib:.1} GiB"));
+    }
+    format!("{}\n", parts.join("; "))
+}
+
+/// Memory, MiB, that a sandbox of the density measurement takes from the host, page tables included: the largest figure in
+/// docs/benchmarks.md, rounded up.
+const DENSITY_MIB: f64 = 5.0;
 
 /// The measurements that are the same for both engines.
 fn through_the_engine(args: &BenchArgs, engine: EngineChoice, results: &mut Results) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use zeroboot_engine::MIN_OPEN_FILES;
 use zeroboot_server::env;
 
 use crate::{sandbox::args::SandboxArgs, units};
@@ -171,6 +172,32 @@ pub(crate) enum Runtime {
     Node,
 }
 
+/// What `zeroboot run` takes as the language: a runtime, or what runs in one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Language {
+    /// Python 3.9 or newer.
+    Python,
+    /// Node.js 18 or newer.
+    #[value(aliases = ["javascript", "js"])]
+    Node,
+    /// TypeScript, by the stripping of types of Node.js 22.18 or newer.
+    #[value(alias = "ts")]
+    Typescript,
+    /// The shell of a Python template.
+    #[value(aliases = ["sh", "shell"])]
+    Bash,
+}
+
+impl Language {
+    /// Whose template it runs in.
+    pub(crate) fn runtime(self) -> Runtime {
+        match self {
+            Language::Python | Language::Bash => Runtime::Python,
+            Language::Node | Language::Typescript => Runtime::Node,
+        }
+    }
+}
+
 /// Where sandboxes come from.
 #[derive(Args, Debug)]
 pub(crate) struct TemplateArgs {
@@ -207,9 +234,13 @@ pub(crate) struct RunArgs {
     #[arg(value_name = "FILE] [ARG", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 
+    /// Open the interpreter's prompt on our terminal, after the code if there is any.
+    #[arg(short = 'i', long, conflicts_with_all = ["timeout", "cpu_time", "max_output", "stdin", "get", "json", "verbose"])]
+    pub(crate) interactive: bool,
+
     /// The language [default: that of the file's name, else python].
     #[arg(long, value_enum)]
-    pub(crate) runtime: Option<Runtime>,
+    pub(crate) runtime: Option<Language>,
 
     /// A template by name, instead of a runtime: python, node, data-science, or one that was built (VM engine).
     #[arg(long, value_name = "NAME", conflicts_with = "runtime")]
@@ -247,6 +278,14 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::size)]
     pub(crate) max_output: u64,
 
+    /// The largest file that the code may write, such as 200M.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = units::size)]
+    pub(crate) max_file: u64,
+
+    /// Descriptors that one process may have open.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(i64::from(MIN_OPEN_FILES)..))]
+    pub(crate) open_files: u32,
+
     /// An environment variable for the code; KEY alone passes on your own value. May be repeated.
     #[arg(short = 'e', long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,
@@ -255,13 +294,20 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
 
-    /// A file to put into the working directory, under its own name or NAME. May be repeated.
+    /// A file or a directory to put into the working directory, under its own name or NAME. The files of `.` get no
+    /// directory. Links in a directory are left out. May be repeated.
     #[arg(long = "put", value_name = "FILE[:NAME]")]
     pub(crate) put: Vec<String>,
 
-    /// A file to bring back from the working directory, to its own name or FILE. May be repeated.
+    /// A file to bring back from the working directory, to its own name or FILE. A directory or a pattern, such as
+    /// 'out/*.png' (`**` means any directories), brings new files, which keep their paths, below FILE if it is given.
+    /// May be repeated. The command fails when one brings nothing.
     #[arg(long = "get", value_name = "NAME[:FILE]")]
     pub(crate) get: Vec<String>,
+
+    /// Bring back all new files of the working directory, into DIR. The command fails when there are none.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) get_all: Option<String>,
 
     /// Print one JSON object instead of the output: the API's answer.
     #[arg(long)]
@@ -339,9 +385,13 @@ pub(crate) struct ServeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct KeyFileArgs {
-    /// The key file.
+    /// The key file [default: the `keys_file` of the server's configuration].
     #[arg(long, value_name = "FILE", env = env::API_KEYS_FILE)]
-    pub(crate) keys_file: PathBuf,
+    pub(crate) keys_file: Option<PathBuf>,
+
+    /// The server's configuration file.
+    #[arg(long, value_name = "FILE", env = env::CONFIG)]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

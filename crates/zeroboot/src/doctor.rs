@@ -197,6 +197,7 @@ async fn canary(runtime: Runtime, args: &DoctorArgs, checks: &mut Vec<Check>) ->
         Ok(template) => template,
         Err(error) => return missing(error.to_string(), crate::hint::of(&error)),
     };
+    let interpreter = resolve::runtime_of(&template.spec);
     let limits = Limits { timeout: Duration::from_secs(10), ..Limits::default() };
     let config = match resolve::engine_config(vec![template], 1, limits.memory) {
         Ok(config) => config,
@@ -238,9 +239,12 @@ async fn canary(runtime: Runtime, args: &DoctorArgs, checks: &mut Vec<Check>) ->
     engine.shutdown(Duration::from_secs(1)).await;
     match ran {
         Ok(done) if done.report.outcome == (Outcome::Exited { code: 0 }) && done.stdout == b"42\n" => {
-            let version = status.map(|s| s.version).unwrap_or_default();
+            let (version, warmed) = status.map(|status| (status.version, status.warmed)).unwrap_or_default();
+            let warmed =
+                if warmed.is_empty() { "nothing warmed".to_owned() } else { format!("warm: {}", warmed.join(", ")) };
             let fork = done.report.fork_time.as_secs_f64() * 1e3;
-            let found = format!("{version}: ran a line of code (fork {fork:.1} ms, not pooled)");
+            let found =
+                format!("{version} ({interpreter}): ran a line of code (fork {fork:.1} ms, not pooled); {warmed}");
             (Check { what, verdict: Verdict::Ok, found, mend: None }, true)
         }
         Ok(done) => missing(

@@ -14,6 +14,7 @@ mod run;
 mod sandbox;
 mod serve;
 mod template;
+mod terminal;
 mod units;
 mod zygote;
 
@@ -25,6 +26,9 @@ use clap::{CommandFactory as _, Parser};
 pub(crate) const OWN_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {
+    if let Some(cache) = zeroboot_template::paths::cache_dir() {
+        zeroboot_process::keep_in(cache);
+    }
     // Before anything else: a zygote must have one thread, and neither flags nor logs.
     if std::env::args_os().nth(1).is_some_and(|arg| arg == "__zygote") {
         return ExitCode::from(zygote::main());

@@ -193,6 +193,14 @@ pub(crate) fn template(
     Ok(made)
 }
 
+/// The interpreter of a template of the process engine; the directory of a VM's.
+pub(crate) fn runtime_of(spec: &ZygoteSpec) -> String {
+    match spec {
+        ZygoteSpec::Process { interpreter, .. } => interpreter.display().to_string(),
+        ZygoteSpec::Vm { template } => template.display().to_string(),
+    }
+}
+
 /// This host's memory, bytes.
 pub(crate) fn total_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -1,5 +1,7 @@
 //! `zeroboot run`: one piece of code, its streams and its exit status.
 
+mod interactive;
+
 use std::{
     ffi::{OsStr, OsString},
     io::{self, IsTerminal as _, Read},
@@ -16,40 +18,62 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use zeroboot_engine::{
-    Engine, Event, ExecRequest, Execution, InputFile, InvalidRequest, Limits, MAX_CODE, Outcome, Report, Stdin,
+    Engine, Event, ExecRequest, Execution, INLINE_BASH, INLINE_TYPESCRIPT, InputFile, InvalidRequest, Limits, MAX_CODE,
+    MAX_FILES, MAX_FILES_BYTES, Outcome, Report, Stdin,
 };
+use zeroboot_proto::pattern::is_meant;
 
 use crate::{
-    cli::{RunArgs, Runtime},
+    cli::{Language, RunArgs, Runtime},
     hint::hinted,
     printer, resolve,
 };
 
 /// Runs it; gives the exit status.
 pub(crate) fn run(args: RunArgs) -> anyhow::Result<u8> {
-    let source = read_source(&args)?;
-    let runtime = match args.runtime {
-        Some(runtime) => runtime,
-        None => by_name(&source.name)?.unwrap_or(Runtime::Python),
+    let mut source = read_source(&args)?;
+    let language = match args.runtime {
+        Some(language) => language,
+        None => by_name(&source.name)?.unwrap_or(Language::Python),
     };
+    source.name = told_by_name(source.name, language);
+    let runtime = language.runtime();
     let recipe = resolve::chosen_recipe(args.recipe.as_deref(), args.template.as_deref(), runtime, &args.with)?;
     let runtime = recipe.as_ref().map_or(runtime, |recipe| recipe.runtime.into());
     let mut request = request(&args, source, runtime)?;
     // What can be refused without a sandbox is refused without waiting for one.
-    request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    let nothing = args.interactive && request.code.is_empty();
+    if args.interactive {
+        interactive::check()?;
+    }
+    if !nothing {
+        request.check().map_err(|error| bad_request(error, args.code.is_some()))?;
+    }
     let (engine, _why) = resolve::choose_engine(args.from.engine.unwrap_or_default())?;
     let asked = resolve::Asked { runtime, recipe: recipe.as_ref(), template: args.template.as_deref() };
-    let template = resolve::template(engine, asked, &args.from, Some(&request.code))?;
+    // The shell imports nothing.
+    let mentioned = if language == Language::Bash { &[][..] } else { &request.code[..] };
+    let template = resolve::template(engine, asked, &args.from, Some(mentioned))?;
+    if matches!(language, Language::Bash | Language::Typescript) && template.language != language.runtime().name() {
+        let (name, needed) = (&request.name, language.runtime().name());
+        return Err(hinted(
+            format!("{name} needs a {needed} template, and {} is a {} template", template.name, template.language),
+            format!("take another --template, or leave it out for {needed}"),
+        ));
+    }
     request.template.clone_from(&template.name);
-    let language = template.language.clone();
+    let (language, what) = (template.language.clone(), resolve::runtime_of(&template.spec));
     let config =
         resolve::engine_config(vec![template], 1, request.limits.memory.max(1 << 20).next_multiple_of(1 << 20))?;
+    if args.interactive {
+        return interactive::run(config, request, &language);
+    }
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = tokio.block_on(async {
         let mut interrupts = Interrupts::new()?;
         let work = async {
             let engine = Engine::start(config).await?;
-            let status = drive(&engine, request, &args, &language).await;
+            let status = drive(&engine, request, &args, &language, &what).await;
             engine.shutdown(SHUTDOWN).await;
             status
         };
@@ -76,6 +100,9 @@ fn read_source(args: &RunArgs) -> anyhow::Result<Source> {
     if let Some(code) = &args.code {
         let rest = args.args.iter().map(|arg| text(arg)).collect::<Result<_, _>>()?;
         return Ok(Source { code: Bytes::copy_from_slice(code.as_bytes()), name: "-c".into(), args: rest });
+    }
+    if args.interactive && args.args.is_empty() {
+        return Ok(Source { code: Bytes::new(), name: String::new(), args: Vec::new() });
     }
     let piped = [std::ffi::OsString::from("-")];
     let words = if args.args.is_empty() && !io::stdin().is_terminal() { &piped[..] } else { &args.args };
@@ -116,9 +143,8 @@ fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
     let name = |word: &OsStr| word.to_string_lossy().split('=').next().unwrap_or_default().to_owned();
     let option = name(file);
     if option.starts_with('-') && option != "-" {
-        let near = ours.iter().map(|known| (strsim::jaro_winkler(known, &option), known));
-        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.8);
-        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |(_, known)| format!("did you mean {known}?"));
+        let near = zeroboot_server::nearest(&option, ours.iter().map(String::as_str));
+        let hint = near.map_or("see `zeroboot run --help`".to_owned(), |known| format!("did you mean {known}?"));
         return Err(hinted(format!("there is no option {option}"), hint));
     }
     for word in rest {
@@ -133,22 +159,33 @@ fn refuse_options(file: &OsStr, rest: &[OsString]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The language of a file by its name; python if it says nothing.
-fn by_name(name: &str) -> anyhow::Result<Option<Runtime>> {
+/// The language of a file by its name; `None` if it says nothing.
+fn by_name(name: &str) -> anyhow::Result<Option<Language>> {
     let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or_default();
-    let other = |what: &str, hint: &str| Err(hinted(format!("{name} is {what}, which is not run yet"), hint));
     match extension.to_ascii_lowercase().as_str() {
-        "py" => Ok(Some(Runtime::Python)),
-        "js" | "mjs" | "cjs" => Ok(Some(Runtime::Node)),
-        "ts" | "mts" | "cts" | "tsx" | "jsx" => other(
-            "TypeScript or JSX",
+        "py" => Ok(Some(Language::Python)),
+        "js" | "mjs" | "cjs" => Ok(Some(Language::Node)),
+        "ts" | "mts" | "cts" => Ok(Some(Language::Typescript)),
+        "sh" | "bash" => Ok(Some(Language::Bash)),
+        "tsx" | "jsx" => Err(hinted(
+            format!("{name} has JSX, which is not run"),
             "compile it to JavaScript first, such as with `npx esbuild FILE`, or name a language with --runtime",
-        ),
-        "sh" | "bash" => other(
-            "a shell script",
-            "put it in with --put and run it from Python: subprocess.run(['bash', 'FILE']), or name a language with --runtime",
-        ),
+        )),
         _ => Ok(None),
+    }
+}
+
+/// The name under which the runner takes the code for what it is: its extension decides there.
+fn told_by_name(name: String, language: Language) -> String {
+    let says = by_name(&name).ok().flatten();
+    match (name.as_str(), language) {
+        ("-c" | "-", Language::Bash) => INLINE_BASH.into(),
+        ("-c" | "-", Language::Typescript) => INLINE_TYPESCRIPT.into(),
+        (_, Language::Bash) if says != Some(Language::Bash) => name + ".sh",
+        (_, Language::Typescript) if says != Some(Language::Typescript) => name + ".ts",
+        (_, Language::Python) if says == Some(Language::Bash) => name + ".py",
+        (_, Language::Node) if says == Some(Language::Typescript) => name + ".js",
+        _ => name,
     }
 }
 
@@ -181,13 +218,13 @@ fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<E
         });
     }
     for put in &args.put {
-        let (file, name) = put.split_once(':').unwrap_or((put, file_name(put)));
-        let data = std::fs::read(file)
-            .map_err(|e| hinted(format!("cannot read {file}: {e}"), "--put takes FILE or FILE:NAME"))?;
-        request.files.push(InputFile { path: name.into(), data: data.into(), executable: false });
+        let (file, name) = put.split_once(':').unwrap_or((put, file_name(put.trim_end_matches('/'))));
+        take(Path::new(file), name.trim_end_matches('/').to_owned(), &mut request.files)
+            .map_err(|e| hinted(format!("cannot read {file}: {e}"), "--put takes FILE, DIRECTORY or FILE:NAME"))?;
     }
     request.output_files =
         args.get.iter().map(|get| get.split_once(':').map_or(get.as_str(), |g| g.0).into()).collect();
+    request.output_files.extend(args.get_all.iter().map(|_| ALL.to_owned()));
     request.stdin = match &args.stdin {
         None if args.code.is_none() && args.args.first().is_none_or(|a| a == "-") => Stdin::Empty,
         None => Stdin::Stream,
@@ -204,9 +241,40 @@ fn request(args: &RunArgs, source: Source, runtime: Runtime) -> anyhow::Result<E
         memory: args.memory,
         processes: args.processes,
         output: args.max_output,
+        file_size: args.max_file,
+        open_files: args.open_files,
         ..Limits::default()
     };
     Ok(request)
+}
+
+/// The pattern of all files.
+const ALL: &str = "**";
+
+/// Reads a file, or all files below a directory; other things in it are left out. It stops above the request's limits,
+/// which the request's own check then names.
+fn take(from: &Path, name: String, files: &mut Vec<InputFile>) -> io::Result<()> {
+    let seen = std::fs::metadata(from)?;
+    if !seen.is_dir() {
+        let executable = std::os::unix::fs::PermissionsExt::mode(&seen.permissions()) & 0o111 != 0;
+        let held: usize = files.iter().map(|file| file.data.len()).sum();
+        let data = if held > MAX_FILES_BYTES { Bytes::new() } else { std::fs::read(from)?.into() };
+        files.push(InputFile { path: name, data, executable });
+        return Ok(());
+    }
+    let mut entries = std::fs::read_dir(from)?.collect::<io::Result<Vec<_>>>()?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let kind = entry.file_type()?;
+        if (kind.is_dir() || kind.is_file()) && files.len() <= MAX_FILES {
+            let own = entry.file_name();
+            let own = own.to_str().ok_or_else(|| io::Error::other(format!("{own:?} is not valid UTF-8")))?;
+            // The contents of `.` have no directory around them.
+            let path = if matches!(name.as_str(), "" | ".") { own.to_owned() } else { format!("{name}/{own}") };
+            take(&entry.path(), path, files)?;
+        }
+    }
+    Ok(())
 }
 
 fn file_name(path: &str) -> &str {
@@ -214,7 +282,13 @@ fn file_name(path: &str) -> &str {
 }
 
 /// Passes the streams through until the end.
-async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: &str) -> anyhow::Result<u8> {
+async fn drive(
+    engine: &Engine,
+    request: ExecRequest,
+    args: &RunArgs,
+    language: &str,
+    what: &str,
+) -> anyhow::Result<u8> {
     let timeout = request.limits.timeout;
     let template = request.template.clone();
     let mut execution = engine.exec(request).await?;
@@ -232,6 +306,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
         return json(execution, &template, language).await;
     }
     let mut output = Output::start();
+    let mut missing = false;
     loop {
         let event = tokio::select! {
             biased;
@@ -243,7 +318,7 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
             Event::Started => {}
             Event::Stdout(bytes) => output.write(Piece::Stdout(bytes)).await,
             Event::Stderr(bytes) => output.write(Piece::Stderr(bytes)).await,
-            Event::File(file) => save(&file, &args.get)?,
+            Event::File(file) => missing |= !save(&file, args)?,
             Event::End(report) => {
                 // The reader may pause for hours yet.
                 engine.shutdown(SHUTDOWN).await;
@@ -255,9 +330,9 @@ async fn drive(engine: &Engine, request: ExecRequest, args: &RunArgs, language: 
                 explain(&report, timeout, args.memory);
                 not_warmed(engine, args);
                 if args.verbose {
-                    verbose(engine, &execution, &report);
+                    verbose(engine, &execution, &report, what);
                 }
-                return Ok(report.outcome.exit_code() as u8);
+                return Ok(status(&report, missing));
             }
         }
     }
@@ -317,24 +392,39 @@ fn status_without_a_reader(written: Result<io::Result<()>, oneshot::error::RecvE
     }
 }
 
-/// Saves a file that came back.
-fn save(file: &zeroboot_engine::OutputFile, wanted: &[String]) -> anyhow::Result<()> {
-    let target = wanted
-        .iter()
-        .find_map(|get| match get.split_once(':') {
-            Some((name, to)) if name == file.path => Some(PathBuf::from(to)),
-            None if *get == file.path => Some(PathBuf::from(file_name(get))),
-            _ => None,
-        })
-        .context("a file came back that was not asked for")?;
-    match &file.data {
-        Ok(data) => std::fs::write(&target, data)
-            .map_err(|e| hinted(format!("cannot write {}: {e}", target.display()), "--get takes NAME or NAME:FILE")),
+/// The exit status. Where a file is missing the code may have ended well, but the caller does not have what it asked for.
+fn status(report: &Report, missing: bool) -> u8 {
+    let status = report.outcome.exit_code() as u8;
+    if missing && status == 0 { 1 } else { status }
+}
+
+/// Saves a file that came back. Whether it did: `false` where there is a reason instead.
+fn save(file: &zeroboot_engine::OutputFile, args: &RunArgs) -> anyhow::Result<bool> {
+    let data = match &file.data {
+        Ok(data) => data,
         Err(reason) => {
             printer::note(format_args!("zeroboot: {}: {reason}", file.path));
-            Ok(())
+            return Ok(false);
         }
-    }
+    };
+    let wanted =
+        args.get.iter().map(|get| get.split_once(':').map_or((get.as_str(), None), |(name, to)| (name, Some(to))));
+    let wanted: Vec<(&str, Option<&str>)> = wanted.chain(args.get_all.as_deref().map(|dir| (ALL, Some(dir)))).collect();
+    let exact = wanted.iter().find(|(name, _)| *name == file.path);
+    let target = match exact {
+        Some((_, to)) => PathBuf::from(to.unwrap_or(file_name(&file.path))),
+        None => {
+            let meant = wanted.iter().find(|(name, _)| is_meant(name.as_bytes(), file.path.as_bytes()));
+            let (_, below) = meant.context("a file came back that was not asked for")?;
+            Path::new(below.unwrap_or(".")).join(&file.path)
+        }
+    };
+    let parent = target.parent().filter(|parent| exact.is_none() && !parent.as_os_str().is_empty());
+    parent
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&target, data))
+        .map_err(|e| hinted(format!("cannot write {}: {e}", target.display()), "--get takes NAME or NAME:FILE"))?;
+    Ok(true)
 }
 
 /// Says why the sandbox ended, where the code's own output cannot.
@@ -363,10 +453,10 @@ fn not_warmed(engine: &Engine, args: &RunArgs) {
     }
 }
 
-fn verbose(engine: &Engine, execution: &Execution, report: &Report) {
+fn verbose(engine: &Engine, execution: &Execution, report: &Report, what: &str) {
     for template in engine.templates() {
         let warmed = if template.warmed.is_empty() { "nothing warmed".into() } else { template.warmed.join(", ") };
-        printer::note(format_args!("zeroboot: {} · {warmed}", template.version));
+        printer::note(format_args!("zeroboot: {} ({what}) · {warmed}", template.version));
     }
     printer::note(format_args!(
         "zeroboot: engine {} · {} · fork {:.3} ms · exec {:.3} ms · total {:.3} ms · cpu {:.1} ms · peak {:.1} MiB",
@@ -384,7 +474,8 @@ fn verbose(engine: &Engine, execution: &Execution, report: &Report) {
 async fn json(execution: Execution, template: &str, language: &str) -> anyhow::Result<u8> {
     let (id, isolation) = (execution.id(), execution.isolation());
     let done = execution.collect().await?;
-    let status = done.report.outcome.exit_code() as u8;
+    let missing = done.files.iter().any(|file| file.data.is_err());
+    let status = status(&done.report, missing);
     let text = serde_json::to_string(&zeroboot_server::answer(id, isolation, template, language, done))?;
     match printer::line(text) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(BROKEN_PIPE),

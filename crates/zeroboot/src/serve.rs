@@ -1,11 +1,17 @@
 //! `zeroboot serve`: flags, environment and file into an engine and a server.
 
-use std::{path::Path, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use zeroboot_engine::{Engine, EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
-use zeroboot_server::{FileConfig, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config};
+use zeroboot_server::{
+    FileConfig, Listen, Overrides, RequestLimits, Server, ServerConfig, TemplateSection, read_config,
+};
 use zeroboot_template::Recipe;
 
 use crate::{
@@ -47,18 +53,16 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             otlp.as_deref(),
             std::io::stderr,
         )?;
-        let (mut engine_config, why) = engine_config(args, &file)?;
+        let (mut engine_config, choice, why) = engine_config(args, &file)?;
         engine_config.sandboxes.max_lease = config.limits.max_lease;
-        tracing::info!(why, "engine");
+        let kind = if choice == EngineChoice::Vm { "vm" } else { "process" };
+        tracing::info!(engine = kind, why, "engine");
         fit_memory(&mut config.limits, &file, engine_config.max_memory)?;
         fit_connections(&mut config.limits, &engine_config);
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let engine = tokio::select! {
-            engine = Engine::start(engine_config) => engine?,
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-        };
+        let begun = Instant::now();
+        let engine = Engine::begin(engine_config)?;
         if let Some(reason) = engine.cgroup_obstacle() {
             tracing::info!(reason, "sandboxes have no cgroups; rlimits and the agent's own watch hold their limits");
         }
@@ -70,11 +74,21 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
                  with each other and with the server; docs/deployment.md says what gives them users of their own"
             );
         }
+        let tls = config.tls.is_some();
         let server = Server::bind(config, engine.clone()).await?;
         for address in server.addresses() {
             let keys = if server.has_keys() { "" } else { " (no keys: local callers only)" };
             printer::note(format_args!("zeroboot listens on {address}{keys}"));
         }
+        printer::note(format_args!("zeroboot warms its templates; engine {kind}: {why}"));
+        let first = server.addresses().into_iter().next();
+        let (curl, proven) = (first.map(|at| curl(&at, server.has_keys(), tls)), server.ready());
+        let started = async {
+            engine.warm().await?;
+            proven.await;
+            ready(&engine, begun.elapsed(), curl.as_ref());
+            std::future::pending().await
+        };
         let stop = async move {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -82,7 +96,11 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
             }
         };
         // It drains: nothing is under way afterwards.
-        server.run(stop).await?;
+        tokio::select! {
+            served = server.run(stop) => served?,
+            // A template that cannot be made ends the server: a restart would fail alike.
+            failed = started => return failed,
+        }
         engine.shutdown(Duration::from_secs(1)).await;
         anyhow::Ok(())
     })?;
@@ -90,7 +108,74 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineConfig, String)> {
+/// Says what serves, and how to try it.
+fn ready(engine: &Engine, after: Duration, curl: Option<&Curl>) {
+    let templates = engine.templates();
+    for template in &templates {
+        if !template.ready {
+            continue;
+        }
+        let warmed = if template.warmed.is_empty() { "nothing warmed".into() } else { template.warmed.join(", ") };
+        printer::note(format_args!("zeroboot: {} · {} · {warmed}", template.name, template.version));
+    }
+    printer::note(format_args!("zeroboot is ready after {:.1} s", after.as_secs_f64()));
+    let Some(curl) = curl else { return };
+    if let Some(template) = templates.iter().find(|template| template.ready) {
+        printer::note(format_args!("try it:\n  {}", curl.line(&template.name, &template.language)));
+        if curl.key {
+            printer::note("with a key of `zeroboot keys create` in ZEROBOOT_API_KEY");
+        }
+    }
+}
+
+/// A first request.
+struct Curl {
+    options: String,
+    /// Without the path.
+    url: String,
+    /// A key is needed.
+    key: bool,
+}
+
+fn curl(listen: &Listen, key: bool, tls: bool) -> Curl {
+    let scheme = if tls { "https" } else { "http" };
+    match listen {
+        Listen::Unix(path) => {
+            let options = format!("--unix-socket {} ", quoted(&path.to_string_lossy()));
+            Curl { options, url: format!("{scheme}://localhost"), key }
+        }
+        Listen::Tcp(address) => {
+            let ip = match address.ip() {
+                // Every address of this machine: one that is always there.
+                IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+                ip => ip,
+            };
+            let address = SocketAddr::new(ip, address.port());
+            // Brackets are a pattern to curl.
+            let options = if ip.is_ipv6() { "-g " } else { "" };
+            Curl { options: options.into(), url: format!("{scheme}://{address}"), key }
+        }
+    }
+}
+
+impl Curl {
+    /// To be pasted into a shell.
+    fn line(&self, template: &str, language: &str) -> String {
+        let key = if self.key { "-H \"Authorization: Bearer $ZEROBOOT_API_KEY\" " } else { "" };
+        let code = if language == "node" { "console.log(1 + 1)" } else { "print(1 + 1)" };
+        let body = quoted(&serde_json::json!({ "template": template, "code": code }).to_string());
+        let url = quoted(&format!("{}/v1/exec", self.url));
+        format!("curl -s {}{url} {key}-H 'Content-Type: application/json' -d {body}", self.options)
+    }
+}
+
+/// As one word of a shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineConfig, EngineChoice, String)> {
     let section = &file.engine;
     let choice = match (args.from.engine, section.kind.as_deref()) {
         (Some(choice), _) => choice,
@@ -131,7 +216,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
     bounds.memory = section.sandbox_memory_mb.map_or(bounds.memory, |mb| mb.saturating_mul(MIB));
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;
-    Ok((config, why))
+    Ok((config, engine, why))
 }
 
 /// The server's limits and the engine's memory must go together: else every request that names no memory, and every
@@ -386,6 +471,19 @@ mod tests {
         let file: FileConfig = toml::from_str("[engine]\nmax_memory_mb = 300").unwrap();
         let error = fit_memory(&mut RequestLimits::default(), &file, 300 * MIB).unwrap_err();
         assert!(error.to_string().contains("512 MiB by default"), "{error}");
+    }
+
+    #[test]
+    fn the_first_request_can_be_pasted_whatever_the_address() {
+        let line = |listen: &str, key, tls| curl(&listen.parse().unwrap(), key, tls).line("python", "python");
+        assert_eq!(
+            line("0.0.0.0:8080", false, false),
+            r#"curl -s 'http://127.0.0.1:8080/v1/exec' -H 'Content-Type: application/json' -d '{"code":"print(1 + 1)","template":"python"}'"#
+        );
+        assert!(line("[::]:1", false, true).starts_with("curl -s -g 'https://[::1]:1/v1/exec' "));
+        assert!(line("unix:/a b'c", true, false).starts_with(
+            r#"curl -s --unix-socket '/a b'\''c' 'http://localhost/v1/exec' -H "Authorization: Bearer $ZEROBOOT_API_KEY" "#
+        ));
     }
 
     #[test]

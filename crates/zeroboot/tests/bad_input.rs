@@ -84,8 +84,8 @@ fn an_option_that_is_none_is_no_file_and_the_nearest_is_named() {
 
 #[test]
 fn languages_that_do_not_run_are_refused_by_the_files_name() {
-    run().file("a.ts", "1").args(["a.ts"]).go().refused("TypeScript").says("esbuild");
-    run().file("a.sh", "ls").args(["a.sh"]).go().refused("a shell script");
+    run().file("a.tsx", "1").args(["a.tsx"]).go().refused("JSX").says("esbuild");
+    run().file("a.sh", "ls").args(["--template", "node", "a.sh"]).go().refused("needs a python template");
     assert_eq!(run().file("a.sh", "print(1)").args(["--runtime", "python", "a.sh"]).go().good(), "1\n");
 }
 

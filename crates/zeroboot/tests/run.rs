@@ -4,6 +4,8 @@
 #[allow(dead_code)]
 mod harness;
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
 use harness::{Cli, Who};
 
 fn python(code: &str) -> Cli {
@@ -155,6 +157,66 @@ fn files_go_in_and_come_back() {
 }
 
 #[test]
+fn directories_and_patterns_go_in_and_come_back() {
+    let cli = Cli::run(Who::Me).file("unused", "");
+    fs::create_dir_all(cli.work().join("project/lib")).unwrap();
+    fs::write(cli.work().join("project/lib/tool.sh"), "#!/bin/sh\necho from the tool").unwrap();
+    fs::set_permissions(cli.work().join("project/lib/tool.sh"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(cli.work().join("project/data.csv"), "1,2").unwrap();
+    let code = "import os, subprocess
+print(sorted(os.listdir('project')), subprocess.check_output(['project/lib/tool.sh'], text=True), end='')
+os.makedirs('out/deep')
+for name in ['out/a.txt', 'out/b.bin', 'out/deep/c.txt', 'other.txt']: open(name, 'w').write(name)
+open('project/data.csv', 'a').write(',3')";
+    let cli = cli.makes("project").makes("out").makes("some").makes("all");
+    let args = ["--put", "project", "--get", "out/*.txt", "--get", "out/deep/:some", "--get-all", "all"];
+    let done = cli.args(args).code(code).go();
+    assert_eq!(done.good(), "['data.csv', 'lib'] from the tool\n");
+    let text = |name: &str| done.made(name).map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
+    assert_eq!(text("out/a.txt").as_deref(), Some("out/a.txt"));
+    assert_eq!(text("some/out/deep/c.txt").as_deref(), Some("out/deep/c.txt"));
+    // A file comes back once. One that was put in comes back where it was changed.
+    assert_eq!(text("all/out/b.bin").as_deref(), Some("out/b.bin"));
+    assert_eq!(text("all/project/data.csv").as_deref(), Some("1,2,3"));
+    assert_eq!((text("all/project/lib/tool.sh"), text("all/out/a.txt")), (None, None));
+    let done = Cli::run(Who::Me).file("in.txt", "x").makes("new").args(["--put", ".", "--get", "*", "--get", "new"]);
+    let done = done.code("import os; print(os.listdir()); open('new', 'w').write('y')").go();
+    assert_eq!((done.good(), done.made("new").unwrap()), ("['in.txt']\n", b"y".to_vec()));
+}
+
+#[test]
+fn a_file_that_does_not_come_back_makes_the_command_fail() {
+    for name in ["missing.txt", "*.csv", "nothing/"] {
+        let done = python("print('done')").args(["--get", name]).go();
+        done.ended(1).says(&format!("zeroboot: {name}: "));
+        python("exit(3)").args(["--get", name]).go().ended(3);
+    }
+    python("1").args(["--json", "--get", "missing.txt"]).go().ended(1);
+}
+
+#[test]
+fn files_and_descriptors_have_a_limit_of_the_callers() {
+    let code = "import os
+def attempt(do):
+    try: return do()
+    except OSError as error: return os.strerror(error.errno)
+print(attempt(lambda: open('f', 'wb').write(bytes(3 << 20))))
+print(attempt(lambda: len([os.open('/dev/null', 0) for _ in range(100)])))";
+    assert_eq!(python(code).args(["--max-file", "4M", "--open-files", "200"]).go().good(), "3145728\n100\n");
+    let done = python(code).args(["--max-file", "2M", "--open-files", "50"]).go();
+    assert_eq!(done.good(), "File too large\nToo many open files\n");
+}
+
+#[test]
+fn names_that_other_sandboxes_have_for_the_home_directory_lead_there() {
+    let code = "import os
+for place in ['/workspace', '/mnt/data', '/home/user']:
+    with open(place + '/f', 'a') as file: file.write('x')
+print(open('f').read(), os.path.realpath('/mnt/data'))";
+    assert_eq!(python(code).go().good(), "xxx /home/sandbox\n");
+}
+
+#[test]
 fn verbose_says_what_it_cost() {
     let done = python("print(1)").args(["-v"]).go();
     assert_eq!(done.ended(0).out(), "1\n");
@@ -232,4 +294,42 @@ fn node_ends_as_its_code_says() {
         .args(["--memory", "256M"])
         .go()
         .says("out of memory: the limit is 256 MiB");
+}
+
+#[test]
+fn a_shell_script_is_run_by_the_shell() {
+    let script =
+        "echo \"$0 $1\"; read line; echo \"read $line\"; yes | head -n 1; echo $((6 * 7)) > answer; ls; exit 3";
+    let done = Cli::run(Who::Me).file("job.sh", script).args(["job.sh", "one"]).stdin("typed\n").go();
+    assert_eq!(done.ended(3).out(), "job.sh one\nread typed\ny\nanswer\njob.sh\n");
+    let inline = Cli::run(Who::Me).args(["--runtime", "bash", "-c", "echo \"$0 $1\"; ls -A; type -t [[", "one"]).go();
+    assert_eq!(inline.good(), "bash one\nkeyword\n");
+    // Neither code nor a file's name is an option.
+    Cli::run(Who::Me).args(["--runtime", "bash", "-c", "-x; exit 4"]).go().ended(4).says("command not found");
+    assert_eq!(Cli::run(Who::Me).file("-x.sh", "echo $0").args(["./-x.sh"]).go().good(), "-x.sh\n");
+    // Longer than an argument may be.
+    let long = format!("echo begin\n{}echo end\n", "# a comment\n".repeat(12_000));
+    assert_eq!(
+        Cli::run(Who::Me).file("long.txt", &long).args(["--runtime", "bash", "long.txt"]).go().good(),
+        "begin\nend\n"
+    );
+    Cli::run(Who::Me).args(["--runtime", "bash", "--timeout", "300ms", "-c", "while :; do :; done"]).go().ended(124);
+}
+
+#[test]
+fn typescript_runs_where_node_strips_types_and_is_refused_with_the_reason_elsewhere() {
+    let source =
+        "interface Point { x: number }\nconst p: Point = { x: 42 };\nconsole.log(p.x as number, process.argv.at(-1));";
+    let node = std::process::Command::new("node").args(["-p", "!!process.features.typescript"]).output().unwrap();
+    for cli in [
+        Cli::run(Who::Me).file("main.ts", source).args(["main.ts", "a"]),
+        Cli::run(Who::Me).args(["--runtime", "typescript", "-c", source, "a"]),
+    ] {
+        let done = cli.go();
+        if node.stdout.starts_with(b"true") {
+            assert_eq!(done.good(), "42 a\n");
+        } else {
+            done.ended(1).says("TypeScript needs Node.js 22.18 or newer, and this is v").says("esbuild");
+        }
+    }
 }

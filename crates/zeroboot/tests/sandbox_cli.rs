@@ -533,6 +533,11 @@ struct Shell {
 
 impl Shell {
     fn start(served: &Served, id: &str, columns: u16, rows: u16, args: &[&str]) -> Shell {
+        Shell::of(&[&["sandbox", "shell", id], args].concat(), Some(&served.url), columns, rows)
+    }
+
+    /// Any command of ours that wants a terminal.
+    fn of(args: &[&str], url: Option<&str>, columns: u16, rows: u16) -> Shell {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -541,8 +546,8 @@ impl Shell {
         set_size(&master, columns, rows);
         let kept = side();
         let mut command = Command::new("setsid");
-        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_zeroboot"), "sandbox", "shell", id]).args(args);
-        command.env("ZEROBOOT_BASE_URL", &served.url).env("ZEROBOOT_API_KEY", "");
+        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_zeroboot")]).args(args);
+        command.envs(url.map(|url| ("ZEROBOOT_BASE_URL", url))).env("ZEROBOOT_API_KEY", "");
         let child = command.stdin(side()).stdout(side()).stderr(side()).spawn().unwrap();
         let (sender, screen) = std::sync::mpsc::channel();
         let keyboard = File::from(master);
@@ -662,6 +667,49 @@ fn a_shell_is_a_terminal_and_leaves_ours_as_it_was() {
     served.sandbox(["rm", id]).go().good();
     shell.shows("The sandbox was deleted");
     shell.ends(125);
+}
+
+#[test]
+fn run_has_a_prompt_in_a_sandbox_of_its_own() {
+    let args = ["run", "--engine", "process", "--python", python(Who::Me)];
+    let mut prompt = Shell::of(&[&args[..], &["-i", "-e", "WORD=a word", "-c", "x = 41"]].concat(), None, 90, 20);
+    prompt.shows(">>> ");
+    assert!(prompt.is_raw());
+    prompt.types("x + 1\r");
+    prompt.shows("42");
+    prompt
+        .types("import os, sys; print(os.environ['WO' + 'RD'], os.get_terminal_size().columns, sys.stdin.isatty())\r");
+    prompt.shows("a word 90 True");
+    // Ctrl-C is the code's.
+    prompt.types("while True: pass\r\r");
+    prompt.types("\x03");
+    prompt.shows("KeyboardInterrupt");
+    prompt.types_until("print('sti' + 'll here')\r", "still here");
+    prompt.types("sys.exit(7)\r");
+    prompt.ends(7);
+
+    // Node, with a file before the prompt; Ctrl-D ends it.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("first.js");
+    fs::write(&file, "globalThis.y = 20").unwrap();
+    let mut prompt = Shell::of(&["run", "--engine", "process", "-i", file.to_str().unwrap()], None, 80, 24);
+    prompt.shows("> ");
+    prompt.types("y * 2 + 2\r");
+    prompt.shows("42");
+    prompt.types("\x04");
+    prompt.ends(0);
+    // When we are told to end, our terminal is what it was.
+    let mut prompt = Shell::of(&[&args[..], &["-i"]].concat(), None, 80, 24);
+    prompt.shows(">>> ");
+    rustix::process::kill_process(prompt.pid(), Signal::TERM).unwrap();
+    prompt.ends(143);
+}
+
+#[test]
+fn a_prompt_wants_a_terminal_and_has_no_time_limit() {
+    let run = |args: &[&str]| Cli::bare(Who::Me).args(["run", "--engine", "process"]).args(args.to_vec()).go();
+    run(&["-i"]).refused("-i: standard input is not a terminal").says("runs the code that is piped into it");
+    run(&["-i", "--timeout", "5s"]).ended(125).says("cannot be used with");
 }
 
 #[test]

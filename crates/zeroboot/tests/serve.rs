@@ -11,7 +11,7 @@ use std::{
 struct Served {
     child: Child,
     address: SocketAddr,
-    /// What it wrote until it listened.
+    /// What it wrote until it was ready.
     words: String,
     rest: BufReader<ChildStderr>,
 }
@@ -32,7 +32,7 @@ impl Served {
         let mut child = command(before, &[&["--engine", "process"], args].concat()).spawn().unwrap();
         let rest = BufReader::new(child.stderr.take().unwrap());
         let mut served = Served { child, address: ([127, 0, 0, 1], 0).into(), words: String::new(), rest };
-        while served.address.port() == 0 {
+        while !served.words.contains("zeroboot is ready after ") {
             let from = served.words.len();
             assert!(served.rest.read_line(&mut served.words).unwrap() > 0, "it ended: {}", served.words);
             if let Some(at) = served.words[from..].split("zeroboot listens on ").nth(1) {
@@ -112,6 +112,58 @@ fn an_engine_that_is_given_as_a_flag_wins_over_the_file() {
     // The file's word is not even looked at: this one would be refused.
     let words = refused("[engine]\nkind = \"magic\"\nmax_live = 0", &["--engine", "process"]);
     assert!(words.contains("max_live is zero"), "{words}");
+}
+
+#[test]
+fn the_first_request_that_a_server_prints_works_when_it_is_pasted() {
+    let mut served = Served::start("", &[]);
+    let line = loop {
+        let from = served.words.len();
+        assert!(served.rest.read_line(&mut served.words).unwrap() > 0, "it ended: {}", served.words);
+        if served.words[from..].starts_with("  curl ") {
+            break served.words[from..].to_owned();
+        }
+    };
+    for text in ["; engine process: asked for\n", "zeroboot: python · Python 3.", "zeroboot is ready after "] {
+        assert!(served.words.contains(text), "no {text:?} in {}", served.words);
+    }
+    let done = Command::new("sh").args(["-c", &line]).output().unwrap();
+    let answer: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(answer["stdout"], "2\n", "{answer}");
+    served.stop();
+}
+
+#[test]
+fn a_template_that_cannot_be_made_ends_the_server_with_its_reason() {
+    let words =
+        refused("[engine]\nkind = \"process\"\n[[template]]\nname = \"python\"\nwarm = [\"no_such_module\"]", &[]);
+    assert!(words.contains("no_such_module") && words.contains("hint: "), "{words}");
+}
+
+#[test]
+fn keys_are_those_of_the_servers_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, keys) = (folder.path().join("zeroboot.toml"), folder.path().join("keys.toml"));
+    std::fs::write(&config, format!("keys_file = {keys:?}\n")).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_zeroboot"));
+        command.arg("keys").args(args).env_remove("ZEROBOOT_CONFIG").env_remove("ZEROBOOT_API_KEYS_FILE");
+        let done = command.output().unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
+    };
+    let config = config.to_str().unwrap();
+    let (status, token, words) = run(&["create", "--config", config, "me"]);
+    assert_eq!(status, Some(0), "{words}");
+    assert!(token.starts_with("zb_live_") && words.contains(keys.to_str().unwrap()), "{words}");
+    let (_, list, _) = run(&["list", "--keys-file", keys.to_str().unwrap()]);
+    assert!(list.contains("me"), "{list}");
+    // Of no file that is not named.
+    std::fs::write(folder.path().join("empty.toml"), "").unwrap();
+    let (status, _, words) = run(&["list", "--config", folder.path().join("empty.toml").to_str().unwrap()]);
+    assert!(
+        status == Some(125) && words.contains("names no key file") && words.contains("hint: add keys_file"),
+        "{words}"
+    );
 }
 
 #[test]

@@ -62,7 +62,12 @@ fn spans_of_an_exec(flags: &[&str], headers: &[&str]) -> (Vec<Span>, Vec<Span>) 
         .spawn()
         .unwrap();
     let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
-    let line = log.by_ref().map(|line| line.unwrap()).find(|line| line.contains("listens on")).unwrap();
+    // A first request is the last thing that it says of itself.
+    let mut said = Vec::new();
+    while said.last().is_none_or(|line: &String| !line.starts_with("  curl ")) {
+        said.push(log.next().unwrap_or_else(|| panic!("it ended: {said:?}")).unwrap());
+    }
+    let line = said.iter().find(|line| line.contains("listens on")).unwrap();
     let address = line.split("listens on ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     let drained = std::thread::spawn(move || log.map(|line| line.unwrap()).collect::<Vec<_>>());
     let waiting = || {

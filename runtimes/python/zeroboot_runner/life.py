@@ -35,6 +35,8 @@ from .wire import (
 )
 
 PLUGS = []
+# Ends of the names of scripts for the shell. `-bash` is code for it that is in no file.
+SHELL_ENDS = (".sh", ".bash")
 
 
 def serve(ready, generators, make_shell):
@@ -85,6 +87,11 @@ def read_request(control_in, control_out, generators, make_shell):
             raise RunnerError("cannot enter the working directory %r: %s" % (os.fsdecode(directory), error.strerror)) from None
     if serves:
         work = Context(reader, private, generators, make_shell)
+    elif argv and (argv[0] == "-bash" or argv[0].lower().endswith(SHELL_ENDS)):
+        # Here: a program in Python does not pay for it.
+        from .bash import Shell
+
+        work = Shell(b"".join(code), argv)
     else:
         # Code and argv are the program's; everything else of this function goes.
         work = Program(b"".join(code), argv or ["-c"], private)

@@ -49,7 +49,7 @@ export interface CreateOptions {
   /** Your own labels, for the list. */
   metadata?: Record<string, string> | undefined;
   /** Spelled as the API spells them. */
-  limits?: { memory_mb?: number; processes?: number } | undefined;
+  limits?: { memory_mb?: number; processes?: number; file_size_mb?: number; open_files?: number } | undefined;
   /** The client whose key, address and `fetch` are used. Default: a new one. */
   client?: Sandbox | undefined;
   signal?: AbortSignal | undefined;

@@ -101,7 +101,7 @@ export class Attempt {
     }
     const said = reason(error);
     return neverSent(error)
-      ? new ConnectionError(`no connection to ${baseUrl}: ${said}`, { cause: error })
+      ? new ConnectionError(`no connection to ${baseUrl}: ${said}; ${START_ONE}`, { cause: error })
       : new ConnectionError(`the connection to ${baseUrl} broke: ${said}`, {
           cause: error,
           mayHaveRun: true,
@@ -243,6 +243,10 @@ function retryAfter(headers: Headers): number | undefined {
   const date = Date.parse(value);
   return Number.isNaN(date) ? undefined : Math.max(0, (date - Date.now()) / 1000);
 }
+
+/** What to do where no server is. */
+const START_ONE =
+  "start a server with `zeroboot serve`, or name another in ZEROBOOT_BASE_URL or baseUrl";
 
 // Error codes that mean that no connection was made, so that nothing was sent. `fetch` hides them
 // in `cause`; a browser does not tell, and there nothing is sent again.

@@ -1,7 +1,7 @@
 // The words of the API. `test/openapi.test.ts` holds the lists against `openapi/zeroboot.json`, and
 // the compiler holds the types against the lists.
 
-export type Language = "python" | "node" | "javascript";
+export type Language = "python" | "node" | "javascript" | "bash" | "typescript";
 export type Isolation = "vm" | "process";
 export type Outcome =
   | "exited"
@@ -29,6 +29,8 @@ export interface Limits {
   memory_mb?: number;
   processes?: number;
   output_bytes?: number;
+  file_size_mb?: number;
+  open_files?: number;
   cpu_seconds?: number;
 }
 
@@ -73,7 +75,7 @@ export interface ExecAnswer {
   hints: string[];
 }
 
-export type HealthStatus = "ok" | "degraded" | "unavailable" | "shutting_down";
+export type HealthStatus = "ok" | "degraded" | "unavailable" | "warming" | "shutting_down";
 
 /** One template. `ready` means that a canary exec just passed. */
 export interface TemplateHealth {
@@ -129,6 +131,8 @@ export const LIMIT_FIELDS = names<keyof Limits>({
   memory_mb: true,
   processes: true,
   output_bytes: true,
+  file_size_mb: true,
+  open_files: true,
   cpu_seconds: true,
 });
 export const ANSWER_FIELDS = names<keyof ExecAnswer>({
@@ -184,6 +188,7 @@ export const HEALTH_STATUSES = names<HealthStatus>({
   ok: true,
   degraded: true,
   unavailable: true,
+  warming: true,
   shutting_down: true,
 });
 export const ISOLATIONS = names<Isolation>({ vm: true, process: true });

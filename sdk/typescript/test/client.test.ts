@@ -201,7 +201,7 @@ test("a server that is not there is tried again, then reported", async () => {
   });
   await assert.rejects(sandbox.run("x"), (e) => {
     assert(e instanceof ConnectionError && !e.mayHaveRun);
-    assert.match(e.message, /no connection to .*ECONNREFUSED/);
+    assert.match(e.message, /no connection to .*ECONNREFUSED.*start a server with `zeroboot serve`/);
     return true;
   });
   assert.equal(calls, 2);

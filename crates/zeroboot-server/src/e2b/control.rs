@@ -169,6 +169,8 @@ pub(crate) async fn create(call: Call, headers: HeaderMap, body: Body) -> Result
         metadata: asked.metadata,
         memory_mb: None,
         processes: None,
+        file_size_mb: None,
+        open_files: None,
     };
     let spec = body.into_spec(catalog, call.limits(), &call.asked.caller)?;
     let sandbox = make(&call, spec).await?;

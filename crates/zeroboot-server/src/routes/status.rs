@@ -28,6 +28,7 @@ use crate::{
 #[schema(as = Health)]
 pub(crate) struct HealthBody<'a> {
     /// `ok`: every template runs code. `degraded`: some do; `reasons` says why. `unavailable`: none does (status 503).
+    /// `warming`: the server started a moment ago, and requests wait until it is ready (status 503).
     /// `shutting_down`: the server ends (status 503).
     status: HealthStatus,
     /// Why it is not `ok`.
@@ -53,6 +54,7 @@ pub(crate) enum HealthStatus {
     Ok,
     Degraded,
     Unavailable,
+    Warming,
     ShuttingDown,
 }
 
@@ -90,12 +92,13 @@ pub(crate) struct TemplateBody<'a> {
     restarts: u64,
     /// Sandboxes of it that live, apart from those that serve one exec.
     sandboxes: usize,
-    /// Age of the canary's result.
+    /// Age of the canary's result; 0 while there is none.
     canary_age_seconds: f64,
 }
 
 /// What everyone may know of a template that is down. The engine's own text names processes and paths of the host.
 const NOT_UP: &str = "it is not up; the server's log says why";
+const WARMING: &str = "it is warming";
 const CANARY_FAILED: &str = "its canary exec failed; the server's log says why";
 
 /// The warning of a server that serves tenants without cgroups.
@@ -109,16 +112,21 @@ pub(crate) async fn health(
 ) -> Result<Response, ApiError> {
     // Without keys every caller is of this machine.
     let told = app.gate.authenticate(&headers, caller.address).is_ok();
-    // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds.
-    let canaries = app.canaries.results(&app.backend, app.config.canary_interval * 2).await;
+    // Old results are made new on the spot, so `ready` never rests on one that is older than two rounds. While the
+    // templates warm a canary would wait for them.
+    let warming = !app.canaries.tried() && app.backend.templates().iter().any(|template| !template.ready);
+    let canaries =
+        if warming { Vec::new() } else { app.canaries.results(&app.backend, app.config.canary_interval * 2).await };
+    let canaries = canaries.iter().map(Some).chain(std::iter::repeat(None));
     let statuses = app.backend.templates();
     let sandboxes = app.backend.engine().map(zeroboot_engine::Engine::sandboxes).unwrap_or_default();
     let mut templates = BTreeMap::new();
     let mut reasons = Vec::new();
-    for (status, canary) in statuses.iter().zip(&canaries) {
-        let reason = match (&status.reason, &canary.result) {
+    for (status, canary) in statuses.iter().zip(canaries) {
+        let reason = match (&status.reason, canary.map(|canary| &canary.result)) {
+            (_, None) => Some(WARMING),
             (reason, _) if !status.ready => Some(reason.as_deref().filter(|_| told).unwrap_or(NOT_UP)),
-            (_, Err(reason)) => Some(if told { reason.as_str() } else { CANARY_FAILED }),
+            (_, Some(Err(reason))) => Some(if told { reason.as_str() } else { CANARY_FAILED }),
             _ => None,
         };
         if let Some(reason) = reason {
@@ -140,13 +148,14 @@ pub(crate) async fn health(
             forks: status.forks,
             restarts: status.restarts,
             sandboxes: sandboxes.iter().filter(|sandbox| sandbox.template() == status.name).count(),
-            canary_age_seconds: (canary.at.elapsed().as_secs_f64() * 10.0).round() / 10.0,
+            canary_age_seconds: canary.map_or(0.0, |canary| (canary.at.elapsed().as_secs_f64() * 10.0).round() / 10.0),
         };
         templates.insert(status.name.as_str(), body);
     }
     let ready = templates.values().filter(|template| template.ready).count();
     let status = match ready {
         _ if app.draining.load(Ordering::Relaxed) => HealthStatus::ShuttingDown,
+        _ if warming => HealthStatus::Warming,
         0 => HealthStatus::Unavailable,
         _ if ready < templates.len() => HealthStatus::Degraded,
         _ => HealthStatus::Ok,
@@ -166,7 +175,7 @@ pub(crate) async fn health(
         })?
         .into(),
     );
-    if matches!(status, HealthStatus::Unavailable | HealthStatus::ShuttingDown) {
+    if matches!(status, HealthStatus::Unavailable | HealthStatus::Warming | HealthStatus::ShuttingDown) {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }

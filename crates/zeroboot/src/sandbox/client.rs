@@ -162,7 +162,7 @@ impl Client {
         &self,
         method: Method,
         path: &str,
-        headers: &[(&'static str, String)],
+        headers: &[(&str, String)],
         body: Body,
         patience: Option<Duration>,
     ) -> anyhow::Result<Response<Incoming>> {

@@ -5,13 +5,10 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures_util::{SinkExt, StreamExt, stream::SplitSink, stream::SplitStream};
 use hyper::{Method, Response, StatusCode, body::Incoming, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
-use rustix::{
-    stdio::stdin,
-    termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr},
-};
+use rustix::{stdio::stdin, termios::isatty};
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
-use tokio::signal::unix::{Signal, SignalKind, signal as listen};
+use tokio::signal::unix::{SignalKind, signal as listen};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{Error, Message, protocol::Role},
@@ -22,7 +19,12 @@ use super::{
     client::{Client, PATIENCE, Refused, empty, path, query},
     exec::status,
 };
-use crate::{hint::hinted, printer, run::read_stdin};
+use crate::{
+    hint::hinted,
+    printer,
+    run::read_stdin,
+    terminal::{Raw, Signals, size},
+};
 
 pub(crate) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
@@ -137,58 +139,4 @@ async fn feed(mut sink: SplitSink<Socket, Message>) {
 
 fn broke(why: &str) -> anyhow::Error {
     hinted(format!("the terminal broke: {why}"), "`zeroboot sandbox show ID` says whether the sandbox still runs")
-}
-
-/// Columns and rows of our terminal; what terminals have had for long if it does not know.
-fn size() -> (u16, u16) {
-    match tcgetwinsize(stdin()) {
-        Ok(size) if size.ws_col > 0 && size.ws_row > 0 => (size.ws_col, size.ws_row),
-        _ => (80, 24),
-    }
-}
-
-/// Our terminal passes everything on while this lives. Dropping it, also in a panic, makes it what it was.
-struct Raw {
-    before: Termios,
-}
-
-impl Raw {
-    fn new() -> anyhow::Result<Raw> {
-        let raw = Raw { before: tcgetattr(stdin()).context("read the terminal's settings")? };
-        raw.set()?;
-        Ok(raw)
-    }
-
-    fn set(&self) -> anyhow::Result<()> {
-        let mut settings = self.before.clone();
-        settings.make_raw();
-        tcsetattr(stdin(), OptionalActions::Drain, &settings).context("change the terminal's settings")
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        // Where that fails the terminal is gone.
-        let _hung_up = tcsetattr(stdin(), OptionalActions::Drain, &self.before);
-    }
-}
-
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-    /// Who stopped us may have changed the terminal's settings.
-    resume: Signal,
-}
-
-impl Signals {
-    fn new() -> anyhow::Result<Signals> {
-        let listen = |kind| listen(kind).context("listen for signals");
-        Ok(Signals {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-            hangup: listen(SignalKind::hangup())?,
-            resume: listen(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()))?,
-        })
-    }
 }

@@ -2,7 +2,6 @@
 //! says: `vm` takes the templates in `ZEROBOOT_HOME`, as the nested lane makes them.
 
 use std::{
-    io::{BufReader, Write},
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, OnceLock},
@@ -110,6 +109,7 @@ impl Setup {
         let engine_config = self.engine_config();
         let stop = Arc::new(Notify::new());
         let (tell, told) = std::sync::mpsc::channel();
+        let (tell_ready, ready) = std::sync::mpsc::channel();
         let stopped = stop.clone();
         let config = self.config;
         let server = std::thread::spawn(move || {
@@ -121,6 +121,12 @@ impl Setup {
                 };
                 let server = Server::bind(config, engine.clone()).await?;
                 tell.send((server.addresses(), engine.clone())).unwrap();
+                let ready = server.ready();
+                tokio::spawn(async move {
+                    ready.await;
+                    // A test that failed does not wait for it.
+                    let _gone = tell_ready.send(());
+                });
                 let result = server.run(stopped.notified()).await;
                 if shared.is_none() {
                     engine.shutdown(Duration::from_secs(1)).await;
@@ -135,15 +141,12 @@ impl Setup {
         });
         let address = tcp.expect("a TCP address");
         let fixture = Fixture { address, engine, stop, server: Some(server) };
-        // Anything is answered only after the first canary. (A TLS server answers this with an end of the connection.)
-        let mut stream = client::connect(address);
-        stream.write_all(&client::request("GET", "/v1/health", &[], b"")).unwrap();
-        let _answered = client::read_answer(&mut BufReader::new(stream));
+        ready.recv_timeout(patience(Duration::from_secs(60))).expect("no canary passed");
         fixture.wait_for_live(0, patience(Duration::from_secs(20)));
         fixture
     }
 
-    fn engine_config(&self) -> EngineConfig {
+    pub(crate) fn engine_config(&self) -> EngineConfig {
         let mut templates = vec![template("python", self.pool)];
         if self.node {
             templates.push(template("node", 1));

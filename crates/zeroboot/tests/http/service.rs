@@ -1,10 +1,59 @@
 //! Health, metrics, admission.
 
-use std::time::Duration;
+use std::{os::unix::fs::PermissionsExt as _, time::Duration};
 
 use serde_json::json;
+use zeroboot_engine::Engine;
+use zeroboot_server::{Listen, Server};
 
-use crate::fixture::{Fixture, Setup, isolation};
+use crate::{
+    client,
+    fixture::{Fixture, JSON, Setup, isolation, patience, wait_for},
+};
+
+#[test]
+fn a_server_that_warms_its_templates_says_so_and_lets_requests_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, go) = (folder.path().join("program"), folder.path().join("go"));
+    // A zygote that warms until the file is there.
+    let binary = env!("CARGO_BIN_EXE_zeroboot");
+    let script = format!("#!/bin/sh\nwhile [ ! -e '{}' ]; do sleep 0.02; done\nexec '{binary}' \"$@\"\n", go.display());
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let setup = Setup::default();
+    let mut engine_config = setup.engine_config();
+    engine_config.program = program;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let engine = runtime.block_on(async { Engine::begin(engine_config).unwrap() });
+    let server = runtime.block_on(Server::bind(setup.config, engine.clone())).unwrap();
+    let [Listen::Tcp(address)] = server.addresses()[..] else { panic!("one address") };
+    let serving = runtime.spawn(server.run(std::future::pending()));
+    let health = || client::exchange(address, &client::request("GET", "/v1/health", &[], b""));
+
+    let answer = health();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{}", answer.text());
+    let body = answer.json();
+    assert_eq!((&body["status"], &body["templates"]["python"]["ready"]), (&json!("warming"), &json!(false)), "{body}");
+    std::thread::scope(|scope| {
+        let early = scope.spawn(|| {
+            let body = br#"{"code": "print(6 * 7)"}"#;
+            client::exchange(address, &client::request("POST", "/v1/exec", &[JSON], body))
+        });
+        let metrics = || client::exchange(address, &client::request("GET", "/v1/metrics", &[], b"")).text();
+        wait_for("an exec that waits", patience(Duration::from_secs(60)), || {
+            metrics().contains("\nzeroboot_concurrent_forks 1\n")
+        });
+        assert_eq!(health().json()["status"], "warming");
+        // It keeps nobody from another template: it has no place yet.
+        assert_eq!(engine.stats().live, 0);
+        std::fs::write(&go, "").unwrap();
+        let answer = early.join().unwrap();
+        assert_eq!((answer.status, &answer.json()["stdout"]), (200, &json!("42\n")), "{}", answer.text());
+    });
+    wait_for("health", patience(Duration::from_secs(20)), || health().json()["status"] == "ok");
+    serving.abort();
+    runtime.block_on(engine.shutdown(Duration::from_secs(1)));
+}
 
 #[test]
 fn health_says_what_the_templates_can_do() {

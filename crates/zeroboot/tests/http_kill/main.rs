@@ -262,18 +262,15 @@ fn serve(folder: &std::path::Path) -> Command {
     command
 }
 
-/// A server that was started, once it listens; its log is read on.
+/// A server that was started, once it is ready; its log is read on.
 fn listening(folder: &std::path::Path) -> (Child, SocketAddr) {
     let mut server = serve(folder).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
     let mut said = Vec::new();
-    let line = loop {
-        let line = log.next().unwrap_or_else(|| panic!("it does not listen: {said:#?}")).unwrap();
-        if line.contains("listens on") {
-            break line;
-        }
-        said.push(line);
-    };
+    while said.last().is_none_or(|line: &String| !line.starts_with("zeroboot is ready after ")) {
+        said.push(log.next().unwrap_or_else(|| panic!("it does not become ready: {said:#?}")).unwrap());
+    }
+    let line = said.iter().find(|line| line.contains("listens on")).unwrap();
     std::thread::spawn(move || log.count());
     let address = line.split("listens on ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     (server, address)
@@ -343,7 +340,6 @@ fn a_killed_server_takes_its_live_sandboxes_along_and_their_clients_hear_of_it()
         client::exchange(address, &client::request(method, path, &[fixture::JSON], body.to_string().as_bytes()))
     };
     let mut made = None;
-    // Until the first canary passed there is no sandbox.
     wait_for("a sandbox", patience(Duration::from_secs(60)), || {
         made = Some(ask("POST", "/v1/sandboxes", &json!({}))).filter(|answer| answer.status == 201);
         made.is_some()
@@ -406,6 +402,8 @@ fn the_program_ends_in_order_on_sigterm() {
     let mut server =
         serve(folder.path()).env("NOTIFY_SOCKET", &notify).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut buffer = [0; 200];
+    let count = manager.recv(&mut buffer).unwrap();
+    assert_eq!(&buffer[..count], b"STATUS=Warming the templates");
     let count = manager.recv(&mut buffer).unwrap();
     assert!(buffer[..count].starts_with(b"READY=1"));
     assert!(Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap().success());

@@ -393,7 +393,9 @@ class Attempts:
             return self._backoff(0.0)
         host = self.config.base_url
         if unsent:
-            raise ConnectionError(f"no connection to {host}: {_said(error)}") from error
+            raise ConnectionError(
+                f"no connection to {host}: {_said(error)}; {START_ONE}"
+            ) from error
         if isinstance(error, httpx.PoolTimeout):
             raise self._timed_out(may_have_run=False) from error
         if isinstance(error, httpx.TimeoutException):
@@ -419,6 +421,10 @@ class Attempts:
     def _timed_out(self, may_have_run: bool) -> TimeoutError:
         waited = self.budget if self.silence is None else min(self.silence, self.budget)
         return TimeoutError(f"no answer within {waited:g} s", may_have_run=may_have_run)
+
+
+#: What to do where no server is.
+START_ONE = "start a server with `zeroboot serve`, or name another in ZEROBOOT_BASE_URL or base_url"
 
 
 def _said(error: Exception) -> str:

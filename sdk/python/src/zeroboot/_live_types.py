@@ -44,6 +44,8 @@ class SandboxLimits(TypedDict, total=False):
 
     memory_mb: int
     processes: int
+    file_size_mb: int
+    open_files: int
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, TypedDict, Union
 
-Language = Literal["python", "node", "javascript"]
+Language = Literal["python", "node", "javascript", "bash", "typescript"]
 Isolation = Literal["vm", "process"]
 Outcome = Literal[
     "exited",
@@ -41,6 +41,8 @@ class Limits(TypedDict, total=False):
     memory_mb: int
     processes: int
     output_bytes: int
+    file_size_mb: int
+    open_files: int
     cpu_seconds: float
 
 
@@ -60,7 +62,7 @@ class Exec:
     limits: Optional[Limits] = None
 
 
-HealthStatus = Literal["ok", "degraded", "unavailable", "shutting_down"]
+HealthStatus = Literal["ok", "degraded", "unavailable", "warming", "shutting_down"]
 
 
 class TemplateHealth(TypedDict, total=False):

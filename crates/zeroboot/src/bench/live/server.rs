@@ -67,7 +67,8 @@ impl Server {
         let begin = Instant::now();
         loop {
             let log = std::fs::read_to_string(server._dir.path().join("log")).unwrap_or_default();
-            if let Some(found) = log.lines().find_map(|line| line.split_once("listens on ")) {
+            let ready = log.contains("zeroboot is ready after ");
+            if let Some(found) = log.lines().find_map(|line| line.split_once("listens on ")).filter(|_| ready) {
                 let address = found.1.split_whitespace().next().unwrap_or_default();
                 let base_url = format!("http://{}", address.trim_start_matches("http://"));
                 server.client = Client::new(&base_url)?;
