@@ -329,7 +329,8 @@ fn a_cancelled_call_ends_its_sandbox_and_progress_is_told() {
         (&json!("notifications/progress"), &json!("p")),
         "{told}"
     );
-    assert_eq!(served.sandboxes().len(), 1);
+    // The template may still be warming.
+    wait_for("its sandbox", || served.sandboxes().len() == 1);
     client.tell("notifications/cancelled", &json!({"requestId": id}));
     wait_for("end of the sandbox", || served.sandboxes().is_empty());
     assert_eq!(client.good("run_code", json!({"code": "6 * 7"}))["value"], "42");
