@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http::Method;
+use serde_json::Value;
 
 use crate::api::{Client, Failure, path};
 
@@ -101,9 +102,16 @@ pub(crate) struct Fresh {
 }
 
 impl Fresh {
-    pub(crate) fn new(id: &str, client: &Client, session: &Arc<Session>) -> Fresh {
-        session.add(id, client, false);
-        Fresh { id: id.into(), client: client.clone(), session: session.clone() }
+    /// In a task of its own: a call that is cancelled while the server makes the sandbox must not lose it.
+    pub(crate) async fn make(client: &Client, body: Value, session: &Arc<Session>) -> Result<Fresh, Failure> {
+        let (client, session) = (client.clone(), session.clone());
+        let making = tokio::spawn(async move {
+            let made = client.json(Method::POST, "/v1/sandboxes", &body).await?;
+            let id = made.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
+            session.add(&id, &client, false);
+            Ok(Fresh { id, client, session })
+        });
+        making.await.map_err(|error| Failure::new("internal", error.to_string()))?
     }
 }
 

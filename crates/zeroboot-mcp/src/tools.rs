@@ -219,12 +219,6 @@ impl Mcp {
         Client { api: self.api.clone(), asker: context.extensions.get::<Parts>().cloned().map(Arc::new) }
     }
 
-    async fn create(&self, client: &Client, body: &Value) -> Result<String, Failure> {
-        let made = client.json(Method::POST, "/v1/sandboxes", body).await?;
-        let id = made.get("id").and_then(Value::as_str);
-        id.map(str::to_owned).ok_or_else(|| Failure::new("no_answer", "the server's answer names no sandbox"))
-    }
-
     async fn run(&self, client: &Client, call: &RunCode) -> Result<CallToolResult, Failure> {
         let timeout = call.timeout_seconds.unwrap_or(TIMEOUT);
         let fresh = match &call.sandbox_id {
@@ -232,7 +226,7 @@ impl Mcp {
             None => {
                 let language = call.language.unwrap_or_default().template();
                 let body = json!({"language": language, "timeout_seconds": timeout.saturating_add(SLACK)});
-                Some(Fresh::new(&self.create(client, &body).await?, client, &self.session))
+                Some(Fresh::make(client, body, &self.session).await?)
             }
         };
         let id = fresh.as_ref().map(|fresh| fresh.id.as_str()).or(call.sandbox_id.as_deref()).unwrap_or_default();
