@@ -172,7 +172,7 @@ fn health_says_which_templates_are_down() {
     assert_eq!(health().1["status"], "ok");
     // A zygote comes back quickly: all but one are killed until one is seen to be down.
     let survivor = children(std::process::id())[0];
-    wait_for("one that is down", Duration::from_secs(60), || {
+    wait_for("one that is down", patience(Duration::from_secs(60)), || {
         children(std::process::id()).iter().filter(|zygote| **zygote != survivor).for_each(kill_if_there);
         let (status, body) = health();
         let down = body["templates"].as_object().unwrap().values().filter(|one| one["ready"] == false).count();
@@ -182,12 +182,12 @@ fn health_says_which_templates_are_down() {
         assert_eq!((down, body["reasons"].as_array().map(Vec::len)), (1, Some(1)), "{body}");
         true
     });
-    wait_for("none that is up", Duration::from_secs(60), || {
+    wait_for("none that is up", patience(Duration::from_secs(60)), || {
         children(std::process::id()).iter().for_each(kill_if_there);
         let (status, body) = health();
         (status, &body["status"]) == (503, &json!("unavailable"))
     });
-    wait_for("health again", Duration::from_secs(60), || health().1["status"] == "ok");
+    wait_for("health again", patience(Duration::from_secs(60)), || health().1["status"] == "ok");
 }
 
 #[test]
