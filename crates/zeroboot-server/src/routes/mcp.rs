@@ -3,7 +3,7 @@
 
 use std::{any::Any, sync::Arc};
 
-use axum::{Router, extract::Request, routing::any_service};
+use axum::{Router, body::Body, extract::Request, response::Response, routing::any};
 use bytes::Bytes;
 use http::{header, request::Parts};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -15,6 +15,9 @@ use zeroboot_mcp::{Api, Asker, Mcp, Sent};
 
 use crate::{
     app::App,
+    body::read_whole,
+    call::Call,
+    error::ApiError,
     peer::{Asked, Peer},
 };
 
@@ -31,15 +34,26 @@ pub(crate) fn route(api: Router, app: &Arc<App>) -> Router<Arc<App>> {
         .with_cancellation_token(app.mcp_ends.clone());
     let sessions = Arc::new(LocalSessionManager::default());
     let service = StreamableHttpService::new(move || Ok(Mcp::new(api.clone())), sessions, config);
-    Router::new().route("/mcp", any_service(service)).layer(axum::middleware::map_request(without_connection))
+    Router::new().route("/mcp", any(move |call: Call, request: Request| answer(service.clone(), call, request)))
 }
 
-/// A session goes on when the connection of a request of it has ended, and must not keep that one's place.
-async fn without_connection(mut request: Request) -> Request {
-    if let Some(asked) = request.extensions_mut().get_mut::<Asked>() {
+type Service = StreamableHttpService<Mcp, LocalSessionManager>;
+
+/// Answers a request under the limits of its key. What is held for it is held until its answer has ended.
+async fn answer(service: Service, call: Call, request: Request) -> Result<Response, ApiError> {
+    let (mut head, body) = request.into_parts();
+    let body = read_whole(body, call.limits(), &call.share).await?;
+    // A session goes on when the connection of a request of it has ended, and must not keep that one's place.
+    if let Some(asked) = head.extensions.get_mut::<Asked>() {
         asked.peer = Peer { ip: asked.peer.ip, ..Peer::default() };
     }
-    request
+    let request = Request::from_parts(head, Full::new(Bytes::from(body)));
+    let Ok(answer) = service.oneshot(request).await;
+    let held = move |frame| {
+        let _until_its_end = &call;
+        frame
+    };
+    Ok(answer.map(|body| Body::new(body.map_frame(held))))
 }
 
 /// The routes of this server.
@@ -55,7 +69,7 @@ impl Api for Local {
             if let Some(asker) = asker {
                 in_the_name_of(asker, &mut head);
             }
-            let request = Request::from_parts(head, axum::body::Body::new(Full::new(body)));
+            let request = Request::from_parts(head, Body::new(Full::new(body)));
             let Ok(answer) = self.api.clone().oneshot(request).await;
             let (head, body) = answer.into_parts();
             let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| error.to_string())?;
