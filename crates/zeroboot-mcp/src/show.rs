@@ -24,6 +24,17 @@ pub(crate) fn capped(text: &str) -> (String, usize) {
     (format!("{before}\n[... {cut} bytes cut here ...]\n{after}"), cut)
 }
 
+/// What a tool did, in words and as structured content.
+pub(crate) fn told(text: impl Into<String>, about: Value) -> CallToolResult {
+    with(vec![ContentBlock::text(text)], about)
+}
+
+fn with(content: Vec<ContentBlock>, about: Value) -> CallToolResult {
+    let mut result = CallToolResult::success(content);
+    result.structured_content = Some(about);
+    result
+}
+
 /// What a tool could not do.
 pub(crate) fn failed(failure: &Failure) -> CallToolResult {
     let value = failure.value();
@@ -112,8 +123,7 @@ pub(crate) fn ran(answer: &Value, sandbox: Option<&str>) -> CallToolResult {
     } else if content.is_empty() {
         content.push(ContentBlock::text("[no output]"));
     }
-    let mut shown = CallToolResult::success(content);
-    shown.structured_content = Some(Value::Object(kept));
+    let mut shown = with(content, Value::Object(kept));
     // The tool did its work. An agent is to see that the code failed all the same.
     shown.is_error = Some(!good);
     shown
@@ -146,9 +156,7 @@ pub(crate) fn file(name: &str, bytes: &[u8], whole: bool) -> CallToolResult {
     if !whole {
         content.push(ContentBlock::text("[the file goes on; ask for more with `offset`]"));
     }
-    let mut shown = CallToolResult::success(content);
-    shown.structured_content = Some(about);
-    shown
+    with(content, about)
 }
 
 fn image_kind(bytes: &[u8]) -> Option<&'static str> {

@@ -404,9 +404,7 @@ several approaches, or one on several inputs.",
             "isolation": field("isolation"), "expires_at": field("expires_at"), "limits": field("limits"),
         });
         let text = format!("sandbox_id: {id}\nlanguage: {}\nends at: {}", field("language"), field("expires_at"));
-        let mut result = CallToolResult::success(vec![ContentBlock::text(text)]);
-        result.structured_content = Some(about);
-        result
+        show::told(text, about)
     }
 
     #[tool(
@@ -443,9 +441,7 @@ several approaches, or one on several inputs.",
             let pid = answer.get("pid").cloned().unwrap_or_default();
             let about = json!({"sandbox_id": call.sandbox_id, "outcome": "running", "pid": pid, "command_id": answer.get("id")});
             let text = format!("runs in the background as process {pid}; `kill {pid}` ends it");
-            let mut result = CallToolResult::success(vec![ContentBlock::text(text)]);
-            result.structured_content = Some(about);
-            return result;
+            return show::told(text, about);
         }
         show::ran(&answer, Some(&call.sandbox_id))
     }
@@ -506,9 +502,7 @@ several approaches, or one on several inputs.",
         match self.client(&context).ask(Method::PUT, &url, &headers, bytes).await {
             Ok(_) => {
                 let text = format!("wrote {length} bytes to {}", call.path);
-                let mut result = CallToolResult::success(vec![ContentBlock::text(text)]);
-                result.structured_content = Some(json!({"path": call.path, "bytes": length}));
-                result
+                show::told(text, json!({"path": call.path, "bytes": length}))
             }
             Err(failure) => shown(Err(failure)),
         }
@@ -529,9 +523,7 @@ several approaches, or one on several inputs.",
         match done {
             Ok(()) => {
                 self.session.forget(&call.sandbox_id);
-                let mut result = CallToolResult::success(vec![ContentBlock::text("ended")]);
-                result.structured_content = Some(json!({"sandbox_id": call.sandbox_id, "ended": true}));
-                result
+                show::told("ended", json!({"sandbox_id": call.sandbox_id, "ended": true}))
             }
             Err(failure) => shown(Err(failure)),
         }
