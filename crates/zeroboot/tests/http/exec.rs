@@ -43,12 +43,14 @@ fn output_and_status_are_exact() {
 fn a_passed_deadline_is_200_and_keeps_the_output_before_it() {
     let fixture = Fixture::new();
     let begun = Instant::now();
-    let body = fixture.exec(&json!({"code": "print('before', flush=True)\nwhile True: pass", "timeout_seconds": 0.5}));
+    let timeout = patience(Duration::from_secs(1)).as_secs();
+    let body =
+        fixture.exec(&json!({"code": "print('before', flush=True)\nwhile True: pass", "timeout_seconds": timeout}));
     assert_eq!(
         (&body["outcome"], &body["exit_code"], &body["stdout"]),
         (&json!("deadline_passed"), &json!(124), &json!("before\n"))
     );
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < patience(Duration::from_secs(15)), "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -77,7 +79,7 @@ fn limits_are_kept() {
     assert_eq!(body["outcome"], "out_of_memory", "{body}");
 
     let body =
-        fixture.exec(&json!({"code": "while True: pass", "limits": {"cpu_seconds": 0.3}, "timeout_seconds": 20}));
+        fixture.exec(&json!({"code": "while True: pass", "limits": {"cpu_seconds": 0.3}, "timeout_seconds": 60}));
     assert_eq!(body["outcome"], "cpu_limit", "{body}");
 }
 
