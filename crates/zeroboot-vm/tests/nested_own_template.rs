@@ -225,7 +225,7 @@ fn what_a_module_that_node_warmed_keeps_gives_each_fork_other_numbers() {
 for (const line of all) if (!line.startsWith('before')) console.log(line);
 console.log(performance.timeOrigin);
 console.log(Math.abs(performance.timeOrigin + performance.now() - Date.now()) < 60e3, all.length);";
-    for (_, answer, _) in all_differ(&template, code, 7, 20) {
+    for (_, answer, _) in all_differ(&template, code, 7, 6) {
         assert_eq!(answer.text().lines().nth(7), Some("true 10"), "{answer:?}");
     }
 }
