@@ -45,6 +45,7 @@ test('commands have output, status, input, and an end', async () => {
     assert.equal((await handle.wait()).stdout, 'typed\n')
     const sleeper = await sandbox.commands.run('sleep 1000', { background: true })
     assert.equal(await sleeper.kill(), true)
+    await assert.rejects(sleeper.wait())
     assert.equal(await sandbox.commands.kill(sleeper.pid), false)
   })
 })

@@ -15,7 +15,7 @@ use crate::nested as lane;
 
 const HELP: &str = "\
 cargo xtask test [--list] [STEP...]
-    Runs the steps named, or all of them, and says at the end which failed.
+    Runs the steps named, or all but those on demand, and says at the end which failed.
 ";
 
 type Step = (&'static str, &'static str, fn(&Setup) -> anyhow::Result<()>);
@@ -29,7 +29,7 @@ const STEPS: &[Step] = &[
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("e2b", "E2B's own SDKs, unmodified, against a real server", e2b),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
-    ("page", "the first page in a real browser: keyboard, streams, keys, light and dark", page),
+    ("page", "on demand: the first page in a real browser: keyboard, streams, keys, light and dark", page),
     (
         "load",
         "200 connections for half a minute, then two minutes of them and of live sandboxes while things break",
@@ -39,6 +39,9 @@ const STEPS: &[Step] = &[
     ("intel", "the VM engine on kvm_intel with guests of a few bytes, in an emulated machine", intel),
     ("nested", "the VM engine on kvm_amd, in an emulated machine", nested),
 ];
+
+/// Steps that run only when they are named.
+const ON_DEMAND: [&str; 1] = ["page"];
 
 /// What the steps share.
 struct Setup {
@@ -80,7 +83,7 @@ fn run(wanted: &[String]) -> anyhow::Result<Vec<&'static str>> {
     let setup = Setup { python: test_python(&root)?, root };
     let mut failed = Vec::new();
     let mut summary = String::new();
-    for (name, what, step) in STEPS.iter().filter(|(name, ..)| wanted.is_empty() || wanted.iter().any(|w| w == name)) {
+    for (name, what, step) in STEPS.iter().filter(|(name, ..)| is_wanted(name, wanted)) {
         println!("\n==== {name}: {what}");
         let begin = Instant::now();
         let verdict = match step(&setup) {
@@ -96,6 +99,10 @@ fn run(wanted: &[String]) -> anyhow::Result<Vec<&'static str>> {
     let passed = summary.lines().count() - failed.len();
     println!("\n{summary}steps: {passed} passed, {} failed", failed.len());
     Ok(failed)
+}
+
+fn is_wanted(name: &str, wanted: &[String]) -> bool {
+    if wanted.is_empty() { !ON_DEMAND.contains(&name) } else { wanted.iter().any(|one| one == name) }
 }
 
 /// Debian packages that the tests need: a program that shows each is there, and its package.

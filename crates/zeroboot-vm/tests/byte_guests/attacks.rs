@@ -206,6 +206,11 @@ fn guests_that_attack_their_machine_harm_only_themselves() {
         assert_eq!(SessionEnd::Done(script.ending().unwrap()), end, "{name}");
         eprintln!("{name}: {end:?} after {:?}", start.elapsed());
         healthy(name);
-        assert_eq!(resources().1, before, "mappings after: {name}");
+        // The tests beside this one have some for a moment.
+        let begun = Instant::now();
+        while resources().1 > before {
+            assert!(begun.elapsed() < LONG, "{} mappings after {name}, {before} before", resources().1);
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
