@@ -139,7 +139,7 @@ impl Client {
 }
 
 /// `/v1/sandboxes/ID/part/...`, escaped.
-pub(crate) fn path(id: &str, parts: &[&str]) -> String {
+pub fn path(id: &str, parts: &[&str]) -> String {
     let mut path = "/v1/sandboxes".to_owned();
     for part in [id].iter().chain(parts) {
         path.push('/');
@@ -148,9 +148,21 @@ pub(crate) fn path(id: &str, parts: &[&str]) -> String {
     path
 }
 
+/// A path with a query.
+pub fn query(path: &str, pairs: &[(&str, &str)]) -> String {
+    let mut out = path.to_owned();
+    for (index, (name, value)) in pairs.iter().enumerate() {
+        out.push(if index == 0 { '?' } else { '&' });
+        out.push_str(name);
+        out.push('=');
+        out.extend(utf8_percent_encode(value, &KEPT));
+    }
+    out
+}
+
 /// The path of a file in a sandbox.
 pub(crate) fn file(id: &str, name: &str) -> String {
-    format!("{}?path={}", path(id, &["files"]), utf8_percent_encode(name, &KEPT))
+    query(&path(id, &["files"]), &[("path", name)])
 }
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
 //! Answers of the API as an agent reads them: text, images, and the same as structured content.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use rmcp::model::{CallToolResult, ContentBlock};
+use rmcp::{
+    ErrorData,
+    handler::server::tool::IntoCallToolResult,
+    model::{CallToolResponse, CallToolResult, ContentBlock},
+};
 use serde_json::{Map, Value, json};
 
 use crate::api::Failure;
@@ -43,6 +47,12 @@ pub(crate) fn failed(failure: &Failure) -> CallToolResult {
     result.content =
         vec![ContentBlock::text(format!("{}: {}\nWhat to do: {}", text("code"), text("cause"), text("remediation")))];
     result
+}
+
+impl IntoCallToolResult for Failure {
+    fn into_call_tool_result(self) -> Result<CallToolResponse, ErrorData> {
+        Ok(failed(&self).into())
+    }
 }
 
 /// What a program or a cell did. What it is not good for an agent to see is left out.

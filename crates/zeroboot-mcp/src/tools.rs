@@ -40,6 +40,8 @@ const MAX_READ: u64 = 1 << 20;
 const READ: u64 = 24 * 1024;
 /// Most files of a sandbox that are listed as resources.
 const MAX_RESOURCES: usize = 1000;
+/// The code of a call that its client gave up.
+const CANCELLED: &str = "cancelled";
 /// Scheme of a file in a sandbox, as a resource.
 const SCHEME: &str = "sandbox://";
 
@@ -203,6 +205,8 @@ struct KillSandbox {
 }
 
 type Context = RequestContext<RoleServer>;
+/// What a tool gives. A failure is a result, too: one that says what to do.
+type Done = Result<CallToolResult, Failure>;
 
 impl Mcp {
     /// A session that asks `api`.
@@ -219,7 +223,7 @@ impl Mcp {
         Client { api: self.api.clone(), asker: context.extensions.get::<Parts>().cloned().map(Arc::new) }
     }
 
-    async fn run(&self, client: &Client, call: &RunCode) -> Result<CallToolResult, Failure> {
+    async fn run(&self, client: &Client, call: &RunCode) -> Done {
         let timeout = call.timeout_seconds.unwrap_or(TIMEOUT);
         let fresh = match &call.sandbox_id {
             Some(_) => None,
@@ -252,16 +256,20 @@ impl Mcp {
     }
 }
 
-/// Waits for `work`, tells the client every second that it goes on, and ends when the client cancels: `None`.
-async fn patiently<T>(context: &Context, seconds: u64, work: impl Future<Output = T>) -> Option<T> {
+/// Waits for `work`, tells the client every second that it goes on, and ends when the client cancels.
+async fn patiently<T>(
+    context: &Context,
+    seconds: u64,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
     let token = context.meta.get_progress_token();
     let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
     let mut passed = 0u32;
     tokio::pin!(work);
     loop {
         tokio::select! {
-            done = &mut work => return Some(done),
-            () = context.ct.cancelled() => return None,
+            done = &mut work => return done,
+            () = context.ct.cancelled() => return Err(Failure::new(CANCELLED, "the client cancelled the call")),
             _ = ticks.tick() => {
                 passed += 1;
                 let Some(token) = &token else { continue };
@@ -275,13 +283,13 @@ async fn patiently<T>(context: &Context, seconds: u64, work: impl Future<Output 
     }
 }
 
-/// The answer to a call that its client gave up.
-fn cancelled() -> Result<CallToolResult, Failure> {
-    Err(Failure::new("cancelled", "the client cancelled the call"))
-}
-
-fn shown(done: Result<CallToolResult, Failure>) -> CallToolResult {
-    done.unwrap_or_else(|failure| show::failed(&failure))
+/// A part of a file.
+async fn read(client: &Client, url: &str, range: &str) -> Result<Bytes, Failure> {
+    match client.ask(Method::GET, url, &[(header::RANGE, range)], Bytes::new()).await {
+        // An empty file has no byte to begin at.
+        Err(failure) if failure.code == "range_not_satisfiable" => Ok(Bytes::new()),
+        read => read,
+    }
 }
 
 #[tool_router(router = tool_router)]
@@ -297,18 +305,18 @@ pandas where the server has them), JavaScript or bash; in a fresh sandbox, or wi
             open_world_hint = false
         )
     )]
-    async fn run_code(&self, Parameters(call): Parameters<RunCode>, context: Context) -> CallToolResult {
+    async fn run_code(&self, Parameters(call): Parameters<RunCode>, context: Context) -> Done {
         let client = self.client(&context);
         let timeout = call.timeout_seconds.unwrap_or(TIMEOUT);
         let done = patiently(&context, timeout, self.run(&client, &call)).await;
-        if done.is_none()
+        if done.as_ref().is_err_and(|failure| failure.code == CANCELLED)
             && let Some(id) = &call.sandbox_id
         {
             // A cell goes on without its client. A command does not.
             let interrupt = path(id, &["contexts", "default", "interrupt"]);
             let _not_running = client.ask(Method::POST, &interrupt, &[], Bytes::new()).await;
         }
-        shown(done.unwrap_or_else(cancelled))
+        done
     }
 
     #[tool(
@@ -322,10 +330,9 @@ several approaches, or one on several inputs.",
             open_world_hint = false
         )
     )]
-    async fn run_parallel(&self, Parameters(call): Parameters<RunParallel>, context: Context) -> CallToolResult {
+    async fn run_parallel(&self, Parameters(call): Parameters<RunParallel>, context: Context) -> Done {
         if call.language == Language::Bash {
-            let cause = "run_parallel takes python and javascript";
-            return shown(Err(Failure::new("unknown_language", cause)));
+            return Err(Failure::new("unknown_language", "run_parallel takes python and javascript"));
         }
         let timeout = call.timeout_seconds.unwrap_or(TIMEOUT);
         let items: Vec<Value> = call
@@ -341,11 +348,7 @@ several approaches, or one on several inputs.",
             let results = answer.get("results").and_then(Value::as_array);
             results.cloned().ok_or_else(|| Failure::new("no_answer", "the server's answer has no results"))
         };
-        let results = match patiently(&context, timeout, work).await {
-            Some(Ok(results)) => results,
-            Some(Err(failure)) => return shown(Err(failure)),
-            None => return shown(cancelled()),
-        };
+        let results = patiently(&context, timeout, work).await?;
         let mut all = CallToolResult::success(Vec::new());
         let mut structured = Vec::new();
         for (number, (program, result)) in call.programs.iter().zip(&results).enumerate() {
@@ -365,7 +368,7 @@ several approaches, or one on several inputs.",
             structured.push(value);
         }
         all.structured_content = Some(json!({"results": structured}));
-        all
+        Ok(all)
     }
 
     #[tool(
@@ -378,7 +381,7 @@ several approaches, or one on several inputs.",
             open_world_hint = false
         )
     )]
-    async fn create_sandbox(&self, Parameters(call): Parameters<CreateSandbox>, context: Context) -> CallToolResult {
+    async fn create_sandbox(&self, Parameters(call): Parameters<CreateSandbox>, context: Context) -> Done {
         let client = self.client(&context);
         let mut body = json!({
             "timeout_seconds": call.timeout_seconds.unwrap_or(LEASE),
@@ -392,10 +395,7 @@ several approaches, or one on several inputs.",
         if let Some(memory) = call.memory_mb {
             body["memory_mb"] = json!(memory);
         }
-        let made = match client.json(Method::POST, "/v1/sandboxes", &body).await {
-            Ok(made) => made,
-            Err(failure) => return shown(Err(failure)),
-        };
+        let made = client.json(Method::POST, "/v1/sandboxes", &body).await?;
         let field = |name: &str| made.get(name).cloned().unwrap_or_default();
         let id = field("id").as_str().unwrap_or_default().to_owned();
         self.session.add(&id, &client, call.keep_after_session);
@@ -404,7 +404,7 @@ several approaches, or one on several inputs.",
             "isolation": field("isolation"), "expires_at": field("expires_at"), "limits": field("limits"),
         });
         let text = format!("sandbox_id: {id}\nlanguage: {}\nends at: {}", field("language"), field("expires_at"));
-        show::told(text, about)
+        Ok(show::told(text, about))
     }
 
     #[tool(
@@ -417,7 +417,7 @@ several approaches, or one on several inputs.",
             open_world_hint = false
         )
     )]
-    async fn exec(&self, Parameters(call): Parameters<Exec>, context: Context) -> CallToolResult {
+    async fn exec(&self, Parameters(call): Parameters<Exec>, context: Context) -> Done {
         let client = self.client(&context);
         let mut body = json!({
             "command": call.command, "env": call.env, "background": call.background, "end_with_client": !call.background,
@@ -432,46 +432,37 @@ several approaches, or one on several inputs.",
         }
         let commands = path(&call.sandbox_id, &["commands"]);
         let work = client.json(Method::POST, &commands, &body);
-        let answer = match patiently(&context, timeout.unwrap_or_default(), work).await {
-            Some(Ok(answer)) => answer,
-            Some(Err(failure)) => return shown(Err(failure)),
-            None => return shown(cancelled()),
-        };
+        let answer = patiently(&context, timeout.unwrap_or_default(), work).await?;
         if call.background {
             let pid = answer.get("pid").cloned().unwrap_or_default();
             let about = json!({"sandbox_id": call.sandbox_id, "outcome": "running", "pid": pid, "command_id": answer.get("id")});
             let text = format!("runs in the background as process {pid}; `kill {pid}` ends it");
-            return show::told(text, about);
+            return Ok(show::told(text, about));
         }
-        show::ran(&answer, Some(&call.sandbox_id))
+        Ok(show::ran(&answer, Some(&call.sandbox_id)))
     }
 
     #[tool(
         description = "Read a file of a sandbox: text, an image, or base64.",
         annotations(title = "Read a file", read_only_hint = true, open_world_hint = false)
     )]
-    async fn read_file(&self, Parameters(call): Parameters<ReadFile>, context: Context) -> CallToolResult {
+    async fn read_file(&self, Parameters(call): Parameters<ReadFile>, context: Context) -> Done {
         let client = self.client(&context);
         let asked = call.max_bytes.map(|bytes| bytes.clamp(1, MAX_READ));
         // An image is of use only whole.
         let most = asked.unwrap_or(MAX_READ);
         let range = format!("bytes={}-{}", call.offset, call.offset.saturating_add(most));
         let url = file(&call.sandbox_id, &call.path);
-        let bytes = match client.ask(Method::GET, &url, &[(header::RANGE, &range)], Bytes::new()).await {
-            Ok(bytes) => bytes,
-            // An empty file has no byte to begin at.
-            Err(failure) if failure.code == "range_not_satisfiable" => Bytes::new(),
-            Err(failure) => return shown(Err(failure)),
-        };
+        let bytes = read(&client, &url, &range).await?;
         let mut limit = usize::try_from(most).unwrap_or(usize::MAX);
         let is_image = |result: &CallToolResult| result.content.iter().any(|block| block.as_image().is_some());
         let whole = bytes.len() <= limit;
         let all = show::file(&call.path, bytes.get(..limit.min(bytes.len())).unwrap_or_default(), whole);
         if asked.is_some() || is_image(&all) {
-            return all;
+            return Ok(all);
         }
         limit = limit.min(usize::try_from(READ).unwrap_or(usize::MAX));
-        show::file(&call.path, bytes.get(..limit.min(bytes.len())).unwrap_or_default(), bytes.len() <= limit)
+        Ok(show::file(&call.path, bytes.get(..limit.min(bytes.len())).unwrap_or_default(), bytes.len() <= limit))
     }
 
     #[tool(
@@ -484,28 +475,21 @@ several approaches, or one on several inputs.",
             open_world_hint = false
         )
     )]
-    async fn write_file(&self, Parameters(call): Parameters<WriteFile>, context: Context) -> CallToolResult {
+    async fn write_file(&self, Parameters(call): Parameters<WriteFile>, context: Context) -> Done {
         let bytes = match (call.content, call.content_base64) {
             (Some(text), None) => Bytes::from(text),
-            (None, Some(encoded)) => match STANDARD.decode(encoded.trim()) {
-                Ok(bytes) => bytes.into(),
-                Err(error) => {
-                    let cause = format!("content_base64 is not base64: {error}");
-                    return shown(Err(Failure::new("invalid_request", cause)));
-                }
-            },
-            _ => return shown(Err(Failure::new("invalid_request", "give either content or content_base64"))),
+            (None, Some(encoded)) => {
+                let wrong = |error| Failure::new("invalid_request", format!("content_base64 is not base64: {error}"));
+                STANDARD.decode(encoded.trim()).map_err(wrong)?.into()
+            }
+            _ => return Err(Failure::new("invalid_request", "give either content or content_base64")),
         };
         let length = bytes.len();
         let url = file(&call.sandbox_id, &call.path);
         let headers = [(header::CONTENT_TYPE, "application/octet-stream")];
-        match self.client(&context).ask(Method::PUT, &url, &headers, bytes).await {
-            Ok(_) => {
-                let text = format!("wrote {length} bytes to {}", call.path);
-                show::told(text, json!({"path": call.path, "bytes": length}))
-            }
-            Err(failure) => shown(Err(failure)),
-        }
+        self.client(&context).ask(Method::PUT, &url, &headers, bytes).await?;
+        let text = format!("wrote {length} bytes to {}", call.path);
+        Ok(show::told(text, json!({"path": call.path, "bytes": length})))
     }
 
     #[tool(
@@ -518,15 +502,10 @@ several approaches, or one on several inputs.",
             open_world_hint = false
         )
     )]
-    async fn kill_sandbox(&self, Parameters(call): Parameters<KillSandbox>, context: Context) -> CallToolResult {
-        let done = end(&self.client(&context), &call.sandbox_id).await;
-        match done {
-            Ok(()) => {
-                self.session.forget(&call.sandbox_id);
-                show::told("ended", json!({"sandbox_id": call.sandbox_id, "ended": true}))
-            }
-            Err(failure) => shown(Err(failure)),
-        }
+    async fn kill_sandbox(&self, Parameters(call): Parameters<KillSandbox>, context: Context) -> Done {
+        end(&self.client(&context), &call.sandbox_id).await?;
+        self.session.forget(&call.sandbox_id);
+        Ok(show::told("ended", json!({"sandbox_id": call.sandbox_id, "ended": true})))
     }
 }
 
@@ -587,15 +566,8 @@ impl ServerHandler for Mcp {
         let at = rest.find('/').ok_or_else(unknown)?;
         let (id, name) = rest.split_at(at);
         let range = format!("bytes=0-{}", MAX_READ - 1);
-        let bytes = match self
-            .client(&context)
-            .ask(Method::GET, &file(id, name), &[(header::RANGE, &range)], Bytes::new())
-            .await
-        {
-            Ok(bytes) => bytes,
-            Err(failure) if failure.code == "range_not_satisfiable" => Bytes::new(),
-            Err(failure) => return Err(ErrorData::resource_not_found(failure.cause.clone(), Some(failure.value()))),
-        };
+        let unreadable = |failure: Failure| ErrorData::resource_not_found(failure.cause.clone(), Some(failure.value()));
+        let bytes = read(&self.client(&context), &file(id, name), &range).await.map_err(unreadable)?;
         let contents = match String::from_utf8(bytes.to_vec()) {
             Ok(text) => ResourceContents::text(text, request.uri),
             Err(_) => ResourceContents::blob(STANDARD.encode(&bytes), request.uri),

@@ -17,7 +17,6 @@ use hyper::{
     header::{AUTHORIZATION, HOST, HeaderValue, RETRY_AFTER, USER_AGENT},
 };
 use hyper_util::rt::TokioIo;
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -28,6 +27,8 @@ use tokio_rustls::{
     TlsConnector,
     rustls::{ClientConfig, RootCertStore, pki_types::ServerName},
 };
+
+pub(crate) use zeroboot_mcp::{path, query};
 
 use crate::hint::hinted;
 
@@ -42,7 +43,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const MAX_RETRY: Duration = Duration::from_secs(10);
 /// Most bytes of an answer that is not a stream.
 const MAX_ANSWER: usize = 256 << 20;
-const KEPT: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// What the server refused.
 #[derive(Debug, thiserror::Error)]
@@ -353,28 +353,6 @@ pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
 
 pub(crate) fn json_headers(body: Option<&Value>) -> Vec<(&'static str, String)> {
     body.map(|_| ("content-type", "application/json".to_owned())).into_iter().collect()
-}
-
-/// `/v1/sandboxes/ID/part/...`, escaped.
-pub(crate) fn path(id: &str, parts: &[&str]) -> String {
-    let mut path = "/v1/sandboxes".to_owned();
-    for part in [id].iter().chain(parts) {
-        path.push('/');
-        path.extend(utf8_percent_encode(part, &KEPT));
-    }
-    path
-}
-
-/// A path with a query.
-pub(crate) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
-    let mut out = path.to_owned();
-    for (index, (name, value)) in pairs.iter().enumerate() {
-        out.push(if index == 0 { '?' } else { '&' });
-        out.push_str(name);
-        out.push('=');
-        out.extend(utf8_percent_encode(value, &KEPT));
-    }
-    out
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
