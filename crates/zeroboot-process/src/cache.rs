@@ -75,10 +75,8 @@ impl Stamp {
 
 /// The file for what was found out about `path`.
 pub(crate) fn file(place: &Path, kind: &str, path: &Path) -> PathBuf {
-    // FNV-1a. Two paths of one name only cost time: the file says whose it is.
-    let hash = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    let name = path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, hash);
-    place.join(kind).join(format!("{name:016x}"))
+    // The file itself says whose it is, too.
+    place.join(kind).join(blake3::hash(path.as_os_str().as_bytes()).to_hex().as_str())
 }
 
 /// The directory of a file of the cache. It is ours, and nobody else may enter it, so what lies in it is from us. The

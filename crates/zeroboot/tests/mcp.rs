@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use self::harness::{Who, python};
+use self::harness::{Who, address_of, python};
 
 #[path = "harness/lib.rs"]
 #[expect(dead_code, reason = "shared with other test files")]
@@ -247,16 +247,7 @@ impl Served {
         command.args(["serve", "--listen", "127.0.0.1:0", "--pool", "2", "--engine", "process", "--warm", "json"]);
         command.args(["--python", python(Who::Me), "--keys-file"]).arg(&keys);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut words = BufReader::new(child.stderr.take().unwrap());
-        let mut said = String::new();
-        let address = loop {
-            let from = said.len();
-            assert!(words.read_line(&mut said).unwrap() > 0, "it ended: {said}");
-            if let Some(at) = said[from..].split("zeroboot listens on ").nth(1) {
-                break at.split_whitespace().next().unwrap().to_owned();
-            }
-        };
-        std::thread::spawn(move || std::io::copy(&mut words, &mut std::io::sink()));
+        let address = address_of(&mut child);
         Served { child, address, key, _folder: folder }
     }
 

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     os::{fd::OwnedFd, unix::fs::PermissionsExt},
     path::Path,
     process::{Child, Command, Stdio},
@@ -17,7 +17,7 @@ use rustix::{
 };
 use serde_json::Value;
 
-use self::harness::{Cli, Done, Who, python};
+use self::harness::{Cli, Done, Who, address_of, python};
 
 #[path = "harness/lib.rs"]
 #[expect(dead_code, reason = "shared with other test files")]
@@ -59,23 +59,12 @@ impl Served {
             command.arg("--keys-file").arg(&file);
         }
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut words = BufReader::new(child.stderr.take().unwrap());
-        let mut said = String::new();
-        let url = loop {
-            let from = said.len();
-            assert!(words.read_line(&mut said).unwrap() > 0, "it ended: {said}");
-            if let Some(at) = said[from..].split("zeroboot listens on ").nth(1) {
-                let address = at.split_whitespace().next().unwrap();
-                let port = address.rsplit(':').next().unwrap();
-                break if options.contains(&"--tls-cert") {
-                    format!("https://localhost:{port}")
-                } else {
-                    format!("http://{address}")
-                };
-            }
+        let address = address_of(&mut child);
+        let url = if options.contains(&"--tls-cert") {
+            format!("https://localhost:{}", address.rsplit(':').next().unwrap())
+        } else {
+            format!("http://{address}")
         };
-        // It goes on writing.
-        std::thread::spawn(move || std::io::copy(&mut words, &mut std::io::sink()));
         let trust = options.iter().skip_while(|option| **option != "--tls-cert").nth(1).map(|file| (*file).to_owned());
         let served = Served { child, url, key, trust, _dir: dir };
         let started = Instant::now();

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
     fs,
-    io::{Read, Write},
+    io::{BufRead as _, BufReader, Read, Write},
     os::unix::{
         fs::{PermissionsExt, chown},
         process::ExitStatusExt,
@@ -40,6 +40,21 @@ impl Who {
     pub(crate) fn ordinary() -> Option<Who> {
         rustix::process::geteuid().is_root().then_some(Who::Ordinary)
     }
+}
+
+/// Where a `zeroboot serve` with a piped standard error listens, once it does. What it writes after that is read and dropped.
+pub(crate) fn address_of(server: &mut Child) -> String {
+    let mut words = BufReader::new(server.stderr.take().unwrap());
+    let mut said = String::new();
+    let address = loop {
+        let from = said.len();
+        assert!(words.read_line(&mut said).unwrap() > 0, "it ended: {said}");
+        if let Some(at) = said[from..].split("zeroboot listens on ").nth(1) {
+            break at.split_whitespace().next().unwrap().to_owned();
+        }
+    };
+    std::thread::spawn(move || std::io::copy(&mut words, &mut std::io::sink()));
+    address
 }
 
 /// A Python that this user can run: `ZEROBOOT_TEST_PYTHON`, else the first on the path.
