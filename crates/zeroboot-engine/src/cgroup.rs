@@ -125,13 +125,18 @@ impl Cgroup {
     /// Sets what the sandbox may use.
     pub(crate) fn limit(&self, limits: &Limits) -> io::Result<()> {
         let set = |file: &str, value: String| fs::write(self.path.join(file), value);
-        set("memory.max", limits.memory.saturating_add(OVERHEAD).to_string())?;
+        self.limit_memory(limits.memory)?;
         set("pids.max", limits.processes.saturating_add(OWN_PROCESSES).to_string())?;
         // One CPU's worth of time.
         set("cpu.max", "100000 100000".into())?;
         // Not every host has swap accounting.
         let _no_swap = set("memory.swap.max", "0".into());
         Ok(())
+    }
+
+    /// Sets the memory that it may use beside the overhead of a sandbox.
+    pub(crate) fn limit_memory(&self, bytes: u64) -> io::Result<()> {
+        fs::write(self.path.join("memory.max"), bytes.saturating_add(OVERHEAD).to_string())
     }
 
     /// Whether the kernel killed something in it for want of memory.

@@ -13,7 +13,8 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::{
-    EndReason, EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation, Sandbox, SandboxSpec,
+    BranchError, BranchSpec, EndReason, EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation, Sandbox,
+    SandboxSpec,
     cgroup::Cgroups,
     live::{Origin, Registry},
     reaper::Reaper,
@@ -297,8 +298,28 @@ impl Engine {
             isolation: template.config.spec.isolation(),
             pooled,
             fork_time: asked.elapsed(),
+            forker: Some(Arc::clone(&template.forker)),
         };
         inner.live.launch(worker, spec, origin, place).map_err(|error| failed("make its identity", error))
+    }
+
+    /// Makes sandboxes that begin where this one is now; all, or none. It goes on. Whoever asks may give up: then they end.
+    pub async fn branch(&self, origin: &Sandbox, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+        if self.inner.closing.load(Ordering::Relaxed) {
+            return Err(ExecError::ShuttingDown.into());
+        }
+        let (answer, branches) = tokio::sync::oneshot::channel();
+        let (origin, registry) = (origin.clone(), Arc::clone(&self.inner.live));
+        // On a task: once its worker was told to save, that goes to its end.
+        tokio::spawn(async move {
+            let made = origin.branch(&registry, spec).await;
+            if let Err(Ok(unwanted)) = answer.send(made) {
+                for sandbox in unwanted {
+                    sandbox.end(EndReason::Requested).await;
+                }
+            }
+        });
+        branches.await.unwrap_or_else(|_| Err(BranchError::Failed("its task broke".into())))
     }
 
     /// The sandboxes that live, the oldest first.

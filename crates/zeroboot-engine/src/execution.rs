@@ -522,7 +522,7 @@ mod tests {
         let child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = rustix::process::Pid::from_child(&child);
         let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
-        let worker = Worker::new(ours.try_into().unwrap(), pidfd, None, Reaper::start());
+        let worker = Worker::new(ours.try_into().unwrap(), pidfd, None, Reaper::start(), None);
         let request = ExecRequest::new("python", "1");
         let execution = Execution::new(worker, request, isolation, true, Instant::now(), Duration::ZERO).unwrap();
         (execution, theirs, child)

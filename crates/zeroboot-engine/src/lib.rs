@@ -5,6 +5,7 @@ mod cgroup;
 mod config;
 mod engine;
 mod execution;
+mod forker;
 mod live;
 mod outcome;
 mod reaper;
@@ -17,9 +18,9 @@ pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 pub use engine::{Engine, EngineStats, ExecError, StartError, TemplateStatus};
 pub use execution::{Execution, StdinWriter, request_frames};
 pub use live::{
-    Activity, Attached, CellError, EndReason, Entries, FileReader, FileWriter, Hold, Item, MAX_TAG, MimeBundle, Run,
-    RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds, SandboxLimits,
-    SandboxSpec, Watch, cell_frames,
+    Activity, Attached, BranchError, BranchSpec, CellError, EndReason, Entries, FileReader, FileWriter, Hold, Item,
+    MAX_TAG, MimeBundle, Run, RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds,
+    SandboxLimits, SandboxSpec, Watch, cell_frames,
 };
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{

@@ -3,6 +3,7 @@
 //! [`Sandbox`] and [`Run`] are handles: clones of one thing, cheap. The task of [`drive`] moves the bytes. All that both
 //! know stands in [`state::State`].
 
+mod branch;
 mod drive;
 mod handle;
 mod log;
@@ -26,6 +27,7 @@ use self::handle::Handle;
 pub use self::registry::cell_frames;
 pub(crate) use self::registry::{Origin, Registry};
 pub use self::{
+    branch::{BranchError, BranchSpec},
     log::{CellError, Item, MimeBundle},
     ops::{Entries, FileReader, FileWriter, Watch},
     run::{Attached, MAX_TAG, Run, RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus},
@@ -250,6 +252,11 @@ impl Sandbox {
     /// When it was made.
     pub fn created_at(&self) -> SystemTime {
         self.handle.facts.created_at
+    }
+
+    /// The sandbox that it is a branch of.
+    pub fn origin(&self) -> Option<Uuid> {
+        self.handle.facts.origin
     }
 
     /// It was waiting in the pool.

@@ -1,9 +1,7 @@
 //! One template: its zygote, kept alive, and its pool of waiting sandboxes.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    io,
-    os::fd::{AsFd, OwnedFd},
+    collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -11,19 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::{
-    net::UnixStream,
-    sync::{Notify, mpsc, oneshot, watch},
-};
-use zeroboot_sys::control::{self, Control};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
     ExecError, StartError, TemplateConfig, TemplateStatus, ZygoteSpec,
-    cgroup::{Cgroup, Cgroups},
+    cgroup::Cgroups,
+    forker::{ForkError, Forker, Request, serve},
     reaper::Reaper,
     spawn::{Spawner, Zygote},
-    worker::{UnreadyError, Worker},
+    worker::Worker,
 };
 
 /// Wait before the first restart of a zygote; doubles up to [`MAX_BACKOFF`].
@@ -36,46 +30,6 @@ const REFILL_AT_ONCE: usize = 4;
 /// How long a pool that is at least half full waits before it is filled up: a fork costs more CPU time than most runs, so
 /// the exec that has just taken a sandbox goes first.
 const REST: Duration = Duration::from_millis(10);
-/// Forks asked of a zygote that it has not answered. So few that neither side's socket can be full of them: else both
-/// could wait for the other to read.
-const MOST_PENDING: usize = 64;
-
-type ForkAnswer = oneshot::Sender<Result<Worker, ForkError>>;
-
-/// Why there is no fork. No code ran.
-#[derive(Debug, thiserror::Error)]
-enum ForkError {
-    #[error("the engine is shutting down")]
-    ShuttingDown,
-    #[error("the zygote ended")]
-    ZygoteEnded,
-    /// Why the zygote is down.
-    #[error("{0}")]
-    Down(String),
-    #[error("cannot ask the zygote for a fork: {0}")]
-    Ask(#[source] io::Error),
-    /// The zygote's own words.
-    #[error("{0}")]
-    Refused(String),
-    #[error("cannot take the worker over: {0}")]
-    Adopt(#[source] io::Error),
-    #[error(transparent)]
-    Unready(#[from] UnreadyError),
-}
-
-/// Why a zygote is given up.
-#[derive(Debug, thiserror::Error)]
-enum ZygoteLost {
-    #[error("the zygote spoke out of turn")]
-    OutOfTurn,
-    #[error("the zygote ended")]
-    Ended,
-    #[error("the zygote's control channel failed: {0}")]
-    Channel(#[source] io::Error),
-    #[error("the zygote has not answered for {} s", .0.as_secs())]
-    Silent(Duration),
-}
-
 #[derive(Debug)]
 enum Health {
     Starting,
@@ -111,7 +65,7 @@ pub(crate) struct Template {
     shared: Arc<Shared>,
     state: Mutex<State>,
     forks: AtomicU64,
-    requests: mpsc::Sender<ForkAnswer>,
+    pub(crate) forker: Arc<Forker>,
     /// A place in the pool came free, or the zygote came up.
     refill: Notify,
     /// Whether the first start is over.
@@ -121,7 +75,7 @@ pub(crate) struct Template {
 impl Template {
     /// Begins to start the zygote and, once it is warm, the tasks that keep it and fill its pool. Requests wait so long.
     pub(crate) fn begin(config: TemplateConfig, shared: Arc<Shared>) -> Arc<Template> {
-        let (requests, queue) = mpsc::channel(256);
+        let (forker, queue) = Forker::new(Arc::clone(&shared));
         let template = Arc::new(Template {
             state: Mutex::new(State {
                 health: Health::Starting,
@@ -135,7 +89,7 @@ impl Template {
             config,
             shared,
             forks: AtomicU64::new(0),
-            requests,
+            forker: Arc::new(forker),
             refill: Notify::new(),
             warm: watch::Sender::new(false),
         });
@@ -190,10 +144,7 @@ impl Template {
     /// A fresh sandbox, ready for its request.
     #[tracing::instrument(name = "exec.fork", level = "debug", skip_all)]
     async fn fork(&self) -> Result<Worker, ForkError> {
-        let (answer, worker) = oneshot::channel();
-        self.requests.send(answer).await.map_err(|_| ForkError::ShuttingDown)?;
-        let mut worker = worker.await.map_err(|_| ForkError::ZygoteEnded)??;
-        let info = worker.ready(self.shared.warm_timeout).await?;
+        let (worker, info) = self.forker.fork().await?;
         self.forks.fetch_add(1, Ordering::Relaxed);
         self.note_info(&info);
         Ok(worker)
@@ -265,7 +216,7 @@ fn resident_memory(pid: u32) -> u64 {
 }
 
 /// Starts the zygote for the first time. Where that fails, nothing is tried again: it would fail alike.
-async fn first_start(template: std::sync::Weak<Template>, queue: mpsc::Receiver<ForkAnswer>) {
+async fn first_start(template: std::sync::Weak<Template>, queue: mpsc::Receiver<Request>) {
     let Some((spec, shared)) = template.upgrade().map(|t| (t.config.spec.clone(), Arc::clone(&t.shared))) else {
         return;
     };
@@ -290,12 +241,12 @@ async fn first_start(template: std::sync::Weak<Template>, queue: mpsc::Receiver<
 }
 
 /// Serves fork requests from the zygote, and starts a new one when it dies.
-async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mut queue: mpsc::Receiver<ForkAnswer>) {
+async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mut queue: mpsc::Receiver<Request>) {
     let mut backoff = MIN_BACKOFF;
     loop {
         let born = Instant::now();
         let Some(shared) = template.upgrade().map(|t| Arc::clone(&t.shared)) else { return };
-        let reason = match serve(&shared, &zygote, &mut queue).await {
+        let reason = match serve(&shared, &zygote.control, &mut queue).await {
             Ok(()) => return,
             Err(lost) => lost.to_string(),
         };
@@ -312,7 +263,7 @@ async fn keep_zygote(template: std::sync::Weak<Template>, mut zygote: Zygote, mu
                     () = &mut wait => break,
                     request = queue.recv() => match request {
                         // Nobody waits for a zygote that is down: a caller gets its reason at once.
-                        Some(answer) => { let _gone = answer.send(Err(ForkError::Down(reason.clone()))); }
+                        Some(request) => request.refuse(ForkError::Down(reason.clone())),
                         None => return,
                     },
                 }
@@ -347,98 +298,6 @@ fn down(template: &std::sync::Weak<Template>, reason: &str) -> Option<ZygoteSpec
     state.health = Health::Down { reason: reason.to_owned() };
     state.pool.clear();
     Some(template.config.spec.clone())
-}
-
-struct Pending {
-    answer: ForkAnswer,
-    socket: OwnedFd,
-    cgroup: Option<Cgroup>,
-}
-
-/// Passes fork requests to one zygote until it dies (`Err`) or the engine is gone (`Ok`).
-async fn serve(shared: &Shared, zygote: &Zygote, queue: &mut mpsc::Receiver<ForkAnswer>) -> Result<(), ZygoteLost> {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    let mut pending: HashMap<u64, Pending> = HashMap::new();
-    let mut heard = Instant::now();
-    loop {
-        tokio::select! {
-            request = queue.recv(), if pending.len() < MOST_PENDING => {
-                let Some(answer) = request else { return Ok(()) };
-                if pending.is_empty() {
-                    heard = Instant::now();
-                }
-                let id = NEXT.fetch_add(1, Ordering::Relaxed);
-                match ask(shared, zygote, id).await {
-                    Ok((socket, cgroup)) => { pending.insert(id, Pending { answer, socket, cgroup }); }
-                    // The caller may have given up.
-                    Err(error) => { let _gone = answer.send(Err(ForkError::Ask(error))); }
-                }
-            }
-            message = next_message(zygote) => {
-                heard = Instant::now();
-                match message {
-                    Ok(Some((Control::Forked { id }, mut fds))) => {
-                        let Some(p) = pending.remove(&id) else { continue };
-                        let worker = match fds.pop() {
-                            Some(pidfd) => adopt(p.socket).map(|socket| {
-                                Worker::new(socket, pidfd, p.cgroup, Arc::clone(&shared.reaper))
-                            }),
-                            // Without its socket the worker ends.
-                            None => Err(io::Error::other("this process may have no more descriptors")),
-                        };
-                        // A caller that gave up: the worker is dropped, and so killed.
-                        let _gone = p.answer.send(worker.map_err(ForkError::Adopt));
-                    }
-                    Ok(Some((Control::ForkFailed { id, text }, _))) => {
-                        if let Some(p) = pending.remove(&id) {
-                            let _gone = p.answer.send(Err(ForkError::Refused(text)));
-                        }
-                    }
-                    Ok(Some((Control::Image { text }, _))) => tracing::info!(image = text, "the template's memory is shared"),
-                    Ok(Some((Control::Fork { .. }, _))) => return Err(ZygoteLost::OutOfTurn),
-                    Ok(None) => return Err(ZygoteLost::Ended),
-                    Err(error) => return Err(ZygoteLost::Channel(error)),
-                }
-            }
-            // A fork takes far less than warming up.
-            () = tokio::time::sleep_until((heard + shared.warm_timeout).into()), if !pending.is_empty() => {
-                return Err(ZygoteLost::Silent(shared.warm_timeout));
-            }
-        }
-    }
-}
-
-async fn next_message(zygote: &Zygote) -> io::Result<Option<(Control, Vec<OwnedFd>)>> {
-    loop {
-        let mut guard = zygote.control.readable().await?;
-        if let Ok(message) = guard.try_io(|fd| control::receive(fd.get_ref())) {
-            return message;
-        }
-    }
-}
-
-/// Sends one fork request; gives our end of the worker's socket and its cgroup.
-async fn ask(shared: &Shared, zygote: &Zygote, id: u64) -> io::Result<(OwnedFd, Option<Cgroup>)> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    let (cgroup, procs) = match &shared.cgroups {
-        Some(cgroups) => cgroups.make(id).map(|(group, procs)| (Some(group), Some(procs)))?,
-        None => (None, None),
-    };
-    let mut fds = vec![theirs.as_fd()];
-    fds.extend(procs.as_ref().map(AsFd::as_fd));
-    loop {
-        let mut guard = zygote.control.writable().await?;
-        if let Ok(sent) = guard.try_io(|fd| control::send(fd.get_ref(), &Control::Fork { id }, &fds)) {
-            sent?;
-            return Ok((ours, cgroup));
-        }
-    }
-}
-
-fn adopt(socket: OwnedFd) -> io::Result<UnixStream> {
-    let socket = std::os::unix::net::UnixStream::from(socket);
-    socket.set_nonblocking(true)?;
-    UnixStream::from_std(socket)
 }
 
 /// Keeps the pool full.

@@ -20,6 +20,8 @@ use crate::{
 pub(crate) struct Worker {
     pub(crate) socket: UnixStream,
     pub(crate) decoder: Decoder,
+    /// Where a VM's worker puts a checkpoint.
+    pub(crate) delta: Option<Arc<OwnedFd>>,
     leash: Leash,
 }
 
@@ -53,9 +55,15 @@ pub(crate) enum UnreadyError {
 }
 
 impl Worker {
-    pub(crate) fn new(socket: UnixStream, pidfd: OwnedFd, cgroup: Option<Cgroup>, reaper: Arc<Reaper>) -> Worker {
+    pub(crate) fn new(
+        socket: UnixStream,
+        pidfd: OwnedFd,
+        cgroup: Option<Cgroup>,
+        reaper: Arc<Reaper>,
+        delta: Option<OwnedFd>,
+    ) -> Worker {
         let leash = Leash { pidfd: Arc::new(pidfd), cgroup, permits: Vec::new(), reaper, ended: None };
-        Worker { socket, decoder: Decoder::new(), leash }
+        Worker { socket, decoder: Decoder::new(), delta: delta.map(Arc::new), leash }
     }
 
     /// Charges it for what it holds.
@@ -65,7 +73,7 @@ impl Worker {
 
     /// Lets it go after its last frame: it is killed when the answer had time to go out.
     pub(crate) fn ended(self) {
-        let Worker { socket, decoder: _, mut leash } = self;
+        let Worker { socket, decoder: _, delta: _, mut leash } = self;
         leash.ended = Some(socket);
     }
 
@@ -103,6 +111,11 @@ impl Worker {
     /// Sets the request's limits on the group, where there is one.
     pub(crate) fn limit(&self, limits: &crate::Limits) -> io::Result<()> {
         self.leash.cgroup.as_ref().map_or(Ok(()), |group| group.limit(limits))
+    }
+
+    /// Sets the memory that it may have, where there is a group.
+    pub(crate) fn limit_memory(&self, bytes: u64) -> io::Result<()> {
+        self.leash.cgroup.as_ref().map_or(Ok(()), |group| group.limit_memory(bytes))
     }
 
     /// Whether the kernel killed something in it for want of memory.

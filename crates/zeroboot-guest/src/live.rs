@@ -175,6 +175,7 @@ impl<T: Transport> Live<T> {
     }
 
     fn life(&mut self) -> Result<std::convert::Infallible, Stop> {
+        self.place.go_first()?;
         encode_on(&mut self.out, 0, Kind::Started, &[]);
         loop {
             self.take_frames()?;
@@ -228,7 +229,16 @@ impl<T: Transport> Live<T> {
     fn take_frame(&mut self, id: u16, kind: Kind, payload: Vec<u8>) -> Result<(), Stop> {
         let malformed = |error: PayloadError| Stop::Failed(format!("{kind:?}: {error}"));
         if id == 0 {
-            return Err(Stop::Failed(format!("{kind:?} came to a sandbox that lives")));
+            match kind {
+                // Behind all that was said before.
+                Kind::Freeze => encode_on(&mut self.out, 0, Kind::Frozen, &[]),
+                Kind::Identity => {
+                    let identity = Identity::decode(&payload).map_err(malformed)?;
+                    self.become_other(identity)?;
+                }
+                _ => return Err(Stop::Failed(format!("{kind:?} came to a sandbox that lives"))),
+            }
+            return Ok(());
         }
         match kind {
             Kind::Arg | Kind::Env | Kind::Code => {
@@ -284,6 +294,28 @@ impl<T: Transport> Live<T> {
             _ => return Err(Stop::Failed(format!("{kind:?} came on a channel"))),
         }
         Ok(())
+    }
+
+    /// This is a fork of a checkpoint. No program has run in it yet: the agent goes first.
+    fn become_other(&mut self, identity: Identity) -> Result<(), Stop> {
+        self.place.apply_identity(&identity).map_err(Stop::Failed)?;
+        self.born.identity = identity;
+        for at in 0..self.contexts.len() {
+            let identity = self.identity_of_its_own().map_err(Stop::from)?;
+            if let Some(context) = self.contexts.get_mut(at) {
+                context.renew(&identity);
+            }
+        }
+        Ok(())
+    }
+
+    /// That of this sandbox, with other random bytes.
+    fn identity_of_its_own(&self) -> std::io::Result<Identity> {
+        let mut identity = self.born.identity.clone();
+        rustix::rand::getrandom(&mut identity.entropy, rustix::rand::GetRandomFlags::empty())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        identity.realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        Ok(identity)
     }
 
     fn open(&mut self, id: u16, open: Open) -> Result<(), Stop> {
@@ -460,11 +492,7 @@ impl<T: Transport> Live<T> {
             },
         };
         let runner = Runner::spawn(&spawn).map_err(|error| failed("start the interpreter", error))?;
-        let mut identity = self.born.identity.clone();
-        rustix::rand::getrandom(&mut identity.entropy, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| failed("get random bytes", error.into()))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        identity.realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let identity = self.identity_of_its_own().map_err(|error| failed("get random bytes", error))?;
         let cwd = cwd.to_string_lossy().into_owned();
         self.contexts.push(Context::cold(name, cwd, runner, &identity, &self.born.env));
         Ok(())

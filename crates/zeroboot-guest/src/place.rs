@@ -39,6 +39,15 @@ impl Place {
         }
     }
 
+    /// What a sandbox that lives needs of its agent's process.
+    pub(crate) fn go_first(&self) -> std::io::Result<()> {
+        match self {
+            Place::Vm => vm::go_first(),
+            // It is never frozen.
+            Place::Process | Place::Test(_) => Ok(()),
+        }
+    }
+
     /// Whom programs run as, and whose access to files counts; this process's own if `None`.
     pub(crate) fn user(&self) -> Option<(u32, u32)> {
         match self {

@@ -60,6 +60,8 @@ struct Live {
     /// Channels that are not granted anything.
     stalled: Vec<u16>,
     failure: Option<String>,
+    /// How often it has come to rest.
+    frozen: usize,
 }
 
 impl Live {
@@ -78,7 +80,8 @@ impl Live {
         }
         encode(&mut bytes, Kind::Live, &[]);
         sandbox.front.write_all(&bytes).unwrap();
-        Live { sandbox, decoder: Decoder::new(), heard: BTreeMap::new(), next: 0, stalled: Vec::new(), failure: None }
+        let (decoder, heard, stalled) = (Decoder::new(), BTreeMap::new(), Vec::new());
+        Live { sandbox, decoder, heard, next: 0, stalled, failure: None, frozen: 0 }
     }
 
     fn send(&mut self, channel: u16, kind: Kind, payload: &[u8]) {
@@ -174,6 +177,7 @@ impl Live {
             if id == 0 {
                 match kind {
                     Kind::Started => {}
+                    Kind::Frozen => self.frozen += 1,
                     Kind::Failure => self.failure = Some(String::from_utf8(payload.to_vec()).unwrap()),
                     other => panic!("{other:?} on channel 0"),
                 }
@@ -574,6 +578,43 @@ fn words_for_a_channel_that_has_ended_are_left_alone_and_its_number_is_free() {
     live.send(7, Kind::Credit, &5u32.to_le_bytes());
     live.next = 6;
     assert_eq!(live.exec(&["echo", "again"]).out(), "again\n");
+}
+
+#[test]
+fn a_sandbox_that_becomes_another_makes_the_generators_of_its_contexts_new() {
+    let mut live = Live::python();
+    let kept = "import random, signal\nrandom.seed(1)\nmine = [random.Random(1)]\n";
+    let is_new = "[g.random() != random.Random(1).random() for g in (random, mine[0])]";
+    for name in ["busy", "deaf", "own"] {
+        assert_eq!(live.context(ContextOp::Create { name: name.into(), cwd: None }).how(), How::Done);
+    }
+    live.run(kept);
+    // Its signal is the code's own business: then it is told before its next cell.
+    let deaf = live.cell("deaf", &format!("{kept}signal.signal(signal.SIGURG, signal.SIG_IGN)"));
+    live.finish(deaf);
+    let wait = "state = random.getstate()\nprint('begun', flush=True)\n\
+                while random.getstate() == state: pass\nrandom.seed(7)\nprint('renewed')";
+    let busy = live.cell("busy", &format!("{kept}{wait}"));
+    live.until(|live| live.heard[&busy].out() == "begun\n");
+    live.send(0, Kind::Freeze, &[]);
+    live.until(|live| live.frozen == 1);
+    live.send(0, Kind::Identity, &identity().encode());
+    // In the middle of its cell, and what the code does afterwards stays.
+    assert_eq!(live.finish(busy).out(), "begun\nrenewed\n");
+    let seeded = live
+        .cell("busy", "random.random() == random.Random(7).random(), mine[0].random() == random.Random(1).random()");
+    assert_eq!(live.finish(seeded).value(), "(True, False)");
+    assert_eq!(live.run(is_new).value(), "[True, True]");
+    let deaf = live.cell("deaf", is_new);
+    assert_eq!(live.finish(deaf).value(), "[True, True]");
+    // One that nothing ran in yet.
+    let own = live.cell("own", &format!("{kept}{is_new}"));
+    assert_eq!(live.finish(own).value(), "[False, False]");
+    // Again, and what is seeded afterwards is left alone.
+    live.send(0, Kind::Freeze, &[]);
+    live.until(|live| live.frozen == 2);
+    live.send(0, Kind::Identity, &identity().encode());
+    assert_eq!(live.run(&format!("{kept}{is_new}")).value(), "[False, False]");
 }
 
 #[test]

@@ -67,6 +67,8 @@ kinds! {
     Close = 0x12,
     /// Bytes that the front takes more on this channel: `u32`.
     Credit = 0x13,
+    /// Come to rest for a checkpoint: what was said before this is over, and the answer is `Frozen`. Nothing follows before it.
+    Freeze = 0x14,
 
     /// The worker (or the runner) is warm and waits for a request. Empty payload.
     Ready = 0x81,
@@ -98,6 +100,9 @@ kinds! {
     End = 0x8e,
     /// Bytes that the sandbox takes more on this channel: `u32`.
     Grant = 0x8f,
+    /// The sandbox is at rest: what comes after this was written after the checkpoint, if there is one. From a worker: the
+    /// checkpoint was taken, or why not, as UTF-8 text.
+    Frozen = 0x90,
 }
 
 /// Why bytes are not a frame.
@@ -234,6 +239,11 @@ impl Decoder {
         };
         self.taken += HEADER_LEN + header.len;
         Ok(Some(Frame { channel: header.channel, kind: header.kind, payload }))
+    }
+
+    /// Bytes that were fed and not handed out.
+    pub fn rest(&self) -> &[u8] {
+        self.buffer.get(self.taken..).unwrap_or_default()
     }
 
     /// Whether bytes of an unfinished frame are held.

@@ -118,9 +118,12 @@ impl core::fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// The payload of an `Identity` frame: 64 + 8 + 16 bytes.
+    /// Bytes of the payload.
+    pub const LEN: usize = 64 + 8 + 16;
+
+    /// The payload of an `Identity` frame.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(88);
+        let mut out = Vec::with_capacity(Identity::LEN);
         out.extend_from_slice(&self.entropy);
         out.extend_from_slice(&self.realtime_ns.to_le_bytes());
         out.extend_from_slice(&self.sandbox_id);

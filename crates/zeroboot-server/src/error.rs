@@ -9,7 +9,7 @@ use axum::{
 };
 use serde::Serialize;
 use uuid::Uuid;
-use zeroboot_engine::{EndReason, ExecError, InvalidRequest, Refusal, RunError};
+use zeroboot_engine::{BranchError, EndReason, ExecError, InvalidRequest, Refusal, RunError};
 
 /// Every code that an answer can carry, with its status and meaning: for the reference and the tests.
 pub const ERROR_CODES: &[(&str, u16, &str)] = &[
@@ -49,6 +49,11 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("wrong_kind", 409, "the path is a directory where a file is needed, or the reverse, or not a regular file"),
     ("not_empty", 409, "the directory is not empty"),
     ("run_ended", 409, "the command has ended"),
+    (
+        "cannot_branch",
+        409,
+        "the sandbox cannot be branched: its runtime is not Python, or it lies 64 branches below its template",
+    ),
     ("no_stdin", 409, "the command has no standard input, or it is closed"),
     ("no_terminal", 409, "the command has no terminal"),
     (
@@ -63,6 +68,11 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("too_many_runs", 429, "the sandbox already has its maximum of runs and file operations"),
     ("too_many_streams", 429, "this key already has its maximum of open requests about sandboxes; see Retry-After"),
     ("internal", 500, "a fault of the server"),
+    (
+        "branch_failed",
+        500,
+        "the sandbox could not be saved, or gave no branch; it goes on unless `sandbox_gone` follows",
+    ),
     ("operation_failed", 500, "the sandbox could not do it; the text says why"),
     ("sandbox_failed", 500, "the sandbox broke; the code may have run in part"),
     ("batch_output_limit", 500, "the batch reached its maximum of output before this item ended"),
@@ -71,6 +81,7 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
         500,
         "the server held its maximum for all callers, or half of it for this key, before this exec ended",
     ),
+    ("needs_vm_engine", 501, "only a sandbox of the VM engine can do this; the text says why"),
     ("busy", 503, "every sandbox is in use, or the server holds its maximum of input and output; see Retry-After"),
     ("not_ready", 503, "the template cannot give a sandbox now; see Retry-After"),
     ("shutting_down", 503, "the server is shutting down; see Retry-After"),
@@ -188,6 +199,21 @@ impl From<ExecError> for ApiError {
     }
 }
 
+impl From<BranchError> for ApiError {
+    fn from(error: BranchError) -> ApiError {
+        let code = match error {
+            BranchError::Exec(error) => return ApiError::from(error),
+            BranchError::Gone(reason) => return ApiError::gone(reason),
+            // The engine's words are for the log.
+            BranchError::Failed(_) => return ApiError::new("branch_failed", "The sandbox could not be branched"),
+            BranchError::NeedsVmEngine => "needs_vm_engine",
+            BranchError::SameRandomness(_) | BranchError::TooDeep => "cannot_branch",
+            _ => return ApiError::internal(),
+        };
+        ApiError::new(code, error.to_string())
+    }
+}
+
 /// What a refusal of a sandbox is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum About {
@@ -280,6 +306,23 @@ mod tests {
             assert_eq!((api.status.as_u16(), api.code), (status, code));
             assert!(!api.message.contains("/secret"), "{}", api.message);
             assert_eq!(api.retry_after.is_some(), status == 503);
+        }
+    }
+
+    #[test]
+    fn why_there_is_no_branch_is_told_without_the_hosts_words() {
+        let cases = [
+            (BranchError::NeedsVmEngine, 501, "needs_vm_engine"),
+            (BranchError::SameRandomness("node".into()), 409, "cannot_branch"),
+            (BranchError::TooDeep, 409, "cannot_branch"),
+            (BranchError::Gone(EndReason::Idle), 410, "sandbox_gone"),
+            (BranchError::Failed("pid 3 /secret/path".into()), 500, "branch_failed"),
+            (BranchError::Exec(ExecError::TooManySandboxes(3)), 429, "too_many_sandboxes"),
+        ];
+        for (error, status, code) in cases {
+            let api = ApiError::from(error);
+            assert_eq!((api.status.as_u16(), api.code), (status, code));
+            assert!(!api.message.contains("/secret"), "{}", api.message);
         }
     }
 

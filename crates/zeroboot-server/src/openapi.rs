@@ -46,6 +46,7 @@ use crate::{answer, error, openapi_sandboxes, routes, sandbox_answer, sandbox_wi
         routes::status::HealthStatus,
         routes::status::TemplateBody<'static>,
         routes::StartBody<'static>,
+        sandbox_wire::BranchBody,
         sandbox_wire::CreateBody,
         sandbox_wire::ExtendBody,
         sandbox_wire::RunBody,

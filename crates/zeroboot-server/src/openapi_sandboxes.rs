@@ -207,6 +207,21 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
             )]),
         )
         .path(
+            "/v1/sandboxes/{id}/branch",
+            item(vec![(
+                Post,
+                Op::of_one("branchSandbox", "Makes sandboxes that begin where this one is now; it goes on")
+                    .about(
+                        "VM engine. Memory, files, processes and contexts are the origin's at that moment, and so are the \
+                         secrets in its memory. What differs is told before anything of it runs: random generators, wall \
+                         clock, host name. Commands and cells under way go on in each, under the same ids.",
+                    )
+                    .body("BranchSandbox")
+                    .failures(&["409", "500", "501"])
+                    .answer("201", "The branches", "SandboxList"),
+            )]),
+        )
+        .path(
             "/v1/sandboxes/{id}/run",
             item(vec![(
                 Post,

@@ -63,6 +63,7 @@ fn api() -> Router<Arc<App>> {
         .route("/v1/sandboxes", get(routes::sandboxes::list).post(routes::sandboxes::create))
         .route("/v1/sandboxes/{id}", get(routes::sandboxes::show).delete(routes::sandboxes::delete))
         .route("/v1/sandboxes/{id}/extend", post(routes::sandboxes::extend))
+        .route("/v1/sandboxes/{id}/branch", post(routes::sandboxes::branch))
         .route("/v1/sandboxes/{id}/run", post(routes::runs::run))
         .route("/v1/sandboxes/{id}/contexts", get(routes::contexts::list).post(routes::contexts::create))
         .route("/v1/sandboxes/{id}/contexts/{name}", delete(routes::contexts::delete))
@@ -178,10 +179,11 @@ async fn around(State((app, surface)): State<(Arc<App>, Surface)>, mut request: 
 }
 
 /// Those of sandboxes, as they stand in logs and metrics.
-const SANDBOX_ROUTES: [&str; 23] = [
+const SANDBOX_ROUTES: [&str; 24] = [
     "/v1/sandboxes",
     "/v1/sandboxes/{id}",
     "/v1/sandboxes/{id}/extend",
+    "/v1/sandboxes/{id}/branch",
     "/v1/sandboxes/{id}/run",
     "/v1/sandboxes/{id}/contexts",
     "/v1/sandboxes/{id}/contexts/{name}",

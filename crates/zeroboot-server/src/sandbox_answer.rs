@@ -43,6 +43,8 @@ pub(crate) struct SandboxBody<'a> {
     fork_time_ms: f64,
     /// Number of runs that have not ended.
     runs: usize,
+    /// The sandbox that it is a branch of.
+    branch_of: Option<Uuid>,
 }
 
 #[derive(ToSchema)]
@@ -100,6 +102,7 @@ impl SandboxBody<'_> {
             pooled: sandbox.pooled(),
             fork_time_ms: milliseconds(sandbox.fork_time()),
             runs: sandbox.activity().runs,
+            branch_of: sandbox.origin(),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Requests about long-lived sandboxes, as they come over the wire.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use serde::Deserialize;
 use utoipa::ToSchema;
-use zeroboot_engine::{DEFAULT_CONTEXT, MAX_ENV, RunSpec, SandboxLimits, SandboxSpec, Size};
+use zeroboot_engine::{BranchSpec, DEFAULT_CONTEXT, MAX_ENV, RunSpec, SandboxLimits, SandboxSpec, Size};
 
 use crate::{
     config::RequestLimits,
@@ -68,12 +68,7 @@ impl CreateBody {
         caller: &Caller,
     ) -> Result<SandboxSpec, ApiError> {
         let template = catalog.choose(self.language.as_deref(), self.template.as_deref())?;
-        let metadata = self.metadata.map(|FewNamed(words)| words).unwrap_or_default();
-        let long = |(name, value): (&String, &String)| name.is_empty() || name.len().max(value.len()) > MAX_WORD;
-        if metadata.len() > MAX_METADATA || metadata.iter().any(long) {
-            let text = format!("metadata: at most {MAX_METADATA} words, each of 1 to {MAX_WORD} bytes");
-            return Err(ApiError::new("invalid_request", text));
-        }
+        let metadata = metadata(self.metadata)?;
         let memory = self.memory_mb.map(|count| count.saturating_mul(MIB));
         let usual = SandboxLimits::default();
         let processes = u64::from(usual.processes).min(bounds.max_processes.into());
@@ -117,6 +112,54 @@ fn seconds(name: &str, given: f64, most: Duration) -> Result<Duration, ApiError>
 
 fn lease(given: Option<f64>, bounds: &RequestLimits) -> Result<Duration, ApiError> {
     given.map_or(Ok(bounds.default_lease), |given| seconds("timeout_seconds", given, bounds.max_lease))
+}
+
+/// Most branches of one request.
+pub(crate) const MAX_BRANCHES: u64 = 100;
+
+/// Sandboxes that begin where another one is.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = BranchSandbox)]
+pub(crate) struct BranchBody {
+    /// How many; all are made, or none.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1, maximum = 100)]
+    count: Option<u64>,
+    /// How long each lives, in seconds, unless its lease is extended; 300 and at most 86400 unless configured otherwise.
+    #[schema(exclusive_minimum = 0)]
+    timeout_seconds: Option<f64>,
+    /// Words of the caller's own, in place of the origin's.
+    #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
+    metadata: Option<FewNamed<String, MAX_METADATA>>,
+}
+
+impl BranchBody {
+    pub(crate) fn into_spec(self, bounds: &RequestLimits, caller: &Caller) -> Result<BranchSpec, ApiError> {
+        let count = self.count.unwrap_or(1);
+        if !(1..=MAX_BRANCHES).contains(&count) {
+            let text = format!("count must be from 1 to {MAX_BRANCHES}");
+            return Err(ApiError::new("invalid_request", text));
+        }
+        Ok(BranchSpec {
+            count: usize::try_from(count).unwrap_or(1),
+            lease: lease(self.timeout_seconds, bounds)?,
+            metadata: self.metadata.map(|words| metadata(Some(words))).transpose()?,
+            most_of_owner: caller.key.is_some().then_some(bounds.max_sandboxes_per_key),
+            holds: Vec::new(),
+        })
+    }
+}
+
+/// Words of the caller's own.
+fn metadata(given: Option<FewNamed<String, MAX_METADATA>>) -> Result<BTreeMap<String, String>, ApiError> {
+    let metadata = given.map(|FewNamed(words)| words).unwrap_or_default();
+    let long = |(name, value): (&String, &String)| name.is_empty() || name.len().max(value.len()) > MAX_WORD;
+    if metadata.len() > MAX_METADATA || metadata.iter().any(long) {
+        let text = format!("metadata: at most {MAX_METADATA} words, each of 1 to {MAX_WORD} bytes");
+        return Err(ApiError::new("invalid_request", text));
+    }
+    Ok(metadata)
 }
 
 /// A longer, or shorter, lease.

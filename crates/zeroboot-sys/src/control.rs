@@ -3,9 +3,12 @@
 //!
 //! ```text
 //! front  -> zygote   Fork{id}            + [worker socket, cgroup.procs if there is a cgroup]
-//! zygote -> front    Forked{id}          + [pidfd of the worker]
+//! zygote -> front    Forked{id}          + [pidfd of the worker, its delta if it is a VM]
 //! zygote -> front    ForkFailed{id,text}
 //! zygote -> front    Image{text}         once, before the second fork
+//! front  -> zygote   Checkpoint{id}      + [control channel of the new zygote, delta]
+//! zygote -> front    Forked{id}          + [pidfd of the zygote of the checkpoint]
+//! its zygote -> front   Taken{bytes}     first of all: the delta was copied and is empty again
 //! ```
 //!
 //! The zygote ends when the channel is at its end: the front is gone. What the zygote says of its
@@ -53,6 +56,16 @@ pub enum Control {
         /// Why.
         text: String,
     },
+    /// Make a zygote of a checkpoint: what its delta holds over the memory of this one.
+    Checkpoint {
+        /// Chosen by the front.
+        id: u64,
+    },
+    /// From a zygote of a checkpoint: it has taken its delta.
+    Taken {
+        /// Bytes of pages.
+        bytes: u64,
+    },
     /// What became of the warm memory: how much the forks share from now on, and what could not be moved.
     Image {
         /// For the log.
@@ -67,6 +80,8 @@ impl Control {
             Control::Forked { id } => (2, id, ""),
             Control::ForkFailed { id, text } => (3, id, text.as_str()),
             Control::Image { text } => (4, &0, text.as_str()),
+            Control::Checkpoint { id } => (5, id, ""),
+            Control::Taken { bytes } => (6, bytes, ""),
         };
         let mut out = vec![tag];
         out.extend_from_slice(&id.to_le_bytes());
@@ -82,6 +97,8 @@ impl Control {
             1 if text.is_empty() => Some(Control::Fork { id }),
             2 if text.is_empty() => Some(Control::Forked { id }),
             3 => Some(Control::ForkFailed { id, text: String::from_utf8_lossy(text).into_owned() }),
+            5 if text.is_empty() => Some(Control::Checkpoint { id }),
+            6 if text.is_empty() => Some(Control::Taken { bytes: id }),
             4 if id == 0 => Some(Control::Image { text: String::from_utf8_lossy(text).into_owned() }),
             _ => None,
         }

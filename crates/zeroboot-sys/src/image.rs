@@ -11,7 +11,7 @@ use std::{
 
 use rustix::fs::SealFlags;
 
-use crate::memory::{PAGE, memfd};
+use crate::memory::{IMAGE_NAME, PAGE, memfd};
 
 /// Size and alignment of a large page.
 const LARGE: usize = 2 << 20;
@@ -43,7 +43,7 @@ pub struct Move {
 pub fn move_into_file(moves: &[Move]) -> io::Result<Vec<Range<usize>>> {
     let (offsets, size) = places(moves);
     let mut moved = Vec::with_capacity(moves.len());
-    let file = memfd(size)?;
+    let file = memfd(IMAGE_NAME, size)?;
     // Large pages are made of what the file holds, and not of what is mapped already.
     let copied: Vec<bool> = moves.iter().zip(&offsets).map(|(one, offset)| copy(&file, &one.at, *offset)).collect();
     if let Ok(view) = View::new(&file, size) {

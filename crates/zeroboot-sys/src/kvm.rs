@@ -80,6 +80,8 @@ const KVM_GET_XSAVE: libc::c_ulong = 0x9000_aea4;
 const KVM_SET_XSAVE: libc::c_ulong = 0x5000_aea5;
 const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
 const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
+/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, Linux 5.0; 1: reading the log does not clear it.
+const KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
 const KVM_CAP_SREGS2: libc::c_ulong = 200;
 const KVM_CAP_XSAVE2: libc::c_ulong = 208;
 const KVM_CAP_PRE_FAULT_MEMORY: libc::c_ulong = 236;
@@ -105,6 +107,8 @@ pub struct Caps {
     pub xcrs: bool,
     /// The TSC's rate for a guest can be set.
     pub tsc_control: bool,
+    /// A log of written pages that stays when it is read, Linux 5.0.
+    pub dirty_log: bool,
 }
 
 /// The open `/dev/kvm`.
@@ -131,6 +135,7 @@ impl Kvm {
             pre_fault: fd.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY) > 0,
             xcrs: fd.check_extension(ki::Cap::Xcrs),
             tsc_control: fd.check_extension(ki::Cap::TscControl),
+            dirty_log: fd.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) & 1 == 1,
         };
         for (cap, name) in [
             (ki::Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
@@ -189,12 +194,28 @@ pub struct Vm {
 impl Vm {
     /// Gives the VM its one memory slot, from guest address 0.
     pub fn set_memory(&mut self, memory: Mapping) -> Result<()> {
+        self.set_slot(memory, 0)
+    }
+
+    /// The same, and lets KVM note the pages that are written from now on: by the guest, or by KVM for it.
+    pub fn set_logged_memory(&mut self, memory: Mapping) -> Result<()> {
+        if !self.caps.dirty_log {
+            return Err(wrong("KVM_CHECK_EXTENSION", "this KVM has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2".into()));
+        }
+        // Before the slot: without it, reading the log would clear it.
+        let cap =
+            kb::kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args: [1, 0, 0, 0], ..Default::default() };
+        named("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)", self.fd.enable_cap(&cap))?;
+        self.set_slot(memory, kb::KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    fn set_slot(&mut self, memory: Mapping, flags: u32) -> Result<()> {
         if self.memory.is_some() {
             return Err(wrong("KVM_SET_USER_MEMORY_REGION", "the VM has its memory already".into()));
         }
         let region = kb::kvm_userspace_memory_region {
             slot: 0,
-            flags: 0,
+            flags,
             guest_phys_addr: 0,
             memory_size: memory.len(),
             userspace_addr: memory.host_address(),
@@ -210,6 +231,13 @@ impl Vm {
     /// The memory, once set.
     pub fn memory(&self) -> Option<&Rc<Mapping>> {
         self.memory.as_ref()
+    }
+
+    /// A bit for each page that was written since [`Vm::set_logged_memory`]. What this process wrote by itself is not
+    /// among them.
+    pub fn dirty_log(&self) -> Result<Vec<u64>> {
+        let length = self.memory.as_ref().map_or(0, |memory| memory.len());
+        named("KVM_GET_DIRTY_LOG", self.fd.get_dirty_log(0, usize::try_from(length).unwrap_or(0)))
     }
 
     /// Three pages below 4 GiB for KVM's own task segment: Intel CPUs without unrestricted guest run real mode with it.
@@ -501,6 +529,21 @@ impl Vcpu {
         let mut msrs = kb::Msrs::from_entries(&[entry]).map_err(|e| wrong("KVM_GET_MSRS", format!("{e:?}")))?;
         let read = named("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
         Ok(msrs.as_slice().first().filter(|_| read == 1).map(|m| m.data))
+    }
+
+    /// These MSRs, all of which this guest's CPU has, in their order.
+    pub fn msrs(&self, indices: &[u32]) -> Result<Vec<u64>> {
+        let mut values = Vec::with_capacity(indices.len());
+        for part in indices.chunks(MAX_MSRS) {
+            let entries: Vec<_> = part.iter().map(|&index| kb::kvm_msr_entry { index, ..Default::default() }).collect();
+            let mut msrs = kb::Msrs::from_entries(&entries).map_err(|e| wrong("KVM_GET_MSRS", format!("{e:?}")))?;
+            let read = named("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
+            if let Some(missing) = part.get(read) {
+                return Err(wrong("KVM_GET_MSRS", format!("the host does not give MSR {missing:#x}")));
+            }
+            values.extend(msrs.as_slice().iter().map(|msr| msr.data));
+        }
+        Ok(values)
     }
 
     /// Sets one MSR. `false` where the kernel refuses it.

@@ -4,6 +4,7 @@
 pub mod arena;
 pub mod confined;
 pub mod control;
+pub mod delta;
 pub mod image;
 pub mod jail;
 pub mod kick;

@@ -5,6 +5,7 @@
 //! are copied in and out, each range checked.
 
 use std::{
+    ffi::CStr,
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
@@ -58,6 +59,8 @@ impl std::error::Error for OutOfBounds {}
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
+/// What `/proc/PID/maps` calls an image.
+pub(crate) const IMAGE_NAME: &CStr = c"zeroboot-image";
 
 /// The frozen memory of a template: a memfd sealed against writing and resizing. All forks map it.
 ///
@@ -81,7 +84,7 @@ impl MemoryImage {
     pub fn load(file: &File, len: u64, mut check: impl FnMut(Result<&[u8], u64>)) -> io::Result<MemoryImage> {
         use std::os::unix::fs::FileExt;
         let size = page_multiple(len)?;
-        let fd = memfd(size)?;
+        let fd = memfd(IMAGE_NAME, size)?;
         let mut chunk = vec![0u8; 1 << 20];
         let mut at = 0u64;
         while at < len {
@@ -193,7 +196,7 @@ impl BootMemory {
     /// New zero memory.
     pub fn new(size: MiB) -> io::Result<BootMemory> {
         let len = page_multiple(size.bytes())?;
-        Ok(BootMemory { fd: memfd(len)?, len })
+        Ok(BootMemory { fd: memfd(IMAGE_NAME, len)?, len })
     }
 
     /// A shared view: what is written here is what [`MemoryImage::seal`] freezes.
@@ -223,7 +226,7 @@ impl Mapping {
         Mapping::map(Some(image.as_fd()), image.len, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
     }
 
-    fn map(fd: Option<BorrowedFd<'_>>, len: usize, flags: i32) -> io::Result<Mapping> {
+    pub(crate) fn map(fd: Option<BorrowedFd<'_>>, len: usize, flags: i32) -> io::Result<Mapping> {
         let flags = if fd.is_some() { flags } else { flags | libc::MAP_ANONYMOUS };
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory that exists.
         let base = unsafe {
@@ -287,6 +290,34 @@ impl Mapping {
         let to = self.range(at, bytes.len())?;
         // SAFETY: as in `read`, the other way round; the mapping is writable.
         unsafe { copy_volatile(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies a range of another view of the same memory, or a larger one, to the same place here.
+    pub(crate) fn copy_from(&self, other: &Mapping, at: GuestPhys, len: usize) -> Result<(), OutOfBounds> {
+        let (from, to) = (other.range(at, len)?, self.range(at, len)?);
+        // SAFETY: `range` checked both; two mappings never overlap.
+        unsafe { copy_volatile(from, to, len) };
+        Ok(())
+    }
+
+    /// Reads a file's bytes to the same offset here.
+    pub(crate) fn fill_from(&self, file: BorrowedFd<'_>, at: GuestPhys, len: usize) -> io::Result<()> {
+        let to = self.range(at, len).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        let mut done = 0;
+        while done < len {
+            let offset = libc::off_t::try_from(at.0 + done as u64).map_err(io::Error::other)?;
+            // SAFETY: `range` checked that `to` has `len` writable bytes, which no reference points into.
+            let n = unsafe { libc::pread(file.as_raw_fd(), to.add(done).cast(), len - done, offset) };
+            match usize::try_from(n) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => done += n,
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
         Ok(())
     }
 
@@ -408,16 +439,16 @@ unsafe fn copy_volatile(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-fn page_multiple(len: u64) -> io::Result<usize> {
+pub(crate) fn page_multiple(len: u64) -> io::Result<usize> {
     match usize::try_from(len) {
         Ok(len) if len > 0 && len.is_multiple_of(PAGE) => Ok(len),
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "guest memory must be a positive number of whole pages")),
     }
 }
 
-pub(crate) fn memfd(len: usize) -> io::Result<OwnedFd> {
+pub(crate) fn memfd(name: &CStr, len: usize) -> io::Result<OwnedFd> {
     // SAFETY: the name is a valid C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"zeroboot-image".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -427,7 +458,7 @@ pub(crate) fn memfd(len: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn seek(file: &File, at: u64, whence: i32) -> io::Result<u64> {
+pub(crate) fn seek(file: &File, at: u64, whence: i32) -> io::Result<u64> {
     let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: a plain system call on a descriptor that we hold.
     let r = unsafe { libc::lseek(file.as_raw_fd(), at, whence) };

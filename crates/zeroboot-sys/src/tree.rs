@@ -167,10 +167,11 @@ mod tests {
 
     use super::*;
 
-    const POLICIES: [&str; 3] = [
+    const POLICIES: [&str; 4] = [
         include_str!("../../../policy/process-sandbox.json"),
         include_str!("../../../policy/process-uncounted.json"),
         include_str!("../../../policy/vm-worker.json"),
+        include_str!("../../../policy/vm-restore.json"),
     ];
     const X86_64: u32 = 0xc000_003e;
 

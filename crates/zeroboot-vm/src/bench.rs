@@ -165,7 +165,7 @@ fn bare(host: &Host, snapshot: &Snapshot) -> Result<Duration, BenchError> {
     }
     let memory = timed!(Mapping::fork(&snapshot.image))?;
     let mut vm = timed!(host.kvm().create_vm())?;
-    timed!(vm.set_memory(memory))?;
+    timed!(vm.set_logged_memory(memory))?;
     timed!(vm.set_tss_address(TSS))?;
     timed!(vm.split_irqchip())?;
     let vcpu = timed!(vm.create_vcpu())?;

@@ -11,11 +11,15 @@
 //!     └──▶ over: Failure
 //! ```
 //!
+//! A sandbox that lives can be saved: the front says `Freeze`, which the guest answers at rest; if it has not within a bound,
+//! it is saved where it stands. Then it runs on. A fork of that checkpoint begins in `live`, and with an `Identity`.
+//!
 //! An idle guest sleeps inside KVM_RUN and costs nothing. Bytes of the front kick it out (SIGIO); they are taken, the wake
 //! line is raised, and the guest comes for them with [`Ring::Want`].
 
 use std::{
     collections::VecDeque,
+    error::Error as _,
     io,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -27,7 +31,8 @@ use zeroboot_proto::{
 use zeroboot_sys::kick::{Kick, take_pending};
 
 use crate::{
-    Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop,
+    Console, Exits, Fork, Front, MailboxError, Received, Snapshot, Stop, Underway, checkpoint,
+    live::Live,
     phase::{Phase, Verdict},
 };
 
@@ -35,6 +40,8 @@ use crate::{
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a guest's console that are kept to explain its crash.
 const LAST_WORDS: usize = 4096;
+/// How long a guest may take to come to rest for a checkpoint, before it is saved where it stands.
+const REST: Duration = Duration::from_millis(250);
 /// Bytes of frames that wait for the guest before the front is made to wait.
 const INPUT_WATERMARK: usize = 4 * AREA;
 
@@ -99,6 +106,8 @@ pub struct Session<'a, F> {
     raised: bool,
     from_guest: Decoder,
     phase: Phase,
+    /// The front waits for a checkpoint: when the guest is saved where it stands.
+    freeze_at: Option<Instant>,
     setup_timeout: Duration,
     stats: SessionStats,
 }
@@ -116,9 +125,19 @@ impl<'a, F: Front> Session<'a, F> {
             raised: false,
             from_guest: Decoder::new(),
             phase: Phase::new(),
+            freeze_at: None,
             setup_timeout: SETUP_TIMEOUT,
             stats: SessionStats::default(),
         }
+    }
+
+    /// Goes on with what was under way at a checkpoint.
+    pub fn going_on(mut self, underway: Underway) -> Session<'a, F> {
+        let Underway { channels, to_guest, from_guest } = underway;
+        self.phase = Phase::Live(Live::go_on(channels));
+        self.to_guest = to_guest.into();
+        self.from_guest.feed(&from_guest);
+        self
     }
 
     /// How long a guest may take from its first instruction to the end of taking its request, and from there, if it is to
@@ -136,13 +155,17 @@ impl<'a, F: Front> Session<'a, F> {
 
     fn drive(&mut self) -> Result<SessionEnd, SessionError> {
         // Nothing of the guest runs before a request is there: its clocks start then.
-        if self.fill(true)? {
+        let goes_on = self.phase.is_nameless();
+        if if goes_on { self.wait_for_name()? } else { self.fill(true)? } {
             return Ok(SessionEnd::FrontGone);
         }
         let entered = Instant::now();
         self.phase.enter(entered + self.setup_timeout);
         self.snapshot.start_clocks(self.fork)?;
-        self.hand_over()?;
+        if !goes_on {
+            self.hand_over()?;
+        }
+        // Where it goes on, its mailbox may hold what it has not taken yet. It is woken, and asks.
         let result = self.run_guest();
         self.stats.run = entered.elapsed();
         self.kick.disarm().map_err(SessionError::Timer)?;
@@ -167,6 +190,7 @@ impl<'a, F: Front> Session<'a, F> {
                     if self.is_late() {
                         return self.finish(Ending::DeadlinePassed, None);
                     }
+                    self.freeze_if_due()?;
                     continue;
                 }
                 Stop::Shutdown => {
@@ -210,7 +234,37 @@ impl<'a, F: Front> Session<'a, F> {
             if self.is_late() {
                 return self.finish(Ending::DeadlinePassed, None);
             }
+            self.freeze_if_due()?;
         }
+    }
+
+    /// Saves a guest that has not come to rest in time.
+    fn freeze_if_due(&mut self) -> Result<(), SessionError> {
+        if self.freeze_at.is_some_and(|at| Instant::now() >= at) { self.freeze() } else { Ok(()) }
+    }
+
+    /// Saves the guest as it stands, and tells the front.
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.freeze_at = None;
+        self.arm()?;
+        let Phase::Live(live) = &mut self.phase else { return Ok(()) };
+        let underway = Underway {
+            channels: live.frozen().clone(),
+            to_guest: self.to_guest.iter().copied().collect(),
+            from_guest: self.from_guest.rest().to_vec(),
+        };
+        let mut why = String::new();
+        if let Err(error) = checkpoint::save(self.fork, self.snapshot, underway) {
+            why = error.to_string();
+            let mut source = error.source();
+            while let Some(error) = source {
+                why = format!("{why}: {error}");
+                source = error.source();
+            }
+        }
+        let mut out = Vec::new();
+        encode(&mut out, Kind::Frozen, why.as_bytes());
+        self.send(&out)
     }
 
     /// Raises the wake line where bytes wait for a guest that may sleep. Until `Run` or `Live` it asks by itself. Once is
@@ -227,7 +281,7 @@ impl<'a, F: Front> Session<'a, F> {
 
     /// Sets the timer to the deadline.
     fn arm(&self) -> Result<(), SessionError> {
-        match self.phase.deadline() {
+        match self.phase.deadline().into_iter().chain(self.freeze_at).min() {
             Some(at) => self.kick.after(at.saturating_duration_since(Instant::now())),
             None => self.kick.disarm(),
         }
@@ -237,6 +291,20 @@ impl<'a, F: Front> Session<'a, F> {
     /// Whether the deadline has passed.
     fn is_late(&self) -> bool {
         self.phase.deadline().is_some_and(|at| Instant::now() >= at)
+    }
+
+    /// Waits until the guest has an identity of its own. `true`: the front is gone.
+    fn wait_for_name(&mut self) -> Result<bool, SessionError> {
+        let mut bytes = Vec::new();
+        while self.phase.is_nameless() {
+            if self.front.receive(&mut bytes, true).map_err(SessionError::Front)? == Received::Gone {
+                return Ok(true);
+            }
+            self.from_front.feed(&bytes);
+            bytes.clear();
+            self.take_frames()?;
+        }
+        Ok(false)
     }
 
     /// Takes what the front has sent. `true`: the front is gone.
@@ -277,6 +345,10 @@ impl<'a, F: Front> Session<'a, F> {
                 self.to_guest.extend(identity.encode());
             } else {
                 self.to_guest.extend(payload);
+            }
+            if kind == Kind::Freeze {
+                self.freeze_at = Some(Instant::now() + REST);
+                self.arm()?;
             }
             if self.phase.begin(kind, self.setup_timeout) {
                 // Whatever brought us here: until now the timer was at the end of the setup.
@@ -319,6 +391,13 @@ impl<'a, F: Front> Session<'a, F> {
                 Verdict::Go => {}
                 // Its deadline is gone.
                 Verdict::Lives => self.arm()?,
+                Verdict::AtRest => {
+                    // What it said before is the checkpoint's past on every branch.
+                    if !out.is_empty() {
+                        self.send(&std::mem::take(&mut out))?;
+                    }
+                    self.freeze()?;
+                }
                 last => break last,
             }
         };
@@ -326,7 +405,7 @@ impl<'a, F: Front> Session<'a, F> {
             self.send(&out)?;
         }
         match verdict {
-            Verdict::Go | Verdict::Lives => Ok(None),
+            Verdict::Go | Verdict::Lives | Verdict::AtRest => Ok(None),
             Verdict::Over(end) => Ok(Some(end)),
             Verdict::Ended(ending) => self.finish(ending, None).map(Some),
             Verdict::Crashed(why) => self.crashed(why).map(Some),

@@ -16,6 +16,10 @@ use zeroboot_sys::{
 /// The filter of a worker, data with a reason at each rule.
 pub const POLICY: &str = include_str!("../../../policy/vm-worker.json");
 
+/// The filter of a worker of a checkpoint while it restores a state that another worker wrote: its own, and what that
+/// takes. Its own follows.
+pub const RESTORE_POLICY: &str = include_str!("../../../policy/vm-restore.json");
+
 /// Nobody: owns no file.
 const NOBODY: u32 = 65_534;
 
@@ -132,6 +136,22 @@ pub(crate) fn enter(zygote: BorrowedFd<'_>) -> io::Result<()> {
 /// In the worker, with its VM made and its socket at hand: from here on it can run the guest, speak on its
 /// socket and end.
 pub(crate) fn close(filter: &Filter) -> Result<(), VmJailError> {
+    limit()?;
+    Ok(filter.apply()?)
+}
+
+/// In the worker of a checkpoint, before [`restored`]: from here on it can do what [`close`] leaves it, and restore.
+pub(crate) fn close_but_for_restoring(restoring: &Filter) -> Result<(), VmJailError> {
+    limit()?;
+    Ok(restoring.apply()?)
+}
+
+/// The state is restored.
+pub(crate) fn restored(filter: &Filter) -> Result<(), VmJailError> {
+    Ok(filter.apply()?)
+}
+
+fn limit() -> Result<(), VmJailError> {
     // No limit on processes: since Linux 6.14 the first KVM_RUN makes a kernel thread of this process (huge
     // page recovery) and fails for ever if it may not. The filter has no system call that makes one.
     for (resource, limit, what) in [
@@ -141,5 +161,5 @@ pub(crate) fn close(filter: &Filter) -> Result<(), VmJailError> {
     ] {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(|e| step(what)(e.into()))?;
     }
-    Ok(filter.apply()?)
+    Ok(())
 }

@@ -6,6 +6,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
+use serde::{Deserialize, Serialize};
 use zeroboot_proto::{
     Frame, Kind, MAX_PAYLOAD, PayloadError, encode_on,
     live::{End, MAX_CHANNEL, Reply, ResultChunk, WINDOW, decode, decode_credit},
@@ -18,12 +19,19 @@ use crate::{SessionEnd, SessionError, phase::Verdict};
 pub(crate) struct Live {
     /// When it must have said `Started`; then there is none: the front ends it with its lease.
     pub(crate) setup_ends: Option<Instant>,
-    channels: BTreeMap<u16, Channel>,
+    /// It goes on from a checkpoint, and has not been told who it is.
+    pub(crate) nameless: bool,
+    /// The front waits for it to be saved.
+    freezing: bool,
+    channels: Channels,
 }
 
+/// What a checkpoint holds of it.
+pub(crate) type Channels = BTreeMap<u16, Channel>;
+
 /// Bytes on a channel, all since it was opened.
-#[derive(Clone, Debug)]
-struct Channel {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Channel {
     /// `Started` has come.
     started: bool,
     /// Sent by the guest under the front's credit.
@@ -59,13 +67,37 @@ impl Channel {
 impl Live {
     /// `Live` goes to the guest.
     pub(crate) fn begin(setup_ends: Instant) -> Live {
-        Live { setup_ends: Some(setup_ends), channels: BTreeMap::new() }
+        Live { setup_ends: Some(setup_ends), nameless: false, freezing: false, channels: BTreeMap::new() }
+    }
+
+    /// It goes on from a checkpoint.
+    pub(crate) fn go_on(channels: Channels) -> Live {
+        Live { setup_ends: None, nameless: true, freezing: false, channels }
+    }
+
+    /// What a checkpoint keeps. It was saved, or could not be.
+    pub(crate) fn frozen(&mut self) -> &Channels {
+        self.freezing = false;
+        &self.channels
     }
 
     /// Whether the guest is to have a frame of the front's: not if it was on its way when its channel ended.
     pub(crate) fn front_says(&mut self, frame: &Frame<'_>) -> Result<bool, SessionError> {
         let Frame { channel, kind, payload } = *frame;
         let order = || SessionError::FrontOrder(kind);
+        match (channel, kind) {
+            // First of all, and once.
+            (0, Kind::Identity) if self.nameless => {
+                self.nameless = false;
+                return Ok(true);
+            }
+            _ if self.nameless => return Err(order()),
+            (0, Kind::Freeze) if self.setup_ends.is_none() && !self.freezing => {
+                self.freezing = true;
+                return Ok(true);
+            }
+            _ => {}
+        }
         if channel == 0 || channel > MAX_CHANNEL {
             return Err(order());
         }
@@ -95,6 +127,10 @@ impl Live {
                 Verdict::Lives
             }
             (0, Kind::Failure) if std::str::from_utf8(payload).is_ok() => Verdict::Over(SessionEnd::Failed),
+            (0, Kind::Frozen) if self.setup_ends.is_none() && payload.is_empty() => {
+                // One that comes late, or again in a fork of its checkpoint, says nothing.
+                return if self.freezing { Verdict::AtRest } else { Verdict::Go };
+            }
             (0, _) => Verdict::out_of_order(kind),
             _ if self.setup_ends.is_some() => Verdict::out_of_order(kind),
             _ => match self.channel_says(channel, kind, payload) {
@@ -102,7 +138,8 @@ impl Live {
                 Err(why) => Verdict::Crashed(format!("a {kind:?} frame of channel {channel} {why}")),
             },
         };
-        if !matches!(verdict, Verdict::Crashed(_)) {
+        // `AtRest` is told by who saves it.
+        if !matches!(verdict, Verdict::Crashed(_) | Verdict::AtRest) {
             encode_on(out, channel, kind, payload);
         }
         verdict
@@ -139,7 +176,7 @@ impl Live {
 #[doc(hidden)]
 pub fn fuzz_live(mut bytes: &[u8]) {
     let mut live = Live::begin(Instant::now());
-    let (mut lives, mut open) = (false, BTreeMap::<u16, (u64, u64)>::new());
+    let (mut lives, mut freezing, mut open) = (false, false, BTreeMap::<u16, (u64, u64)>::new());
     while let Some(([who, kind, channel, length], rest)) = bytes.split_first_chunk::<4>() {
         // Few channels and mostly few bytes, so that they meet; a frame of many bytes by repeating.
         let (payload, rest) = rest.split_at(usize::from(length & 31).min(rest.len()));
@@ -151,6 +188,10 @@ pub fn fuzz_live(mut bytes: &[u8]) {
         let frame = Frame { channel, kind, payload };
         if who & 1 == 0 {
             let taken = live.front_says(&frame).unwrap_or(false);
+            if taken && kind == Kind::Freeze {
+                assert!(lives && channel == 0 && !std::mem::replace(&mut freezing, true), "frozen twice");
+                continue;
+            }
             assert!(!taken || (1..=MAX_CHANNEL).contains(&channel));
             if taken && kind == Kind::Open {
                 assert!(open.insert(channel, (0, 0)).is_none(), "opened twice");
@@ -164,6 +205,15 @@ pub fn fuzz_live(mut bytes: &[u8]) {
         match live.guest_says(&frame, &mut out) {
             Verdict::Lives => assert!(!std::mem::replace(&mut lives, true), "it began twice"),
             Verdict::Over(end) => assert!(end == SessionEnd::Failed && kind == Kind::Failure),
+            Verdict::AtRest => {
+                assert!(std::mem::take(&mut freezing) && kind == Kind::Frozen && out.is_empty());
+                live.frozen();
+                continue;
+            }
+            Verdict::Go if kind == Kind::Frozen => {
+                assert!(lives && out.is_empty());
+                continue;
+            }
             Verdict::Go => {
                 let (sent, credit) = open.get_mut(&channel).filter(|_| lives).unwrap_or_else(|| panic!("{frame:?}"));
                 if matches!(kind, Kind::Stdout | Kind::Stderr | Kind::Result | Kind::Error | Kind::Reply) {
@@ -245,6 +295,30 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_is_at_rest_once_when_that_was_asked() {
+        let mut live = opened();
+        assert_eq!(guest_says(&mut live, 0, Kind::Frozen, b""), Verdict::Go);
+        assert_eq!(front_says(&mut live, 0, Kind::Freeze, b""), Some(true));
+        assert_eq!(front_says(&mut live, 0, Kind::Freeze, b""), None, "before the answer");
+        crashes(&mut live.clone(), 0, Kind::Frozen, b"x", "out of order");
+        assert_eq!(guest_says(&mut live, 0, Kind::Frozen, b""), Verdict::AtRest);
+        let channels = live.frozen().clone();
+        assert_eq!(guest_says(&mut live, 0, Kind::Frozen, b""), Verdict::Go);
+        assert_eq!(front_says(&mut live, 0, Kind::Freeze, b""), Some(true), "again");
+        assert_eq!(front_says(&mut Live::begin(Instant::now()), 0, Kind::Freeze, b""), None, "before it lives");
+        crashes(&mut Live::begin(Instant::now()), 0, Kind::Frozen, b"", "out of order");
+
+        // A fork of the checkpoint: a name first, and then what is under way.
+        let mut child = Live::go_on(channels);
+        assert_eq!(front_says(&mut child, 7, Kind::Stdin, b"x"), None);
+        assert_eq!(front_says(&mut child, 0, Kind::Freeze, b""), None);
+        assert_eq!(front_says(&mut child, 0, Kind::Identity, b""), Some(true));
+        assert_eq!(front_says(&mut child, 0, Kind::Identity, b""), None);
+        goes_on(&mut child, 7, Kind::Stdout, b"more");
+        crashes(&mut child, 8, Kind::Stdout, b"x", "not open");
+    }
+
+    #[test]
     fn a_guest_says_only_what_a_guest_may_say() {
         // Before it lives: nothing but that, or why not.
         let fresh = || Live::begin(Instant::now());
@@ -253,7 +327,7 @@ mod tests {
         assert_eq!(guest_says(&mut fresh(), 0, Kind::Failure, b"no"), Verdict::Over(SessionEnd::Failed));
         crashes(&mut fresh(), 0, Kind::Failure, &[0xff], "out of order");
         // On channel 0, an exec's frames and its worker's own are none of its.
-        for kind in Kind::ALL.iter().copied().filter(|kind| *kind != Kind::Failure) {
+        for kind in Kind::ALL.iter().copied().filter(|kind| !matches!(kind, Kind::Failure | Kind::Frozen)) {
             crashes(&mut opened(), 0, kind, b"", "out of order");
         }
         // On a channel: nothing of the other direction, nor of an exec.

@@ -61,21 +61,36 @@ pub struct Machine {
 impl Machine {
     /// Makes the VM in the cheap order and without state.
     pub fn new(host: &Host, memory: Mapping) -> Result<Machine, KvmError> {
-        Machine::timed(host, &host.cpuid_table, memory, &mut |_| ())
+        Machine::made(host, &host.cpuid_table, memory, false, &mut |_| ())
     }
 
-    /// As [`Machine::new`], with the CPU of a template; `step` hears the name of each step once it is done.
-    pub(crate) fn timed(
+    /// A fork's: with the CPU of its template, and a log of the pages that it writes. `step` hears the name of each step
+    /// once it is done.
+    pub(crate) fn of_fork(
         host: &Host,
         cpuid: &CpuidTable,
         memory: Mapping,
+        step: &mut dyn FnMut(&'static str),
+    ) -> Result<Machine, KvmError> {
+        Machine::made(host, cpuid, memory, true, step)
+    }
+
+    fn made(
+        host: &Host,
+        cpuid: &CpuidTable,
+        memory: Mapping,
+        logged: bool,
         step: &mut dyn FnMut(&'static str),
     ) -> Result<Machine, KvmError> {
         let mut vm = host.kvm.create_vm()?;
         step("create_vm");
         // The slot before anything that has to do with interrupts: enabling an irqchip queues an SRCU
         // callback, and a slot change that finds one pending waits for its grace period (7 ms and more).
-        vm.set_memory(memory)?;
+        if logged {
+            vm.set_logged_memory(memory)?
+        } else {
+            vm.set_memory(memory)?
+        }
         step("memory_slot");
         // Before the irqchip, as the memory: where the CPU has no unrestricted guest it adds a slot. Without it KVM
         // would keep the segment in the guest's page 0 there.

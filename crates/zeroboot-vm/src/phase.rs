@@ -35,6 +35,8 @@ pub(crate) enum Verdict {
     Go,
     /// The same, and the setup of a sandbox that lives is over.
     Lives,
+    /// The guest has come to rest and can be saved.
+    AtRest,
     /// It was the last.
     Over(SessionEnd),
     /// The host ends the exec.
@@ -57,6 +59,11 @@ impl Phase {
 
     pub(crate) fn is_setup(&self) -> bool {
         matches!(self, Phase::Setup(_))
+    }
+
+    /// It goes on from a checkpoint and has not been told who it is: no instruction of it may run.
+    pub(crate) fn is_nameless(&self) -> bool {
+        matches!(self, Phase::Live(live) if live.nameless)
     }
 
     /// The guest runs from now on, and has this long for its setup, unless it is over.

@@ -17,6 +17,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use zeroboot_sys::{
+    delta::{Delta, DeltaMapping},
     kvm::{CpuidEntry, CpuidTable, KvmError, XSAVE_MAX},
     memory::{BootMemory, GuestPhys, Mapping, MemoryImage, PAGE},
 };
@@ -376,19 +377,35 @@ impl Snapshot {
     pub fn fork_timed(&self, host: &Host, step: &mut dyn FnMut(&'static str)) -> Result<Fork, ForkError> {
         let memory = Mapping::fork(&self.image)?;
         step("map");
-        let machine = Machine::timed(host, &self.cpuid, memory, step)?;
+        let fork = self.fork_over(host, memory, step)?;
+        self.body.state.restore(&self.tables, &fork.machine, step)?;
+        Ok(fork)
+    }
+
+    /// A new machine around this memory, with nothing restored.
+    pub(crate) fn fork_over(
+        &self,
+        host: &Host,
+        memory: Mapping,
+        step: &mut dyn FnMut(&'static str),
+    ) -> Result<Fork, ForkError> {
+        let machine = Machine::of_fork(host, &self.cpuid, memory, step)?;
         if let Some(khz) = self.tsc_khz {
             // Before the TSC itself, which KVM keeps in the guest's rate.
             machine.vcpu.set_tsc_khz(khz)?;
             step("tsc_rate");
         }
-        self.body.state.restore(&self.tables, &machine, step)?;
-        Ok(Fork { machine, mailbox: self.body.mailbox.clone(), wake: self.body.wake })
+        let (mailbox, wake) = (self.body.mailbox.clone(), self.body.wake);
+        Ok(Fork { machine, mailbox, wake, delta: None, went_on: None })
     }
 
-    /// Starts a fork's clocks where the snapshot stopped them. The last step before the guest runs.
+    /// Starts a fork's clocks where the snapshot, or its checkpoint, stopped them. The last step before the guest runs.
     pub fn start_clocks(&self, fork: &Fork) -> Result<(), ForkError> {
-        Ok(self.body.state.restore_clocks(&self.tables, &fork.machine)?)
+        let (state, tables) = match fork.went_on.as_deref() {
+            Some((state, tables)) => (state, tables),
+            None => (&self.body.state, &self.tables),
+        };
+        Ok(state.restore_clocks(tables, &fork.machine)?)
     }
 
     /// Copies and maps the pages that an exec and a first cell are known to touch. Spends memory of a waiting fork on time of
@@ -475,12 +492,22 @@ pub struct Fork {
     pub(crate) machine: Machine,
     pub(crate) mailbox: Mailbox,
     pub(crate) wake: WakeVector,
+    /// Where a checkpoint of it goes.
+    pub(crate) delta: Option<DeltaMapping>,
+    /// Of a checkpoint: the state that it goes on from, in place of its template's.
+    pub(crate) went_on: Option<Box<(VmState, StateTables)>>,
 }
 
 impl Fork {
     /// The machine.
     pub fn machine(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// Lets it be saved there.
+    pub fn save_into(&mut self, delta: &Delta) -> io::Result<()> {
+        self.delta = Some(delta.map()?);
+        Ok(())
     }
 
     /// Wakes its guest, if that waits. `false`: it has turned its local APIC off and does not hear.

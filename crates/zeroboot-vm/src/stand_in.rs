@@ -5,11 +5,13 @@
 //! one program   ready ─▶ says `alive` ─▶ sleeps until the wake line ─▶ answers its input ─▶ is done
 //! a live one    ready ─▶ `Live` ─▶ sleeps until the wake line ─▶ answers what a channel asks ─▶ sleeps …
 //! ```
+//!
+//! The live one says `Frozen` to `Freeze`, and goes on at an `Identity`.
 
 use std::io;
 
 use zeroboot_proto::{
-    Ending, ExitReport, HEADER_LEN, Kind, encode,
+    Ending, ExitReport, HEADER_LEN, Identity, Kind, encode, encode_header,
     live::{self, End, How},
     mailbox::{AREA_PAGES, DOORBELL_PORT, LENGTH_AT, MAGIC, Ring, TABLE_AT, VERSION},
 };
@@ -36,8 +38,9 @@ const FILL: u64 = 1 << 20;
 const VECTOR: u8 = 0x20;
 /// Digits of the input.
 const DIGITS: u16 = 6;
-/// A header of a frame, and where its channel is.
+/// A header of a frame, and where its kind and channel are.
 const FRAME: u16 = HEADER_LEN as u16;
+const KIND_AT: u16 = 4;
 const CHANNEL_AT: u16 = 6;
 
 /// What the stand-in for one program says when it lives.
@@ -174,6 +177,38 @@ fn program(what: StandIn, first: u16, answer: &[u16; 3]) -> (Vec<u8>, u16) {
     code.extend((HEADER + LENGTH_AT as u16).to_le_bytes());
     code.extend([0x85, 0xc0, 0x75, 6, 0xfb, 0xf4, 0xfa]);
     jump_to_poll(&mut code);
+    // mov bx, 0: where what it was asked begins.
+    code.extend([0xbb, 0, 0]);
+    if what == StandIn::Live {
+        // cmp byte [kind], Identity; jne over the next 12 bytes; mov bx, its length; cmp [length], bx; jne over 3; jmp poll
+        let identity = FRAME + Identity::LEN as u16;
+        code.extend([0x80, 0x3e]);
+        code.extend((TO_GUEST + KIND_AT).to_le_bytes());
+        code.extend([Kind::Identity as u8, 0x75, 12, 0xbb]);
+        code.extend(identity.to_le_bytes());
+        code.extend([0x39, 0x1e]);
+        code.extend((HEADER + LENGTH_AT as u16).to_le_bytes());
+        code.extend([0x75, 3]);
+        jump_to_poll(&mut code);
+        // cmp byte [bx + kind], Freeze; jne over it
+        code.extend([0x80, 0xbf]);
+        code.extend((TO_GUEST + KIND_AT).to_le_bytes());
+        code.extend([Kind::Freeze as u8, 0x75, 0]);
+        let jump = code.len();
+        // Its answer into the area: mov dword [at], value
+        let frozen = encode_header(0, Kind::Frozen, 0);
+        for (at, word) in [0, 4].into_iter().zip(frozen.as_chunks::<4>().0) {
+            code.extend([0x66, 0xc7, 0x06]);
+            code.extend((FROM_GUEST + at).to_le_bytes());
+            code.extend(word);
+        }
+        ring(&mut code, Ring::Output, frozen.len() as u32);
+        jump_to_poll(&mut code);
+        let length = (code.len() - jump) as u8;
+        if let Some(over) = code.get_mut(jump - 1) {
+            *over = length;
+        }
+    }
     // inc byte [COUNTER]
     code.extend([0xfe, 0x06]);
     code.extend(COUNTER.to_le_bytes());
@@ -189,8 +224,8 @@ fn program(what: StandIn, first: u16, answer: &[u16; 3]) -> (Vec<u8>, u16) {
     code.extend([0xf3, 0xa4]);
     let [before, text, _] = *answer;
     if what == StandIn::Live {
-        // Each on the channel that asked: mov ax, [channel]; mov [channel], ax
-        code.push(0xa1);
+        // Each on the channel that asked: mov ax, [bx + channel]; mov [channel], ax
+        code.extend([0x8b, 0x87]);
         code.extend((TO_GUEST + CHANNEL_AT).to_le_bytes());
         for frame in [0, before, before + text] {
             code.push(0xa3);
@@ -198,7 +233,9 @@ fn program(what: StandIn, first: u16, answer: &[u16; 3]) -> (Vec<u8>, u16) {
         }
     }
     // Behind both frames' headers, a letter for a digit: 1: lodsb; add al, 'A' - '0'; stosb; loop 1b
-    mov(&mut code, si, TO_GUEST + FRAME);
+    // lea si, [bx + …]
+    code.extend([0x8d, 0xb7]);
+    code.extend((TO_GUEST + FRAME).to_le_bytes());
     mov(&mut code, di, FROM_GUEST + before + FRAME);
     mov(&mut code, cx, DIGITS);
     code.extend([0xac, 0x04, b'A' - b'0', 0xaa, 0xe2, 0xfa]);

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 use zeroboot_sys::{
-    kvm::{ClockData, DebugRegs, KvmError, LapicState, MpState, MsrTable, Regs, Sregs, VcpuEvents, Xcrs},
+    kvm::{ClockData, DebugRegs, KvmError, LapicState, MpState, MsrTable, Regs, Sregs, Vcpu, VcpuEvents, Xcrs},
     memory::{BootMemory, MiB},
 };
 
@@ -71,8 +71,7 @@ fn found(fork: &Option<u64>) -> String {
 }
 
 impl VmState {
-    /// All zero. For tests of the file format.
-    #[cfg(test)]
+    /// All zero. For tests of the formats, and the fuzzer.
     pub(crate) fn empty() -> VmState {
         VmState {
             mp_state: MpState::default(),
@@ -141,8 +140,51 @@ impl VmState {
         self
     }
 
+    /// The state of a fork of this one that runs: its MSRs are those that forks take, and no others. Only by calls that a
+    /// jailed worker may make.
+    pub(crate) fn of_fork(&self, machine: &mut Machine) -> Result<VmState, KvmError> {
+        let clock = [MSR_TSC, MSR_TSC_DEADLINE];
+        let indices: Vec<u32> = self.msrs.iter().map(|&(index, _)| index).chain(clock).collect();
+        VmState::read_with(machine, |vcpu| {
+            let values = vcpu.msrs(&indices)?;
+            Ok((indices.iter().copied().zip(values).collect(), self.tsc_khz))
+        })
+    }
+
+    /// Whether a fork of this one can have had that state. It comes from a worker that its guest may own.
+    pub(crate) fn may_become(&self, other: &VmState) -> Result<(), &'static str> {
+        let msrs = |state: &VmState| state.msrs.iter().map(|&(index, _)| index).collect::<Vec<_>>();
+        if msrs(self) != msrs(other) {
+            return Err("it has other MSRs than its template");
+        }
+        if (self.xsave.len(), self.xcrs.is_some()) != (other.xsave.len(), other.xcrs.is_some()) {
+            return Err("it has another extended state than its template");
+        }
+        if self.tsc_khz != other.tsc_khz {
+            return Err("its TSC has another rate than its template's");
+        }
+        Ok(())
+    }
+
     /// All that KVM gives.
     fn read(host: &Host, machine: &mut Machine) -> Result<VmState, KvmError> {
+        let list = host.kvm().msr_index_list()?;
+        VmState::read_with(machine, |vcpu| {
+            let mut msrs = Vec::new();
+            for index in list {
+                // One at a time: KVM_GET_MSRS stops at the first that this guest's CPUID does not have, and the
+                // list names what the host could have.
+                msrs.extend(vcpu.msr(index)?.map(|value| (index, value)));
+            }
+            Ok((msrs, vcpu.tsc_khz()?))
+        })
+    }
+
+    /// All of it. `msrs` gives them, and the TSC's rate.
+    fn read_with(
+        machine: &mut Machine,
+        msrs: impl FnOnce(&Vcpu) -> Result<(Vec<(u32, u64)>, u32), KvmError>,
+    ) -> Result<VmState, KvmError> {
         // The exit's port access is still pending in KVM: without this each fork would repeat it.
         machine.vcpu.complete_io()?;
         let vcpu = &machine.vcpu;
@@ -155,18 +197,19 @@ impl VmState {
         }
         let xsave = vcpu.xsave()?;
         let xcrs = vcpu.xcrs()?;
-        let mut msrs = Vec::new();
+        let (mut msrs, tsc_khz) = msrs(vcpu)?;
         let (mut tsc, mut tsc_deadline) = (0, 0);
-        for index in host.kvm().msr_index_list()? {
-            // One at a time: KVM_GET_MSRS stops at the first that this guest's CPUID does not have, and the
-            // list names what the host could have.
-            match (index, vcpu.msr(index)?) {
-                (_, None) => {}
-                (MSR_TSC, Some(value)) => tsc = value,
-                (MSR_TSC_DEADLINE, Some(value)) => tsc_deadline = value,
-                (_, Some(value)) => msrs.push((index, value)),
+        msrs.retain(|&(index, value)| match index {
+            MSR_TSC => {
+                tsc = value;
+                false
             }
-        }
+            MSR_TSC_DEADLINE => {
+                tsc_deadline = value;
+                false
+            }
+            _ => true,
+        });
         // The LAPIC after the MSRs: a timer that fires between the two puts its interrupt into the LAPIC and zero into
         // the deadline. In this order the interrupt is saved, at worst with the deadline that it came from, and the
         // guest gets one tick too many; in the other both would be lost, and with them every further tick.
@@ -174,7 +217,6 @@ impl VmState {
         // After both: KVM may move a pending timer interrupt into the events on the way.
         let events = vcpu.events()?;
         let debug_regs = vcpu.debug_regs()?;
-        let tsc_khz = vcpu.tsc_khz()?;
         // Last: the guest's clock stands still from here on.
         let clock = machine.vm.clock()?.clock;
         Ok(VmState {

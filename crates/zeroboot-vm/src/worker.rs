@@ -23,12 +23,14 @@ use rustix::{
 };
 use zeroboot_proto::{Kind, encode};
 use zeroboot_sys::{
+    delta::Delta,
     jail::Filter,
     kick::{self, Kick},
 };
 
 use crate::{
-    ForkError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError, Snapshot, jail, jail::VmJailError,
+    Checkpoint, CheckpointError, Fork, ForkError, Front, Host, Prefault, Received, Session, SessionEnd, SessionError,
+    Snapshot, Underway, jail, jail::VmJailError,
 };
 
 /// Longest time from the last frame until the front closes its end.
@@ -47,6 +49,9 @@ pub enum WorkerError {
     /// The jail could not be closed: no guest instruction was run.
     #[error("cannot close the worker's jail")]
     Jail(#[from] VmJailError),
+    /// The checkpoint gave no machine.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The exec could not be carried through.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -64,23 +69,65 @@ pub fn worker(
     socket: BorrowedFd<'_>,
     prefault: Prefault,
     filter: &Filter,
+    delta: Delta,
 ) -> Result<SessionEnd, WorkerError> {
     let kick = Kick::new().map_err(WorkerError::Kick)?;
     let mut fork = snapshot.fork(&host)?;
     // The VM is made: the worker needs the device no more.
     drop(host);
     snapshot.prefault(&mut fork, prefault)?;
+    fork.save_into(&delta).map_err(ForkError::from)?;
+    drop(delta);
     // What KVM does once, at the first run, it does now.
     fork.machine.vcpu.complete_io().map_err(ForkError::from)?;
     kick::on_activity(socket).map_err(WorkerError::Kick)?;
     // What their ends would call (close, timer_delete), the filter forbids.
-    let (mut fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
+    let (fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
     jail::close(filter)?;
+    serve(snapshot, fork, None, socket, &kick)
+}
+
+/// As [`worker`], for a fork that goes on from a checkpoint. What another worker wrote is read and restored in this one's
+/// jail: `restoring` is the filter until then.
+pub fn worker_of_checkpoint(
+    host: Host,
+    snapshot: &Snapshot,
+    checkpoint: Checkpoint,
+    socket: BorrowedFd<'_>,
+    (restoring, filter): (&Filter, &Filter),
+    delta: Delta,
+) -> Result<SessionEnd, WorkerError> {
+    let kick = Kick::new().map_err(WorkerError::Kick)?;
+    let (mut fork, state) = checkpoint.machine(&host, snapshot)?;
+    drop(host);
+    fork.save_into(&delta).map_err(ForkError::from)?;
+    drop(delta);
+    kick::on_activity(socket).map_err(WorkerError::Kick)?;
+    let (mut fork, kick) = (ManuallyDrop::new(fork), ManuallyDrop::new(kick));
+    jail::close_but_for_restoring(restoring)?;
+    let underway = fork.go_on_from(&state, snapshot)?;
+    fork.machine.vcpu.complete_io().map_err(ForkError::from)?;
+    jail::restored(filter)?;
+    serve(snapshot, fork, Some(underway), socket, &kick)
+}
+
+/// In the jail.
+fn serve(
+    snapshot: &Snapshot,
+    mut fork: ManuallyDrop<Fork>,
+    underway: Option<Underway>,
+    socket: BorrowedFd<'_>,
+    kick: &Kick,
+) -> Result<SessionEnd, WorkerError> {
     let mut front = SocketFront::new(socket);
     let mut ready = Vec::new();
     encode(&mut ready, Kind::Ready, snapshot.about());
     front.send(&ready).map_err(WorkerError::Socket)?;
-    let (end, _stats) = Session::new(snapshot, &mut fork, &mut front, &kick).run()?;
+    let mut session = Session::new(snapshot, &mut fork, &mut front, kick);
+    if let Some(underway) = underway {
+        session = session.going_on(underway);
+    }
+    let (end, _stats) = session.run()?;
     // No exec's answer waits for a teardown after a crash, and its socket is to close.
     if end != SessionEnd::Crashed {
         front.linger();

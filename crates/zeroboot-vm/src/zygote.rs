@@ -1,4 +1,5 @@
-//! The zygote: a process that holds one template and forks a worker for each `Fork` message.
+//! The zygote: a process that holds one template and forks a worker for each `Fork` message, and for each `Checkpoint` a
+//! zygote of that checkpoint: the same again, over other memory and with another state. (docs/adr/0019)
 
 use std::{
     error::Error,
@@ -12,12 +13,14 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use zeroboot_proto::{Kind, encode};
 use zeroboot_sys::{
     control::{self, Control},
+    delta::Delta,
     jail::{Filter, JailError},
     kvm::{KvmError, Vm},
+    memory::Mapping,
     process::{self, Forked, WORKER_NAMESPACES},
 };
 
-use crate::{Host, LoadSnapshotError, Prefault, Snapshot, jail, jail::VmJailError, worker};
+use crate::{Checkpoint, Host, LoadSnapshotError, Prefault, Snapshot, WorkerError, jail, jail::VmJailError, worker};
 
 /// Why a zygote did not come up, or ended before its front.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +99,9 @@ fn tell(report: &OwnedFd, kind: Kind, payload: &[u8]) -> Result<(), ZygoteError>
     }
 }
 
+/// The filter of a worker while it restores a checkpoint.
+type Restoring = Filter;
+
 /// Everything that a worker inherits.
 struct Zygote {
     host: Host,
@@ -104,7 +110,10 @@ struct Zygote {
     prefault: Prefault,
     /// Whether this host gives workers their own namespaces.
     separated: bool,
-    oom: OomScore,
+    /// A zygote of a checkpoint has none: it is as soon to go as a worker, and so are the workers that it makes.
+    oom: Option<OomScore>,
+    /// What its workers go on from; none in a template's zygote.
+    checkpoint: Option<(Checkpoint, Restoring)>,
     /// This process, for a worker to see whether it has ended.
     own: OwnedFd,
     /// One idle VM is kept: with none alive anywhere KVM switches virtualisation off on every CPU and on
@@ -130,7 +139,8 @@ impl Zygote {
         jail::strip_zygote()?;
         process::ignore_children();
         let separated = jail::own_namespaces().is_ok();
-        Ok(Zygote { host, snapshot, filter, prefault, separated, oom, own, idle })
+        let oom = Some(oom);
+        Ok(Zygote { host, snapshot, filter, prefault, separated, oom, checkpoint: None, own, idle })
     }
 
     fn fork(&self) -> io::Result<Forked<OwnedFd>> {
@@ -147,37 +157,60 @@ impl Zygote {
         })
     }
 
+    /// Does `fork` while children are made the first to go when the host runs out of memory.
+    fn first_to_go<T>(&self, fork: impl FnOnce() -> io::Result<Forked<T>>) -> io::Result<Forked<T>> {
+        let Some(oom) = &self.oom else { return fork() };
+        match oom.first_to_go().and_then(|()| fork()) {
+            Ok(Forked::Child) => Ok(Forked::Child),
+            forked => oom.as_before().and(forked),
+        }
+    }
+
     fn serve(self, control: OwnedFd) -> Result<(), ZygoteError> {
         let broken = |error| ZygoteError::Channel("speak on the control channel", error);
         loop {
             let Some((message, fds)) = control::receive(&control).map_err(broken)? else {
                 return Ok(());
             };
-            let Control::Fork { id } = message else { continue };
             let mut fds = fds.into_iter();
-            let (socket, cgroup) = (fds.next(), fds.next());
-            let Some(socket) = socket else {
-                let text = "the Fork message came without a socket".into();
-                control::send(&control, &Control::ForkFailed { id, text }, &[]).map_err(broken)?;
-                continue;
-            };
-            let forked = self.oom.first_to_go().and_then(|()| self.fork());
-            if let Ok(Forked::Child) = forked {
-                drop(control);
-                self.become_worker(socket, cgroup);
+            match (message, fds.next(), fds.next()) {
+                (Control::Fork { id }, Some(socket), cgroup) => {
+                    let delta = Delta::new(self.snapshot.image().len());
+                    let forked = delta.and_then(|delta| Ok((self.first_to_go(|| self.fork())?, delta)));
+                    match forked {
+                        Ok((Forked::Child, delta)) => {
+                            drop(control);
+                            self.become_worker(socket, cgroup, delta);
+                        }
+                        Ok((Forked::Parent(pidfd), delta)) => {
+                            let fds = [pidfd.as_fd(), delta.as_fd()];
+                            control::send(&control, &Control::Forked { id }, &fds).map_err(broken)?;
+                        }
+                        Err(error) => failed(&control, id, error.to_string()).map_err(broken)?,
+                    }
+                }
+                (Control::Checkpoint { id }, Some(its_control), Some(delta)) => match self.first_to_go(process::fork) {
+                    Ok(Forked::Child) => {
+                        drop(control);
+                        self.become_zygote(its_control, delta);
+                    }
+                    Ok(Forked::Parent(pid)) => match pidfd_open(pid, PidfdFlags::empty()) {
+                        Ok(pidfd) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
+                        Err(error) => failed(&control, id, error.to_string()),
+                    }
+                    .map_err(broken)?,
+                    Err(error) => failed(&control, id, error.to_string()).map_err(broken)?,
+                },
+                (Control::Fork { id } | Control::Checkpoint { id }, ..) => {
+                    failed(&control, id, "its message came without its descriptors".into()).map_err(broken)?;
+                }
+                _ => {}
             }
-            drop((socket, cgroup));
-            match self.oom.as_before().and(forked) {
-                Ok(Forked::Parent(pidfd)) => control::send(&control, &Control::Forked { id }, &[pidfd.as_fd()]),
-                Ok(Forked::Child) => unreachable!("the child has gone its own way above"),
-                Err(error) => control::send(&control, &Control::ForkFailed { id, text: error.to_string() }, &[]),
-            }
-            .map_err(broken)?;
         }
     }
 
-    fn become_worker(self, socket: OwnedFd, cgroup: Option<OwnedFd>) -> ! {
-        let Zygote { host, snapshot, filter, prefault, separated: _, oom, own, idle } = self;
+    fn become_worker(self, socket: OwnedFd, cgroup: Option<OwnedFd>, delta: Delta) -> ! {
+        let Zygote { host, snapshot, filter, prefault, separated: _, oom, checkpoint, own, idle } = self;
         drop((oom, idle));
         let started = (|| -> io::Result<()> {
             jail::enter(own.as_fd())?;
@@ -188,12 +221,20 @@ impl Zygote {
             }
             Ok(())
         })();
-        let failure = match started {
-            Ok(()) => match worker::worker(host, &snapshot, socket.as_fd(), prefault, &filter) {
-                Ok(_end) => process::exit_now(0),
-                Err(error) => chain(&error),
-            },
-            Err(error) => error.to_string(),
+        let end = started.map_err(|error| error.to_string()).and_then(|()| {
+            let told = |error: WorkerError| chain(&error);
+            match checkpoint {
+                None => worker::worker(host, &snapshot, socket.as_fd(), prefault, &filter, delta).map_err(told),
+                Some((checkpoint, restoring)) => {
+                    let filters = (&restoring, &filter);
+                    worker::worker_of_checkpoint(host, &snapshot, checkpoint, socket.as_fd(), filters, delta)
+                        .map_err(told)
+                }
+            }
+        });
+        let failure = match end {
+            Ok(_end) => process::exit_now(0),
+            Err(failure) => failure,
         };
         let mut frame = Vec::new();
         encode(&mut frame, Kind::Failure, failure.as_bytes());
@@ -201,6 +242,47 @@ impl Zygote {
         let _gone = rustix::net::send(&socket, &frame, rustix::net::SendFlags::NOSIGNAL);
         process::exit_now(1)
     }
+
+    /// Takes the delta in, says so, and serves forks that go on from there, until its own front is gone.
+    fn become_zygote(self, control: OwnedFd, delta: OwnedFd) -> ! {
+        let made = (|| -> io::Result<(Zygote, u64)> {
+            process::die_with_parent()?;
+            if process::has_ended(self.own.as_fd())? {
+                return Err(io::Error::other("the zygote of its template is gone"));
+            }
+            let Zygote { host, snapshot, filter, prefault, separated, oom, checkpoint, own, idle } = self;
+            // Those of the zygote of the template: else each worker would have them.
+            drop((oom, own));
+            let (base, restoring) = match checkpoint {
+                Some((checkpoint, restoring)) => (checkpoint.into_view(), restoring),
+                None => {
+                    (Mapping::fork(snapshot.image())?, Filter::parse(jail::RESTORE_POLICY).map_err(io::Error::other)?)
+                }
+            };
+            let delta = Delta::from_fd(delta, base.len())?;
+            let (checkpoint, bytes) = Checkpoint::take(base, &delta)?;
+            // The memory is charged to the sandbox that filled it, which goes on.
+            delta.empty()?;
+            let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+            let checkpoint = Some((checkpoint, restoring));
+            Ok((Zygote { host, snapshot, filter, prefault, separated, oom: None, checkpoint, own, idle }, bytes))
+        })();
+        let served = match made {
+            Ok((zygote, bytes)) => {
+                control::send(&control, &Control::Taken { bytes }, &[]).is_ok() && zygote.serve(control).is_ok()
+            }
+            Err(error) => {
+                // If its front is gone nobody needs the reason.
+                let _gone = failed(&control, 0, error.to_string());
+                false
+            }
+        };
+        process::exit_now(i32::from(!served))
+    }
+}
+
+fn failed(control: &OwnedFd, id: u64, text: String) -> io::Result<()> {
+    control::send(control, &Control::ForkFailed { id, text }, &[])
 }
 
 /// Workers go first when the host runs out of memory: before the server and the zygote. A worker cannot ask for that

@@ -24,6 +24,7 @@ use zeroboot_proto::{
 };
 use zeroboot_sys::{
     control::{self, CONTROL_FD, Control, REPORT_FD},
+    delta::Delta,
     jail::Filter,
     kvm::Regs,
     memory::{BootMemory, GuestPhys, MiB},
@@ -52,7 +53,8 @@ fn main() {
         let host = Host::open().unwrap();
         let snapshot = Snapshot::load(&host, Path::new(&template)).unwrap();
         let (socket, filter) = (std::io::stdin(), Filter::parse(zeroboot_vm::POLICY).unwrap());
-        let end = zeroboot_vm::worker(host, &snapshot, socket.as_fd(), Prefault::Nothing, &filter);
+        let delta = Delta::new(snapshot.image().len()).unwrap();
+        let end = zeroboot_vm::worker(host, &snapshot, socket.as_fd(), Prefault::Nothing, &filter, delta);
         process::exit_now(i32::from(end.is_err()));
     }
     // What `cargo test -- --list` and filters ask for.
@@ -69,7 +71,7 @@ fn main() {
             return;
         }
     };
-    let tests: [(&str, fn(&Host)); 20] = [
+    let tests: [(&str, fn(&Host)); 26] = [
         ("a_worker_carries_an_exec_through_and_ends", a_worker_carries_an_exec_through_and_ends),
         ("a_jailed_worker_ends_by_itself", a_jailed_worker_ends_by_itself),
         ("a_jailed_worker_that_fails_says_why", a_jailed_worker_that_fails_says_why),
@@ -100,6 +102,15 @@ fn main() {
             "a_worker_whose_live_guest_floods_it_ends_with_its_front",
             a_worker_whose_live_guest_floods_it_ends_with_its_front,
         ),
+        ("branches_go_on_where_their_origin_stood", branches_go_on_where_their_origin_stood),
+        ("a_branch_of_a_branch_goes_on_ten_deep", a_branch_of_a_branch_goes_on_ten_deep),
+        (
+            "a_guest_that_does_not_come_to_rest_is_saved_as_it_runs",
+            a_guest_that_does_not_come_to_rest_is_saved_as_it_runs,
+        ),
+        ("no_branch_runs_without_a_name_of_its_own", no_branch_runs_without_a_name_of_its_own),
+        ("a_hostile_checkpoint_harms_its_own_children_alone", a_hostile_checkpoint_harms_its_own_children_alone),
+        ("nothing_of_a_branch_outlives_whom_it_depends_on", nothing_of_a_branch_outlives_whom_it_depends_on),
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
         ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
@@ -206,17 +217,58 @@ impl Zygote {
         self.fork_into(None)
     }
     fn fork_into(&self, cgroup: Option<&std::fs::File>) -> Worker {
-        let (socket, theirs) = UnixStream::pair().unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let fds: Vec<_> = [theirs.as_fd()].into_iter().chain(cgroup.map(|file| file.as_fd())).collect();
-        control::send(&self.control, &Control::Fork { id: 7 }, &fds).unwrap();
-        drop(theirs);
-        let (message, mut fds) = control::receive(&self.control).unwrap().unwrap();
-        assert_eq!(message, Control::Forked { id: 7 });
-        let mut worker = Worker { socket, decoder: Decoder::new(), pidfd: fds.remove(0) };
+        let mut worker = fork(&self.control, cgroup);
         let ready = worker.frame();
         assert_eq!(ready.as_ref().map(|(kind, _)| *kind), Some(Kind::Ready), "{ready:?}");
         worker
+    }
+    fn branch(&self, origin: &Worker) -> Branch {
+        Branch::of(&self.control, origin)
+    }
+}
+
+/// What says nothing yet.
+fn fork(zygote: &OwnedFd, cgroup: Option<&std::fs::File>) -> Worker {
+    let (socket, theirs) = UnixStream::pair().unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let fds: Vec<_> = [theirs.as_fd()].into_iter().chain(cgroup.map(|file| file.as_fd())).collect();
+    control::send(zygote, &Control::Fork { id: 7 }, &fds).unwrap();
+    drop(theirs);
+    let (message, mut fds) = control::receive(zygote).unwrap().unwrap();
+    assert_eq!((message, fds.len()), (Control::Forked { id: 7 }, 2));
+    let (delta, pidfd) = (fds.remove(1), fds.remove(0));
+    Worker { socket, decoder: Decoder::new(), pidfd, delta }
+}
+
+/// A zygote of a checkpoint.
+struct Branch {
+    control: OwnedFd,
+    pidfd: OwnedFd,
+    taken: u64,
+}
+
+impl Branch {
+    /// Of what `origin` has put into its delta.
+    fn of(zygote: &OwnedFd, origin: &Worker) -> Branch {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        control::send(zygote, &Control::Checkpoint { id: 9 }, &[theirs.as_fd(), origin.delta.as_fd()]).unwrap();
+        drop(theirs);
+        let (message, mut fds) = control::receive(zygote).unwrap().unwrap();
+        assert_eq!((message, fds.len()), (Control::Forked { id: 9 }, 1));
+        let Some((Control::Taken { bytes: taken }, _)) = control::receive(&ours).unwrap() else { panic!("not taken") };
+        Branch { control: ours, pidfd: fds.remove(0), taken }
+    }
+    /// A child that knows who it is, and lives.
+    fn child(&self) -> Worker {
+        let mut child = fork(&self.control, None);
+        let ready = child.frame();
+        assert_eq!(ready.as_ref().map(|(kind, _)| *kind), Some(Kind::Ready), "{ready:?}");
+        let mut name = Vec::new();
+        let identity = Identity { entropy: [3; 64], realtime_ns: 0, sandbox_id: [4; 16] };
+        encode(&mut name, Kind::Identity, &identity.encode());
+        child.socket.write_all(&name).unwrap();
+        child
     }
 }
 
@@ -231,6 +283,7 @@ struct Worker {
     socket: UnixStream,
     decoder: Decoder,
     pidfd: OwnedFd,
+    delta: OwnedFd,
 }
 
 fn frame(socket: &mut UnixStream, decoder: &mut Decoder) -> Option<(Kind, Vec<u8>)> {
@@ -313,6 +366,20 @@ impl Worker {
         assert_eq!(next(), (channel, Kind::Stdout, bench::nth_answer(number, nth).into()));
         let (on, kind, end) = next();
         assert_eq!((on, kind, live::decode::<End>(&end).unwrap().how), (channel, Kind::End, How::Exited(0)));
+    }
+    /// Has it saved.
+    fn freeze(&mut self) {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, Kind::Freeze, b"");
+        self.socket.write_all(&bytes).unwrap();
+        let frozen = frame_on_any(&mut self.socket, &mut self.decoder);
+        assert_eq!(frozen, Some((0, Kind::Frozen, Vec::new())), "{frozen:?}");
+    }
+    /// Bytes of its delta.
+    fn saved(&self, at: u64) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        assert_eq!(rustix::io::pread(&self.delta, &mut bytes, at).unwrap(), 8);
+        bytes
     }
     /// CPU time that its threads have had, KVM's own included, and how often they have gone to sleep by themselves: since then
     /// they were woken as often.
@@ -409,7 +476,18 @@ fn a_worker_holds_nothing_that_a_guest_could_want(host: &Host) {
     spinning.ready();
     let mut running = spinning.fork();
     running.request(Duration::from_secs(60));
-    for worker in [&waiting, &running] {
+    // One that went on from a checkpoint.
+    let living = stand_in(host, StandIn::Live);
+    let mut living = Zygote::start(living.path());
+    living.ready();
+    let mut origin = living.fork();
+    origin.live();
+    origin.freeze();
+    let branch = living.branch(&origin);
+    let mut child = branch.child();
+    child.ask(1, 0);
+    child.answers(1, 0, 1);
+    for worker in [&waiting, &running, &origin, &child] {
         let pid = worker.pid();
         let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
         let status = read("status");
@@ -694,6 +772,242 @@ fn sandboxes_that_live_answer_on_their_channels(host: &Host) {
         drop(socket);
         assert!(ended_within(&pidfd, Duration::from_secs(2)));
     }
+}
+
+fn branches_go_on_where_their_origin_stood(host: &Host) {
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut origin = zygote.fork();
+    origin.live();
+    origin.ask(1, 10);
+    origin.answers(1, 10, 1);
+    origin.freeze();
+    let first = zygote.branch(&origin);
+    // The pages of the areas and what the guest wrote: its counter and its stack lie apart.
+    assert!((4096..=64 * 4096).contains(&first.taken), "{} bytes", first.taken);
+    assert_eq!(origin.saved(0x6000), [0; 8], "what was taken stays charged to the origin");
+    let mut children: Vec<Worker> = (0..20).map(|_| first.child()).collect();
+    for (at, child) in children.iter_mut().enumerate() {
+        // Together with its name, and after it.
+        child.ask(2, at);
+    }
+    // The origin goes on meanwhile, and is branched again.
+    origin.ask(3, 11);
+    origin.answers(3, 11, 2);
+    for (at, child) in children.iter_mut().enumerate() {
+        child.answers(2, at, 2);
+        child.ask(2, at + 100);
+        child.answers(2, at + 100, 3);
+    }
+    origin.freeze();
+    let second = zygote.branch(&origin);
+    let mut late = second.child();
+    late.ask(1, 12);
+    late.answers(1, 12, 3);
+    // From the first checkpoint as before.
+    let mut again = first.child();
+    again.ask(1, 13);
+    again.answers(1, 13, 2);
+    origin.ask(1, 14);
+    origin.answers(1, 14, 3);
+}
+
+fn a_branch_of_a_branch_goes_on_ten_deep(host: &Host) {
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut worker = zygote.fork();
+    worker.live();
+    let mut branches: Vec<Branch> = Vec::new();
+    let mut origins = Vec::new();
+    for depth in 1..=8 {
+        worker.ask(1, depth);
+        worker.answers(1, depth, depth as u8);
+        worker.freeze();
+        let branch = Branch::of(branches.last().map_or(&zygote.control, |branch| &branch.control), &worker);
+        origins.push(std::mem::replace(&mut worker, branch.child()));
+        branches.push(branch);
+    }
+    // Each origin stands where it stood.
+    for (at, origin) in origins.iter_mut().enumerate() {
+        origin.ask(2, at);
+        origin.answers(2, at, at as u8 + 2);
+    }
+    // Two more without a word in between.
+    for _ in 0..2 {
+        worker.freeze();
+        let branch = Branch::of(&branches.last().unwrap().control, &worker);
+        worker = branch.child();
+        branches.push(branch);
+    }
+    worker.ask(1, 9);
+    worker.answers(1, 9, 9);
+}
+
+/// Lives, and counts for ever.
+fn counting(host: &Host) -> tempfile::TempDir {
+    let mut lives = Vec::new();
+    encode(&mut lives, Kind::Started, b"");
+    let mut code = Vec::new();
+    ring(&mut code, Ring::Want.encode(0));
+    ring(&mut code, Ring::Output.encode(lives.len() as u32));
+    // 1: add dword [0x6000], 1; adc dword [0x6004], 0; jmp 1b
+    code.extend([0x66, 0x83, 0x06, 0x00, 0x60, 1, 0x66, 0x83, 0x16, 0x04, 0x60, 0, 0xeb, 0xf2]);
+    template(host, &code, &lives)
+}
+
+fn a_guest_that_does_not_come_to_rest_is_saved_as_it_runs(host: &Host) {
+    let template = counting(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut origin = zygote.fork();
+    origin.live();
+    let count = |worker: &mut Worker| {
+        worker.freeze();
+        u64::from_le_bytes(worker.saved(0x6000))
+    };
+    let first = count(&mut origin);
+    let branch = zygote.branch(&origin);
+    let mut children: Vec<Worker> = (0..3).map(|_| branch.child()).collect();
+    for child in &mut children {
+        assert!(count(child) > first, "{first}");
+    }
+    assert!(count(&mut origin) > first, "{first}");
+    // Nor does it need to have a second time.
+    assert!(count(&mut origin) > first, "{first}");
+}
+
+fn no_branch_runs_without_a_name_of_its_own(host: &Host) {
+    let template = counting(host);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut origin = zygote.fork();
+    origin.live();
+    origin.freeze();
+    let branch = zygote.branch(&origin);
+    // Anything else that it is told first ends it: it has run nothing.
+    let mut early = fork(&branch.control, None);
+    assert_eq!(early.frame().map(|(kind, _)| kind), Some(Kind::Ready));
+    early.ask(1, 1);
+    let (kind, text) = early.frame().unwrap();
+    assert_eq!(kind, Kind::Failure);
+    assert!(String::from_utf8_lossy(&text).contains("where it may not"), "{}", String::from_utf8_lossy(&text));
+    assert!(early.ended_within(Duration::from_secs(10)));
+    // A second one is as much out of place.
+    let mut twice = branch.child();
+    let mut name = Vec::new();
+    let identity = Identity { entropy: [5; 64], realtime_ns: 0, sandbox_id: [6; 16] };
+    encode(&mut name, Kind::Identity, &identity.encode());
+    twice.socket.write_all(&name).unwrap();
+    assert_eq!(twice.frame().map(|(kind, _)| kind), Some(Kind::Failure));
+}
+
+/// Whoever owns a worker owns what it leaves: nothing but its children may come of it.
+fn a_hostile_checkpoint_harms_its_own_children_alone(host: &Host) {
+    const MEMORY: u64 = 4 << 20;
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut origin = zygote.fork();
+    origin.live();
+    origin.freeze();
+    let mut state = vec![0; 1 << 20];
+    let whole = rustix::io::pread(&origin.delta, &mut state, MEMORY).unwrap();
+    let length = u32::from_le_bytes(state[..4].try_into().unwrap()) as usize;
+    assert!(whole > length && length > 4096, "{length}");
+    let put = |bytes: &[u8], length: u32| {
+        rustix::io::pwrite(&origin.delta, &length.to_le_bytes(), MEMORY).unwrap();
+        rustix::io::pwrite(&origin.delta, bytes, MEMORY + 4).unwrap();
+    };
+    let good = state[4..4 + length].to_vec();
+    // A length that cannot be: the zygote of the checkpoint says so, and ends.
+    put(&good, u32::MAX);
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    control::send(&zygote.control, &Control::Checkpoint { id: 9 }, &[theirs.as_fd(), origin.delta.as_fd()]).unwrap();
+    drop(theirs);
+    let (_, fds) = control::receive(&zygote.control).unwrap().unwrap();
+    let said = control::receive(&ours).unwrap();
+    assert!(matches!(&said, Some((Control::ForkFailed { id: 0, text }, _)) if text.contains("longer")), "{said:?}");
+    assert!(ended_within(&fds[0], Duration::from_secs(10)));
+    // Cut short, nonsense, and each part of a good one turned over in turn: registers, segments, extended state, LAPIC,
+    // events, MSRs. A child says why, or runs as what it was made, and ends with its front.
+    let mut refused = 0;
+    let mut attempts = vec![good[..length / 2].to_vec(), vec![0xff; length], Vec::new()];
+    for at in (0..length).step_by(length / 60) {
+        let mut wild = good.clone();
+        let end = (at + 16).min(length);
+        wild[at..end].iter_mut().for_each(|byte| *byte = !*byte);
+        attempts.push(wild);
+    }
+    for bytes in attempts {
+        origin.delta = {
+            let fresh = Delta::new(MEMORY).unwrap();
+            fresh.as_fd().try_clone_to_owned().unwrap()
+        };
+        rustix::io::pwrite(&origin.delta, &(bytes.len() as u32).to_le_bytes(), MEMORY).unwrap();
+        rustix::io::pwrite(&origin.delta, &bytes, MEMORY + 4).unwrap();
+        let branch = zygote.branch(&origin);
+        let mut child = fork(&branch.control, None);
+        match child.frame() {
+            Some((Kind::Ready, _)) => {
+                let mut name = Vec::new();
+                let identity = Identity { entropy: [3; 64], realtime_ns: 0, sandbox_id: [4; 16] };
+                encode(&mut name, Kind::Identity, &identity.encode());
+                // It may have ended already.
+                let _gone = child.socket.write_all(&name);
+            }
+            Some((Kind::Failure, text)) => {
+                assert!(String::from_utf8_lossy(&text).contains("checkpoint"), "{}", String::from_utf8_lossy(&text));
+                refused += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+        let Worker { socket, pidfd, .. } = child;
+        drop(socket);
+        assert!(ended_within(&pidfd, Duration::from_secs(10)));
+    }
+    assert!(refused >= 3, "{refused}");
+    // The origin, the template's zygote and its other forks are as before.
+    origin.ask(1, 5);
+    origin.answers(1, 5, 1);
+    let mut other = zygote.fork();
+    other.live();
+    other.ask(1, 6);
+    other.answers(1, 6, 1);
+}
+
+fn nothing_of_a_branch_outlives_whom_it_depends_on(host: &Host) {
+    let limit = Duration::from_secs(10);
+    let template = stand_in(host, StandIn::Live);
+    let mut zygote = Zygote::start(template.path());
+    zygote.ready();
+    let mut origin = zygote.fork();
+    origin.live();
+    let mut branched = || {
+        origin.freeze();
+        let branch = zygote.branch(&origin);
+        let mut child = branch.child();
+        child.ask(1, 1);
+        child.answers(1, 1, 1);
+        (branch, child)
+    };
+    // Its front lets go of the checkpoint.
+    let (branch, child) = branched();
+    drop(branch.control);
+    assert!(ended_within(&branch.pidfd, limit) && child.ended_within(limit));
+    // Killed.
+    let (branch, child) = branched();
+    rustix::process::pidfd_send_signal(&branch.pidfd, rustix::process::Signal::KILL).unwrap();
+    assert!(ended_within(&branch.pidfd, limit) && child.ended_within(limit));
+    // The origin goes: its children stay.
+    let (branch, mut child) = branched();
+    drop(origin);
+    child.ask(2, 2);
+    child.answers(2, 2, 2);
+    // With the template's zygote, all goes.
+    drop(zygote);
+    assert!(ended_within(&branch.pidfd, limit) && child.ended_within(limit));
 }
 
 /// The measure, with `ZEROBOOT_IDLE_SANDBOXES=1000 ZEROBOOT_IDLE_SECONDS=60`.

@@ -15,7 +15,7 @@ use hyper::Method;
 use serde_json::{Map, Value, json};
 
 use self::{
-    args::{ContextsCommand, CreateArgs, SandboxArgs, SandboxCommand},
+    args::{BranchArgs, ContextsCommand, CreateArgs, SandboxArgs, SandboxCommand},
     client::{Client, path, query},
 };
 use crate::{hint::hinted, printer};
@@ -54,6 +54,7 @@ async fn command(client: &Client, command: SandboxCommand) -> anyhow::Result<u8>
             let sandbox = client.json(Method::POST, &path(&id, &["extend"]), Some(&body)).await?;
             if json { print_json(&sandbox)? } else { printer::line(field(&sandbox, "expires_at"))? }
         }
+        SandboxCommand::Branch(args) => branch(client, &args).await?,
         SandboxCommand::Rm { ids } => return remove(client, &ids).await,
         SandboxCommand::Contexts(command) => contexts(client, command).await?,
         SandboxCommand::Ps { id, json } => processes(client, &id, json).await?,
@@ -66,16 +67,36 @@ async fn command(client: &Client, command: SandboxCommand) -> anyhow::Result<u8>
     Ok(0)
 }
 
+async fn branch(client: &Client, args: &BranchArgs) -> anyhow::Result<()> {
+    let body = present([
+        ("count", Some(args.count.into())),
+        ("timeout_seconds", Some(args.timeout.as_secs_f64().into())),
+        ("metadata", metadata(&args.labels)),
+    ]);
+    let answer = client.json(Method::POST, &path(&args.id, &["branch"]), Some(&body)).await?;
+    let branches = answer.get("sandboxes").cloned().unwrap_or_default();
+    if args.json {
+        return print_json(&branches);
+    }
+    for branch in branches.as_array().into_iter().flatten() {
+        printer::line(field(branch, "id"))?;
+    }
+    Ok(())
+}
+
+fn metadata(labels: &[(String, String)]) -> Option<Value> {
+    let labels: Map<String, Value> = labels.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
+    (!labels.is_empty()).then(|| labels.into())
+}
+
 async fn create(client: &Client, args: &CreateArgs) -> anyhow::Result<()> {
-    let labels: Map<String, Value> =
-        args.labels.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
     let body = present([
         ("template", args.template.as_deref().map(Value::from)),
         ("language", args.runtime.map(|runtime| runtime.name().into())),
         ("timeout_seconds", Some(args.timeout.as_secs_f64().into())),
         ("idle_timeout_seconds", args.idle_timeout.map(|time| time.as_secs_f64().into())),
         ("env", environment(&args.env)?),
-        ("metadata", (!labels.is_empty()).then(|| labels.into())),
+        ("metadata", metadata(&args.labels)),
         ("memory_mb", args.memory.map(|bytes| bytes.div_ceil(1 << 20).into())),
         ("processes", args.processes.map(Value::from)),
     ]);

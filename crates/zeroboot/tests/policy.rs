@@ -24,6 +24,24 @@ fn every_rule_of_every_policy_has_a_reason() {
 }
 
 #[test]
+fn a_worker_that_restores_may_do_what_a_worker_may_and_restore() {
+    let rules = |name: &str| -> Vec<serde_json::Value> {
+        let policy: serde_json::Value =
+            serde_json::from_slice(&fs::read(repository().join("policy").join(name)).unwrap()).unwrap();
+        let filter = policy.as_object().unwrap().values().next().unwrap();
+        assert_eq!(filter["mismatch_action"], "kill_process");
+        filter["filter"].as_array().unwrap().clone()
+    };
+    let (worker, restoring) = (rules("vm-worker.json"), rules("vm-restore.json"));
+    assert!(worker.iter().all(|rule| restoring.contains(rule)), "its own filter is applied on top");
+    for rule in restoring.iter().filter(|rule| !worker.contains(rule)) {
+        let comment = rule["comment"].as_str().unwrap();
+        let known = comment.starts_with("KVM_SET_") || comment.contains("the worker's own filter");
+        assert!(known, "{rule}");
+    }
+}
+
+#[test]
 fn every_test_that_the_threat_model_names_exists() {
     let model = fs::read_to_string(repository().join("docs/threat-model.md")).unwrap();
     let mut sources = String::new();

@@ -441,6 +441,9 @@ fn sandboxes_are_listed_shown_extended_and_ended() {
     assert!(end.good().trim().parse::<jiff::Timestamp>().is_ok(), "{end:?}");
     served.sandbox(["extend", id, "300h"]).go().refused("timeout_seconds");
 
+    // These are sandboxes of processes.
+    served.sandbox(["branch", id, "--count", "2"]).go().refused("VM engine");
+
     let done = served.sandbox(["rm", NOBODY, id, other]).go();
     done.refused(NOBODY);
     for ended in [id, other] {

@@ -14,7 +14,7 @@ from . import streams
 from .identity import Generators, apply_identity
 from .results import Channel, error_payload, error_text
 from .shell import Shell
-from .wire import CELL, CODE, ENV, IDENTITY, RunnerError, fail, frames
+from .wire import CELL, CODE, ENV, IDENTITY, IDENTITY_LEN, RunnerError, fail, frames
 
 OK, FAILED, INTERRUPTED = 0, 1, 2
 
@@ -57,6 +57,8 @@ class Context:
         self.channel = Channel(fd)
         self.count = 0
         self.running = False
+        # Identities that are still to come by frame, and were taken at their signal.
+        self.renewed = 0
         self.shell = None
         main = self.main = types.ModuleType("__main__")
         main.__builtins__ = builtins
@@ -71,6 +73,8 @@ class Context:
         builtins.input = no_input
         # Before `Started`: from then on the agent may send one.
         signal.signal(signal.SIGINT, self.interrupt)
+        # Ignored where nobody has set it: a context that is still starting.
+        signal.signal(signal.SIGURG, self.renew)
         # Cells have no standard input.
         null = os.open(os.devnull, os.O_RDONLY)
         if null != 0:
@@ -95,9 +99,11 @@ class Context:
                     source, code = b"".join(code), []
                     self.cell(source)
                 elif kind == IDENTITY:
-                    # What the cells made has to be found, too.
-                    self.generators = Generators(self.generators)
-                    apply_identity(payload, self.generators)
+                    if self.renewed > 0:
+                        # At its signal.
+                        self.renewed -= 1
+                    else:
+                        self.become_other(payload)
                 elif kind == ENV:
                     set_environment(payload)
                 else:
@@ -109,6 +115,24 @@ class Context:
         streams.flush_std()
         streams.flush_files()
         os._exit(0)
+
+    def become_other(self, identity):
+        """The sandbox was branched, and this is another one."""
+        # What the cells made has to be found, too.
+        self.generators = Generators(self.generators)
+        apply_identity(identity, self.generators)
+
+    def renew(self, signum, frame):
+        """SIGURG: the same, at once. The kernel has its own random bytes by now, and the identity follows by frame."""
+        if os.getpid() != self.channel.pid:
+            return
+        try:
+            self.become_other(os.urandom(IDENTITY_LEN))
+            self.renewed += 1
+        except BaseException as error:
+            # No code goes on with another sandbox's generators.
+            fail("%s: %s" % (type(error).__name__, error), self.channel.fd)
+            os._exit(1)
 
     def interrupt(self, signum, frame):
         """SIGINT: a KeyboardInterrupt in the cell that runs, and nothing between cells."""

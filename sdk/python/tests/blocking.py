@@ -19,6 +19,8 @@ class Blocking:
                 return await value
 
             value = self._loop.run_until_complete(main())
+        if isinstance(value, list):
+            return [self._out(one) for one in value]
         if isinstance(value, type) or not type(value).__name__.startswith("Async"):
             return value
         return Blocking(value, self._loop)

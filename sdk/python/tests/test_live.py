@@ -189,6 +189,32 @@ def test_create_sends_what_was_asked_and_reads_what_came(api: Any, stub: Make) -
     assert (ended.method, ended.path) == ("DELETE", "/v1/sandboxes/0199")
 
 
+def test_branches_are_sandboxes_of_their_own(live: Any) -> None:
+    branches = [{**CREATED, "id": f"b{n}", "branch_of": "0199"} for n in range(2)]
+    server, sandbox = live(
+        answer(201, {"sandboxes": branches}), answer(204, b""), answer(204, b""), answer(204, b"")
+    )
+    made = sandbox.branch(2, timeout=60, metadata={"try": "1"})
+    assert [branch.id for branch in made] == ["b0", "b1"]
+    assert {branch.info.branch_of for branch in made} == {"0199"}
+    assert sandbox.info.branch_of is None
+    with made[0] as branch:
+        assert branch.id == "b0"
+    assert made[1].kill()
+    asked, *ended = server.seen
+    assert (asked.method, asked.path) == ("POST", "/v1/sandboxes/0199/branch")
+    assert asked.json == {"count": 2, "timeout_seconds": 60, "metadata": {"try": "1"}}
+    assert [seen.path for seen in ended] == ["/v1/sandboxes/b0", "/v1/sandboxes/b1"]
+
+
+def test_a_branch_of_the_process_engine_is_refused_with_the_reason(live: Any) -> None:
+    refusal = {"error": "only a sandbox of the VM engine can", "code": "needs_vm_engine"}
+    _, sandbox = live(answer(501, refusal))
+    with pytest.raises(ServerError, match="VM engine") as caught:
+        sandbox.branch()
+    assert caught.value.code == "needs_vm_engine"
+
+
 def test_a_connected_sandbox_outlives_its_block(api: Any, stub: Make) -> None:
     server = stub(answer(200, CREATED))
     with api.connect("01/99", base_url=server.url) as sandbox:

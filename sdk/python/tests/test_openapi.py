@@ -134,6 +134,7 @@ def test_every_field_of_a_live_request_can_be_sent_and_no_other(api: Any) -> Non
     limits = {name: 1 for name in zeroboot.SandboxLimits.__annotations__}
     full = core.create_body("t", "python", 1.0, 1.0, {"A": "b"}, {"a": "b"}, limits)  # type: ignore[arg-type]
     assert set(full) == known
+    assert set(body(api, SANDBOX + "/branch")) == {"count", "timeout_seconds", "metadata"}
     # Streams are asked for by the header.
     assert set(core.cell_body("x", "c", 1.0)) == set(body(api, SANDBOX + "/run")) - {"stream"}
     options: Any = {

@@ -224,8 +224,10 @@ export const CODE_CLASSES: ReadonlyMap<string, Kind> = new Map<string, Kind>([
 // batch, an `error` event in a stream.
 export const SERVER_CODES = new Set([
   "batch_output_limit",
+  "branch_failed",
   "busy",
   "internal",
+  "needs_vm_engine",
   "not_ready",
   "operation_failed",
   "sandbox_failed",

@@ -10,6 +10,7 @@ export type {
 } from "./sandbox.js";
 export { Command, Commands, Contexts, Files, LiveSandbox, LiveStream, RunStream, Watch } from "./live.js";
 export type {
+  BranchOptions,
   CellOptions,
   CellRunOptions,
   CommandLine,

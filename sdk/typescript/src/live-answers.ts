@@ -29,6 +29,8 @@ export interface SandboxInfo {
   fork_time_ms: number;
   /** Runs that have not ended. */
   runs: number;
+  /** The id of the sandbox that it is a branch of. */
+  branch_of: string | null;
 }
 
 /** A named interpreter of a sandbox, as it was when the server was asked. */
@@ -319,6 +321,7 @@ export const SANDBOX_FIELDS = names<keyof SandboxInfo>({
   pooled: true,
   fork_time_ms: true,
   runs: true,
+  branch_of: true,
 });
 export const CONTEXT_FIELDS = names<keyof Context>({
   name: true,

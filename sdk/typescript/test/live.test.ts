@@ -337,6 +337,37 @@ test("an answer without its fields is a server error", async (t) => {
   for (const call of calls) await assert.rejects(call(), ServerError, String(call));
 });
 
+test("branches are sandboxes of their own", async (t) => {
+  const branches = ["b0", "b1"].map((id) => ({ ...CREATED, id, branch_of: "0199" }));
+  const [server, sandbox] = await live(t, [answer(201, { sandboxes: branches }), none]);
+  const made = await sandbox.branch(2, { timeout: 60, metadata: { try: "1" } });
+  assert.deepEqual(
+    made.map((branch) => [branch.id, branch.info.branch_of]),
+    [
+      ["b0", "0199"],
+      ["b1", "0199"],
+    ],
+  );
+  assert.equal(await made[1]?.kill(), true);
+  const [asked, ended] = server.seen;
+  assert.deepEqual([asked?.method, asked?.path], ["POST", "/v1/sandboxes/0199/branch"]);
+  assert.deepEqual(JSON.parse(asked?.body ?? ""), {
+    count: 2,
+    timeout_seconds: 60,
+    metadata: { try: "1" },
+  });
+  assert.equal(ended?.path, "/v1/sandboxes/b1");
+});
+
+test("a branch of the process engine is refused with the reason", async (t) => {
+  const refusal = { error: "only a sandbox of the VM engine can", code: "needs_vm_engine" };
+  const [, sandbox] = await live(t, [answer(501, refusal)]);
+  await assert.rejects(sandbox.branch(), (error: ServerError) => {
+    assert.ok(error instanceof ServerError && error.message.includes("VM engine"));
+    return error.code === "needs_vm_engine";
+  });
+});
+
 class FakeSocket extends EventTarget implements WebSocketLike {
   binaryType = "blob";
   sent: (string | Uint8Array)[] = [];

@@ -30,6 +30,7 @@ const LARGE_READ: usize = 256 * 1024;
 pub(crate) async fn drive(handle: &Arc<Handle>, worker: &Worker) -> EndReason {
     let mut inbox = Inbox::default();
     let mut crash_heard = false;
+    let mut roomy = false;
     let mut timer = Box::pin(sleep_until(Timer::from_std(handle.state().deadline().0)));
     loop {
         let mut interest = Interest::READABLE;
@@ -37,6 +38,10 @@ pub(crate) async fn drive(handle: &Arc<Handle>, worker: &Worker) -> EndReason {
             let mut state = handle.state();
             if let Some(reason) = state.end_wanted {
                 return reason;
+            }
+            if state.saves != roomy {
+                roomy = state.saves;
+                make_room(handle, worker, roomy);
             }
             if !write(worker, &mut state) {
                 interest |= Interest::WRITABLE;
@@ -78,17 +83,26 @@ pub(crate) async fn drive(handle: &Arc<Handle>, worker: &Worker) -> EndReason {
 
 /// Writes what waits, as far as it goes. `false`: more waits.
 fn write(worker: &Worker, state: &mut State) -> bool {
-    while !state.outgoing.is_empty() {
-        match worker.socket.try_write(&state.outgoing) {
-            Ok(count) => state.outgoing.advance(count),
+    let sending = state.sending();
+    while !sending.is_empty() {
+        match worker.socket.try_write(sending) {
+            Ok(count) => sending.advance(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             // It reads no more; what it has to say is still read.
-            Err(_) => state.outgoing.clear(),
+            Err(_) => sending.clear(),
         }
     }
     // The memory of a large request goes with it.
-    state.outgoing = BytesMut::new();
+    *sending = BytesMut::new();
     true
+}
+
+/// Memory for a checkpoint, before its worker is told to save, and no longer than it lies there.
+fn make_room(handle: &Handle, worker: &Worker, room: bool) {
+    let memory = handle.facts.limits.memory;
+    if let Err(error) = worker.limit_memory(if room { memory.saturating_mul(2) } else { memory }) {
+        tracing::warn!(sandbox_id = %handle.facts.id, %error, room, "cannot set its memory limit for a checkpoint");
+    }
 }
 
 fn take_frames(handle: &Handle, inbox: &mut Inbox, state: &mut State, crash_heard: &mut bool) -> Result<(), Broken> {

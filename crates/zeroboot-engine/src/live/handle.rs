@@ -37,12 +37,16 @@ pub(crate) struct Facts {
     pub(crate) pooled: bool,
     pub(crate) fork_time: Duration,
     pub(crate) max_lease: Duration,
+    /// The sandbox that it is a branch of.
+    pub(crate) origin: Option<Uuid>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) facts: Facts,
     state: Mutex<State>,
+    /// Held from the moment at which it is told to freeze until its delta is empty again.
+    pub(crate) freezing: tokio::sync::Mutex<()>,
     /// Frames wait to be sent, or something is to be looked at.
     pub(crate) wake: Notify,
     /// Frames were sent.
@@ -54,7 +58,7 @@ pub(crate) struct Handle {
 impl Handle {
     pub(crate) fn new(facts: Facts, state: State) -> Handle {
         let (wake, drained, ended) = (Notify::new(), Notify::new(), Notify::new());
-        Handle { facts, state: Mutex::new(state), wake, drained, ended }
+        Handle { facts, state: Mutex::new(state), freezing: tokio::sync::Mutex::default(), wake, drained, ended }
     }
 
     /// Never held over a wait.

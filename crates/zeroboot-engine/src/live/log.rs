@@ -71,7 +71,7 @@ impl Item {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Piece {
     at: Place,
     item: Item,
@@ -95,7 +95,7 @@ pub(crate) struct Place {
 }
 
 /// The newest items, one behind the other without a gap.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Log {
     pieces: VecDeque<Piece>,
     end: Place,

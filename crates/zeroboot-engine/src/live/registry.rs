@@ -17,11 +17,12 @@ use zeroboot_proto::{
 
 use super::{
     EndReason, Sandbox, SandboxBounds, SandboxSpec,
+    branch::Roots,
     drive::drive,
     handle::{Facts, Handle},
     state::State,
 };
-use crate::{ExecError, Isolation, execution::identity, worker::Worker};
+use crate::{ExecError, Isolation, execution::identity, forker::Forker, worker::Worker};
 
 /// Ended sandboxes that are remembered.
 const REMEMBERED: usize = 1000;
@@ -34,6 +35,8 @@ pub(crate) struct Origin {
     pub(crate) isolation: Isolation,
     pub(crate) pooled: bool,
     pub(crate) fork_time: Duration,
+    /// What forked it.
+    pub(crate) forker: Option<Arc<Forker>>,
 }
 
 #[derive(Debug)]
@@ -106,31 +109,80 @@ impl Registry {
         Ok((place, vec![one, memory]))
     }
 
+    /// The right to memory of no sandbox: a checkpoint's.
+    pub(crate) fn admit_memory(&self, bytes: u64) -> Result<OwnedSemaphorePermit, ExecError> {
+        let mib = u32::try_from(bytes.div_ceil(MIB)).unwrap_or(u32::MAX);
+        let busy = |_| ExecError::Busy { live: self.live(), retry_after: Duration::from_secs(1) };
+        self.memory.clone().try_acquire_many_owned(mib).map_err(busy)
+    }
+
     /// Lets a worker live.
     pub(crate) fn launch(
         self: &Arc<Self>,
         worker: Worker,
-        spec: SandboxSpec,
+        mut spec: SandboxSpec,
         origin: Origin,
         place: OwnerPlace,
     ) -> io::Result<Sandbox> {
         let id = Uuid::now_v7();
         let frames = live_frames(&spec, id)?;
-        let mut state = State::new(spec.lease, spec.idle_timeout, spec.hold);
+        let mut state = State::new(spec.lease, spec.idle_timeout, spec.hold.take());
         state.outgoing = BytesMut::from(Bytes::from(frames));
+        Ok(self.add(id, worker, spec, origin, None, state, place))
+    }
+
+    /// Lets a worker live that goes on where another sandbox stood.
+    pub(crate) fn launch_branch(
+        self: &Arc<Self>,
+        worker: Worker,
+        mut spec: SandboxSpec,
+        (of, frozen): (&Sandbox, &State),
+        forker: &Arc<Forker>,
+        fork_time: Duration,
+        place: OwnerPlace,
+    ) -> io::Result<Sandbox> {
+        let id = Uuid::now_v7();
+        let mut name = Vec::new();
+        encode(&mut name, Kind::Identity, &identity(id)?.encode());
+        let mut state = frozen.branched();
+        state.begin(spec.lease, spec.hold.take(), &name);
+        let origin = Origin {
+            language: of.language().to_owned(),
+            isolation: of.isolation(),
+            pooled: false,
+            fork_time,
+            forker: Some(Arc::clone(forker)),
+        };
+        Ok(self.add(id, worker, spec, origin, Some(of.id()), state, place))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what a sandbox is made of, once")]
+    fn add(
+        self: &Arc<Self>,
+        id: Uuid,
+        worker: Worker,
+        spec: SandboxSpec,
+        from: Origin,
+        branch_of: Option<Uuid>,
+        mut state: State,
+        place: OwnerPlace,
+    ) -> Sandbox {
+        let delta = worker.delta.clone();
+        state.roots = from.forker.zip(delta).map(|(forker, delta)| Roots { forker, delta });
         let facts = Facts {
             id,
             template: spec.template,
-            language: origin.language,
-            isolation: origin.isolation,
+            language: from.language,
+            isolation: from.isolation,
             owner: spec.owner,
             metadata: spec.metadata,
             limits: spec.limits,
             idle_timeout: spec.idle_timeout,
             created_at: SystemTime::now(),
-            pooled: origin.pooled,
-            fork_time: origin.fork_time,
+            pooled: from.pooled,
+            fork_time: from.fork_time,
             max_lease: self.bounds.max_lease,
+            origin: branch_of,
         };
         let sandbox = Sandbox { handle: Arc::new(Handle::new(facts, state)) };
         self.all().known.insert(id, sandbox.clone());
@@ -142,7 +194,7 @@ impl Registry {
             _place: place,
         };
         tokio::spawn(task.run());
-        Ok(sandbox)
+        sandbox
     }
 
     /// Those that live, the oldest first.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 use zeroboot_proto::{
     ExitReport, Frame, Kind, encode_header,
@@ -17,6 +17,7 @@ use zeroboot_proto::{
 
 use super::{
     EndReason, Hold,
+    branch::Roots,
     handle::ChannelKey,
     log::{CellError, Item, Log, MimeBundle, Place},
     run::{RunEnd, RunError, RunHow, RunKind, RunSpec, RunStatus, place_from},
@@ -90,7 +91,7 @@ enum Stdin {
 }
 
 /// A result that is not whole yet.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Assembly {
     parts: Vec<(String, BytesMut)>,
     main: bool,
@@ -162,6 +163,13 @@ impl RunState {
     }
 }
 
+#[derive(Debug)]
+struct Freeze {
+    /// All that it was told before, and `Freeze`.
+    sending: BytesMut,
+    answer: oneshot::Sender<Result<State, String>>,
+}
+
 /// See the module's words.
 #[derive(Debug)]
 pub(crate) struct State {
@@ -175,6 +183,12 @@ pub(crate) struct State {
     alive: bool,
     /// Frames on their way to the sandbox.
     pub(crate) outgoing: BytesMut,
+    /// It is told to freeze: nothing of `outgoing` goes before its answer.
+    freeze: Option<Freeze>,
+    /// What it is branched by.
+    pub(crate) roots: Option<Roots>,
+    /// Its worker needs room for a checkpoint.
+    pub(crate) saves: bool,
     channels: BTreeMap<u16, Channel>,
     next_channel: u16,
     next_serial: u64,
@@ -199,6 +213,9 @@ impl State {
             idle_since: now,
             alive: false,
             outgoing: BytesMut::new(),
+            freeze: None,
+            roots: None,
+            saves: false,
             channels: BTreeMap::new(),
             next_channel: 1,
             next_serial: 0,
@@ -224,6 +241,75 @@ impl State {
 
     fn touch(&mut self) {
         self.idle_since = Instant::now();
+    }
+
+    // ---- its branches ----
+
+    /// Has it saved behind all that was said before. One at a time. The answer is the bookkeeping of that moment.
+    pub(crate) fn freeze(&mut self) -> Result<oneshot::Receiver<Result<State, String>>, EndReason> {
+        if let Some(reason) = self.ended.or(self.end_wanted) {
+            return Err(reason);
+        }
+        let (answer, frozen) = oneshot::channel();
+        let mut sending = std::mem::take(&mut self.outgoing);
+        sending.extend_from_slice(&encode_header(0, Kind::Freeze, 0));
+        self.freeze = Some(Freeze { sending, answer });
+        self.saves = true;
+        Ok(frozen)
+    }
+
+    /// The bytes that may go now.
+    pub(crate) fn sending(&mut self) -> &mut BytesMut {
+        self.freeze.as_mut().map_or(&mut self.outgoing, |freeze| &mut freeze.sending)
+    }
+
+    /// Its worker has saved it, or says why not.
+    fn frozen(&mut self, reason: &[u8]) -> Result<(), Broken> {
+        match self.freeze.take() {
+            Some(Freeze { sending, answer }) if sending.is_empty() => {
+                let frozen = match reason {
+                    [] => Ok(self.branched()),
+                    reason => Err(clean(&String::from_utf8_lossy(reason))),
+                };
+                // Who asked may have given up.
+                drop(answer.send(frozen));
+                Ok(())
+            }
+            _ => broken("it came to rest before it was told to"),
+        }
+    }
+
+    /// The same of a branch: what runs runs there, too, what it wrote so far is its past, and what it was not told yet it is
+    /// told. Nobody reads it, and nobody waits there for an operation.
+    pub(crate) fn branched(&self) -> State {
+        let mut branch = State::new(Duration::ZERO, self.idle_timeout, None);
+        branch.alive = self.alive;
+        branch.outgoing = self.outgoing.clone();
+        (branch.next_channel, branch.next_serial, branch.begun) = (self.next_channel, self.next_serial, self.begun);
+        branch.runs = self.runs.iter().map(|(id, run)| (*id, run.branched())).collect();
+        branch.channels = self.channels.iter().map(|(number, channel)| (*number, channel.branched())).collect();
+        let keys = |(number, channel): (&u16, &Channel)| match channel.what {
+            Use::Op(_) => Some(ChannelKey { number: *number, serial: channel.serial }),
+            Use::Run(_) => None,
+        };
+        for key in branch.channels.iter().filter_map(keys).collect::<Vec<_>>() {
+            branch.close(key);
+        }
+        for id in branch.runs.keys().copied().collect::<Vec<_>>() {
+            branch.grant(id);
+        }
+        branch
+    }
+
+    /// Lets a branch live. `identity`: the frame that it is told first.
+    pub(crate) fn begin(&mut self, lease: Duration, hold: Option<Arc<dyn Hold>>, identity: &[u8]) {
+        let now = Instant::now();
+        (self.expires, self.expires_at, self.idle_since) = (now + lease, SystemTime::now() + lease, now);
+        self.hold = hold;
+        let after = std::mem::take(&mut self.outgoing);
+        self.outgoing.extend_from_slice(identity);
+        self.outgoing.unsplit(after);
+        self.settle(None);
     }
 
     // ---- what is asked of it ----
@@ -560,6 +646,7 @@ impl State {
                     self.alive = true;
                     Ok(())
                 }
+                Kind::Frozen if self.alive => self.frozen(payload),
                 // The agent's own words, or those of a guest that took it over.
                 Kind::Failure => broken(format!("it failed: {}", clean(&String::from_utf8_lossy(payload)))),
                 Kind::Exit => match ExitReport::decode(payload) {
@@ -693,6 +780,8 @@ impl State {
     pub(crate) fn finish(&mut self, reason: EndReason) {
         self.ended = Some(reason);
         self.outgoing = BytesMut::new();
+        // Who waits for a checkpoint hears of it; a zygote of a checkpoint ends when nobody needs it.
+        (self.freeze, self.roots) = (None, None);
         // Operations see that nobody speaks to them any more.
         for channel in std::mem::take(&mut self.channels).into_values() {
             channel.writable.notify_waiters();
@@ -713,7 +802,35 @@ impl State {
     }
 }
 
+impl Channel {
+    fn branched(&self) -> Channel {
+        let what = match self.what {
+            Use::Run(id) => Use::Run(id),
+            Use::Op(_) => Use::Op(None),
+        };
+        Channel { what, writable: Arc::default(), ..*self }
+    }
+}
+
 impl RunState {
+    fn branched(&self) -> RunState {
+        RunState {
+            id: self.id,
+            kind: self.kind.clone(),
+            asked_at: self.asked_at,
+            channel: self.channel,
+            stdin: self.stdin,
+            started: self.started,
+            pid: self.pid,
+            log: self.log.clone(),
+            assembly: self.assembly.clone(),
+            shown: self.shown,
+            readers: BTreeMap::new(),
+            end: self.end.clone(),
+            changed: Arc::default(),
+        }
+    }
+
     fn end_as(&mut self, end: RunEnd) {
         self.end = Some(end);
         self.channel = None;

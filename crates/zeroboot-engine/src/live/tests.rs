@@ -17,7 +17,7 @@ use zeroboot_proto::{
 };
 
 use super::{registry::Origin, *};
-use crate::{reaper::Reaper, worker::Worker};
+use crate::{forker::Forker, reaper::Reaper, spawn::Spawner, template::Shared, worker::Worker};
 
 /// The other end, and the process that stands for the worker.
 struct Peer {
@@ -89,7 +89,7 @@ fn worker() -> (Worker, UnixStream, Child) {
     let child = Command::new("sleep").arg("60").spawn().unwrap();
     let pid = rustix::process::Pid::from_child(&child);
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
-    (Worker::new(ours, pidfd, None, Reaper::start()), theirs, child)
+    (Worker::new(ours, pidfd, None, Reaper::start(), None), theirs, child)
 }
 
 fn launch(registry: &Arc<Registry>, spec: SandboxSpec) -> (Sandbox, Peer) {
@@ -101,6 +101,7 @@ fn launch(registry: &Arc<Registry>, spec: SandboxSpec) -> (Sandbox, Peer) {
         isolation: Isolation::Process,
         pooled: true,
         fork_time: Duration::from_micros(1),
+        forker: None,
     };
     let sandbox = registry.launch(worker, spec, origin, place).unwrap();
     (sandbox, Peer { socket, decoder: Decoder::new(), child })
@@ -685,4 +686,151 @@ async fn ended_runs_are_forgotten_when_they_are_many_or_when_it_is_asked() {
     let known = sandbox.runs()[0].id;
     sandbox.run(known).unwrap().forget();
     assert!(sandbox.run(known).is_none());
+}
+
+/// A forker of nobody: what is made here is made by hand.
+fn forker() -> Arc<Forker> {
+    let shared = Shared {
+        spawner: Spawner::new(std::path::Path::new("/bin/false")).unwrap(),
+        cgroups: None,
+        reaper: Reaper::start(),
+        warm_timeout: Duration::from_secs(1),
+    };
+    Arc::new(Forker::new(Arc::new(shared)).0)
+}
+
+/// All of a run's bytes of standard output.
+async fn written(run: &Run) -> String {
+    let mut attached = run.attach(0);
+    let mut all = Vec::new();
+    while let Some((_, event)) = attached.next().await {
+        if let RunEvent::Item(Item::Stdout(bytes)) = event {
+            all.extend_from_slice(&bytes);
+        }
+    }
+    String::from_utf8(all).unwrap()
+}
+
+#[tokio::test]
+async fn a_branch_knows_what_was_said_before_and_is_told_the_rest_behind_its_name() {
+    let registry = Registry::new(SandboxBounds::default());
+    let (origin, mut peer) = launch(&registry, SandboxSpec::new("python"));
+    for kind in [Kind::Limits, Kind::Identity, Kind::Live] {
+        assert_eq!(peer.next().await.1, kind);
+    }
+    peer.send(0, Kind::Started, &[]).await;
+    let run = origin.start(command(true)).await.unwrap();
+    let at = peer.begin_command().await;
+    peer.send(at, Kind::Stdout, b"one ").await;
+    let reader = origin.clone();
+    tokio::spawn(async move { reader.read("a".into(), 0, 9).await.map(drop) });
+    let (op_at, _) = peer.opened().await;
+
+    let frozen = origin.handle.state().freeze().unwrap();
+    origin.handle.poke();
+    assert_eq!(peer.next().await, (0, Kind::Freeze, Vec::new()));
+    // What it is asked and fed meanwhile waits.
+    let second = origin.start(command(false)).await.unwrap();
+    run.write(Bytes::from_static(b"fed")).await.unwrap();
+    assert!(peer.is_quiet().await);
+    // What it says before its answer is the past of both.
+    peer.send(at, Kind::Stdout, b"two ").await;
+    peer.send(0, Kind::Frozen, &[]).await;
+    peer.send(at, Kind::Stdout, b"origin").await;
+    let frozen = frozen.await.unwrap().unwrap();
+    let (second_at, _) = peer.opened().await;
+    assert_eq!(peer.next_of(Kind::Stdin).await, (at, b"fed".to_vec()));
+
+    let mut branches = Vec::new();
+    for _ in 0..2 {
+        let (worker, socket, child) = worker();
+        let spec = SandboxSpec::new("python");
+        let (place, _) = registry.admit(&spec).unwrap();
+        let made = registry.launch_branch(worker, spec, (&origin, &frozen), &forker(), Duration::ZERO, place).unwrap();
+        branches.push((made, Peer { socket, decoder: Decoder::new(), child }));
+    }
+    let mut names = Vec::new();
+    for (branch, peer) in &mut branches {
+        assert_eq!(branch.origin(), Some(origin.id()));
+        let (channel, kind, name) = peer.next().await;
+        assert_eq!((channel, kind), (0, Kind::Identity));
+        names.push(name);
+        // The same words that the origin had not been told, and nobody waits for its operation here.
+        assert_eq!(peer.opened().await.0, second_at);
+        assert_eq!(peer.next_of(Kind::Stdin).await, (at, b"fed".to_vec()));
+        assert_eq!(peer.next_of(Kind::Close).await.0, op_at);
+        peer.end(op_at, How::Closed).await;
+        peer.send(at, Kind::Stdout, b"branch").await;
+        peer.end(at, How::Exited(0)).await;
+        peer.send(second_at, Kind::Started, &8_u32.to_le_bytes()).await;
+        peer.end(second_at, How::Exited(0)).await;
+        let of_branch = branch.run(run.id()).expect("the run is under way there, too");
+        assert_eq!(written(&of_branch).await, "one two branch");
+        assert_eq!(branch.activity().begun, 2);
+        assert!(branch.run(second.id()).is_some());
+    }
+    assert_ne!(names[0], names[1]);
+    peer.end(at, How::Exited(0)).await;
+    assert_eq!(written(&run).await, "one two origin");
+}
+
+#[tokio::test]
+async fn a_sandbox_that_was_not_saved_goes_on_and_one_that_ends_meanwhile_says_so() {
+    let (sandbox, mut peer) = alive().await;
+    let frozen = sandbox.handle.state().freeze().unwrap();
+    sandbox.handle.poke();
+    peer.next_of(Kind::Freeze).await;
+    peer.send(0, Kind::Frozen, b"no room\nfor it").await;
+    assert_eq!(frozen.await.unwrap().unwrap_err(), "no room for it");
+    let run = sandbox.start(command(false)).await.unwrap();
+    let at = peer.begin_command().await;
+    peer.end(at, How::Exited(3)).await;
+    assert_eq!(written(&run).await, "");
+
+    let frozen = sandbox.handle.state().freeze().unwrap();
+    sandbox.handle.poke();
+    peer.next_of(Kind::Freeze).await;
+    sandbox.end(EndReason::Requested).await;
+    assert!(frozen.await.is_err(), "nobody answers any more");
+    assert_eq!(sandbox.handle.state().freeze().err(), Some(EndReason::Requested));
+
+    // Rest that nobody asked for is nonsense.
+    let (sandbox, mut peer) = alive().await;
+    peer.send(0, Kind::Frozen, &[]).await;
+    assert_eq!(sandbox.ended().await, EndReason::Lost);
+}
+
+#[tokio::test]
+async fn a_sandbox_of_processes_or_without_a_delta_is_not_branched() {
+    let registry = Registry::new(SandboxBounds::default());
+    let (sandbox, _peer) = launch(&registry, SandboxSpec::new("python"));
+    let spec = || BranchSpec {
+        count: 2,
+        lease: Duration::from_secs(9),
+        metadata: None,
+        most_of_owner: None,
+        holds: Vec::new(),
+    };
+    let refused = sandbox.branch(&registry, spec()).await.unwrap_err();
+    assert!(matches!(refused, BranchError::NeedsVmEngine), "{refused}");
+    for (language, expected) in [("node", "generators"), ("python", "nowhere to save")] {
+        let (worker, _socket, mut child) = worker();
+        let of = SandboxSpec::new(language);
+        let (place, permits) = registry.admit(&of).unwrap();
+        let origin = Origin {
+            language: language.into(),
+            isolation: Isolation::Vm,
+            pooled: false,
+            fork_time: Duration::ZERO,
+            forker: None,
+        };
+        let sandbox = registry.launch(worker, of, origin, place).unwrap();
+        drop(permits);
+        let before = (registry.live(), registry.promised());
+        let refused = sandbox.branch(&registry, spec()).await.unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused}");
+        assert_eq!((registry.live(), registry.promised()), before, "what was admitted is given back");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

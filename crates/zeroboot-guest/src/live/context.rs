@@ -236,6 +236,17 @@ impl Context {
         read
     }
 
+    /// Its sandbox has become another. Its runner makes its generators new: at once, also in the middle of a cell, and again
+    /// when it reads this, whatever the code has done to the signal.
+    pub(super) fn renew(&mut self, identity: &Identity) {
+        encode(&mut self.control_out, Kind::Identity, &identity.encode());
+        self.flush();
+        // A runner that is not a context yet has run no code, and takes the frame before any.
+        if self.preamble.is_none() && self.status.is_none() {
+            rustix::process::kill_process(self.runner.pid, Signal::URG).ok();
+        }
+    }
+
     /// Sends SIGINT to its interpreter.
     pub(super) fn interrupt(&self) {
         rustix::process::kill_process(self.runner.pid, Signal::INT).ok();

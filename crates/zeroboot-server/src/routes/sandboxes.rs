@@ -1,4 +1,4 @@
-//! `/v1/sandboxes`, `/v1/sandboxes/{id}` and `…/extend`.
+//! `/v1/sandboxes`, `/v1/sandboxes/{id}`, `…/extend` and `…/branch`.
 
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ use crate::{
     error::{About, ApiError},
     params::{InPath, InQuery},
     sandbox_answer::{SandboxBody, SandboxList},
-    sandbox_wire::{CreateBody, ExtendBody, owner},
+    sandbox_wire::{BranchBody, CreateBody, ExtendBody, owner},
 };
 
 /// Most sandboxes of one page, and the default.
@@ -68,6 +68,33 @@ fn watch(call: &Call, sandbox: Sandbox) {
             seconds = lived.as_secs_f64(), runs, "sandbox ended"
         );
     });
+}
+
+pub(crate) async fn branch(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let origin = call.sandbox(&path)?;
+    let body: BranchBody = call.body(&headers, body).await?;
+    let (app, caller) = (&call.app, &call.asked.caller);
+    let mut spec = body.into_spec(&app.config.limits, caller)?;
+    // The first is this request's own.
+    app.gate.charge_rest(caller, spec.count - 1)?;
+    app.check_open()?;
+    for _ in 0..spec.count {
+        spec.holds.push(app.budget.share(caller).map_err(Full::busy)?);
+    }
+    let made = call.engine()?.branch(&origin, spec).await;
+    let branches = made.map_err(|error| {
+        let reason: String = error.to_string().chars().take(300).collect();
+        let api = ApiError::from(error);
+        if api.status.is_server_error() {
+            tracing::warn!(request_id = %call.request_id(), sandbox_id = %origin.id(), code = api.code, ?reason, "no branch");
+        }
+        api
+    })?;
+    for branch in &branches {
+        watch(&call, branch.clone());
+    }
+    let branches = branches.iter().map(SandboxBody::of).collect();
+    call.json(StatusCode::CREATED, &SandboxList { sandboxes: branches, next_cursor: None })
 }
 
 pub(crate) async fn list(call: Call, mut query: InQuery) -> Result<Response, ApiError> {

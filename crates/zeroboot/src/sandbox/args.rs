@@ -67,6 +67,10 @@ pub(crate) enum SandboxCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Make sandboxes that begin where one is now, and print their ids. It goes on.
+    ///
+    /// VM engine. They have its memory, files, processes and contexts, and the secrets in them. All are made, or none.
+    Branch(BranchArgs),
     /// End sandboxes.
     Rm {
         /// The sandboxes.
@@ -141,6 +145,28 @@ pub(crate) struct CreateArgs {
     pub(crate) processes: Option<u32>,
 
     /// Print JSON: everything that the server knows about the sandbox.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BranchArgs {
+    /// The sandbox.
+    pub(crate) id: String,
+
+    /// How many.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    pub(crate) count: u64,
+
+    /// How long each may live, such as 10m, 2h.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = units::duration)]
+    pub(crate) timeout: Duration,
+
+    /// A label, for `list --label`, in place of the sandbox's own. May be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<(String, String)>,
+
+    /// Print JSON: all that the server says of them.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -57,6 +57,11 @@ impl<'a> Guest<'a> {
         Guest { fixture, id: answer.json()["id"].as_str().unwrap().into(), key }
     }
 
+    /// One that was made in another way.
+    pub(crate) fn that_lives(fixture: &'a Fixture, id: &str) -> Guest<'a> {
+        Guest { fixture, id: id.into(), key: None }
+    }
+
     pub(crate) fn path(&self, rest: &str) -> String {
         format!("/v1/sandboxes/{}{rest}", self.id)
     }

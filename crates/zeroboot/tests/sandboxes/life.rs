@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use zeroboot_engine::SandboxBounds;
+use zeroboot_engine::{Isolation, SandboxBounds};
 use zeroboot_server::{KeyStore, NewKey};
 
 use crate::{
@@ -50,6 +50,21 @@ fn a_sandbox_is_made_shown_listed_extended_and_deleted() {
         let answer = fixture.get(&format!("/v1/sandboxes/{unknown}"));
         assert_eq!(second.refused(&answer), (404, "sandbox_not_found".into()));
     }
+}
+
+#[test]
+fn a_sandbox_of_processes_cannot_be_branched_and_says_why() {
+    if isolation() != Isolation::Process {
+        return;
+    }
+    let fixture = shared();
+    let guest = Guest::new(&fixture);
+    let answer = guest.post("/branch", &json!({"count": 2}));
+    assert_eq!(guest.refused(&answer), (501, "needs_vm_engine".into()), "{}", answer.text());
+    assert!(answer.text().contains("cannot be saved"), "{}", answer.text());
+    assert_eq!(guest.refused(&guest.post("/branch", &json!({"count": 101}))), (400, "invalid_request".into()));
+    assert_eq!(guest.get("").json()["branch_of"], json!(null));
+    guest.is_usable();
 }
 
 #[test]

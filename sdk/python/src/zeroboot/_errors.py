@@ -229,8 +229,10 @@ CODE_CLASSES: Mapping[str, type[ZerobootError]] = {
 SERVER_CODES = frozenset(
     {
         "batch_output_limit",
+        "branch_failed",
         "busy",
         "internal",
+        "needs_vm_engine",
         "not_ready",
         "operation_failed",
         "sandbox_failed",

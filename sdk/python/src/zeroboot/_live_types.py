@@ -68,6 +68,8 @@ class SandboxInfo:
     fork_time_ms: float
     #: Runs that have not ended.
     runs: int
+    #: The id of the sandbox that it is a branch of, or None.
+    branch_of: Optional[str]
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
@@ -87,6 +89,7 @@ class SandboxInfo:
                 pooled=raw.get("pooled", False),
                 fork_time_ms=raw.get("fork_time_ms") or 0.0,
                 runs=raw.get("runs", 0),
+                branch_of=raw.get("branch_of"),
                 raw=raw,
             )
         except KeyError as e:
