@@ -13,10 +13,10 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::{
-    BranchError, BranchSpec, EndReason, EngineConfig, ExecRequest, Execution, InvalidRequest, Isolation, Sandbox,
-    SandboxSpec,
+    BranchError, BranchSpec, Checkpoint, CheckpointSpec, EndReason, EngineConfig, ExecRequest, Execution,
+    InvalidRequest, Isolation, Sandbox, SandboxSpec,
     cgroup::Cgroups,
-    live::{Origin, Registry},
+    live::{Hold, Origin, Registry},
     reaper::Reaper,
     spawn::Spawner,
     template::{Shared, Template},
@@ -305,21 +305,74 @@ impl Engine {
 
     /// Makes sandboxes that begin where this one is now; all, or none. It goes on. Whoever asks may give up: then they end.
     pub async fn branch(&self, origin: &Sandbox, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+        let (origin, registry) = (origin.clone(), Arc::clone(&self.inner.live));
+        self.to_its_end(async move { origin.branch(&registry, spec).await }, end_all).await
+    }
+
+    /// Keeps this moment of a sandbox, which goes on. Whoever asks may give up: then nothing is kept.
+    pub async fn checkpoint(&self, sandbox: &Sandbox, spec: CheckpointSpec) -> Result<Checkpoint, BranchError> {
+        let (sandbox, registry) = (sandbox.clone(), Arc::clone(&self.inner.live));
+        let engine = self.clone();
+        let unwanted = async move |checkpoint: Checkpoint| {
+            engine.forget(&checkpoint);
+        };
+        self.to_its_end(async move { sandbox.checkpoint(&registry, spec).await }, unwanted).await
+    }
+
+    /// Makes sandboxes that begin at a checkpoint; all, or none. Whoever asks may give up: then they end.
+    pub async fn restore(&self, checkpoint: &Checkpoint, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+        let (checkpoint, registry) = (checkpoint.clone(), Arc::clone(&self.inner.live));
+        self.to_its_end(async move { checkpoint.restore(&registry, spec).await }, end_all).await
+    }
+
+    /// Takes a sandbox back to a checkpoint of it; without one, to the last on its way here. It ends, and another has its id.
+    pub async fn roll_back(
+        &self,
+        sandbox: &Sandbox,
+        to: Option<Checkpoint>,
+        hold: Option<Arc<dyn Hold>>,
+    ) -> Result<Sandbox, BranchError> {
+        let (sandbox, registry) = (sandbox.clone(), Arc::clone(&self.inner.live));
+        self.to_its_end(async move { sandbox.roll_back(&registry, to, hold).await }, async |_| ()).await
+    }
+
+    /// Lets a branch take over the id of its origin, which ends.
+    pub async fn promote(&self, branch: &Sandbox, hold: Option<Arc<dyn Hold>>) -> Result<Sandbox, BranchError> {
+        let (branch, registry) = (branch.clone(), Arc::clone(&self.inner.live));
+        self.to_its_end(async move { branch.promote(&registry, hold).await }, async |_| ()).await
+    }
+
+    /// Does it on a task: once a worker was told to save, that goes to its end, whoever still waits.
+    async fn to_its_end<T: Send + 'static, U: Future<Output = ()> + Send>(
+        &self,
+        what: impl Future<Output = Result<T, BranchError>> + Send + 'static,
+        unwanted: impl FnOnce(T) -> U + Send + 'static,
+    ) -> Result<T, BranchError> {
         if self.inner.closing.load(Ordering::Relaxed) {
             return Err(ExecError::ShuttingDown.into());
         }
-        let (answer, branches) = tokio::sync::oneshot::channel();
-        let (origin, registry) = (origin.clone(), Arc::clone(&self.inner.live));
-        // On a task: once its worker was told to save, that goes to its end.
+        let (answer, made) = tokio::sync::oneshot::channel();
         tokio::spawn(async move {
-            let made = origin.branch(&registry, spec).await;
-            if let Err(Ok(unwanted)) = answer.send(made) {
-                for sandbox in unwanted {
-                    sandbox.end(EndReason::Requested).await;
-                }
+            if let Err(Ok(made)) = answer.send(what.await) {
+                unwanted(made).await;
             }
         });
-        branches.await.unwrap_or_else(|_| Err(BranchError::Failed("its task broke".into())))
+        made.await.unwrap_or_else(|_| Err(BranchError::Failed("its task broke".into())))
+    }
+
+    /// The checkpoints that are kept, the oldest first.
+    pub fn checkpoints(&self) -> Vec<Checkpoint> {
+        self.inner.live.checkpoints()
+    }
+
+    /// One that is kept.
+    pub fn find_checkpoint(&self, id: Uuid) -> Option<Checkpoint> {
+        self.inner.live.find_checkpoint(id)
+    }
+
+    /// Lets a checkpoint go. `false`: that has happened. Sandboxes that began there stay.
+    pub fn forget(&self, checkpoint: &Checkpoint) -> bool {
+        self.inner.live.forget(checkpoint.id())
     }
 
     /// The sandboxes that live, the oldest first.
@@ -361,5 +414,11 @@ impl Engine {
             self.end_sandboxes();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+}
+/// Sandboxes that nobody waits for.
+async fn end_all(unwanted: Vec<Sandbox>) {
+    for sandbox in unwanted {
+        sandbox.end(EndReason::Requested).await;
     }
 }

@@ -18,9 +18,9 @@ pub use config::{EngineConfig, Isolation, TemplateConfig, ZygoteSpec};
 pub use engine::{Engine, EngineStats, ExecError, StartError, TemplateStatus};
 pub use execution::{Execution, StdinWriter, request_frames};
 pub use live::{
-    Activity, Attached, BranchError, BranchSpec, CellError, EndReason, Entries, FileReader, FileWriter, Hold, Item,
-    MAX_TAG, MimeBundle, Run, RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus, Sandbox, SandboxBounds,
-    SandboxLimits, SandboxSpec, Watch, cell_frames,
+    Activity, Attached, BranchError, BranchSpec, CellError, Checkpoint, CheckpointSpec, EndReason, Entries, FileReader,
+    FileWriter, Hold, Item, MAX_TAG, MimeBundle, Run, RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus,
+    Sandbox, SandboxBounds, SandboxLimits, SandboxSpec, Watch, cell_frames,
 };
 pub use outcome::{Collected, Event, Outcome, OutputFile, Report};
 pub use request::{

@@ -4,6 +4,7 @@
 //! know stands in [`state::State`].
 
 mod branch;
+mod checkpoint;
 mod drive;
 mod handle;
 mod log;
@@ -28,6 +29,7 @@ pub use self::registry::cell_frames;
 pub(crate) use self::registry::{Origin, Registry};
 pub use self::{
     branch::{BranchError, BranchSpec},
+    checkpoint::{Checkpoint, CheckpointSpec},
     log::{CellError, Item, MimeBundle},
     ops::{Entries, FileReader, FileWriter, Watch},
     run::{Attached, MAX_TAG, Run, RunEnd, RunError, RunEvent, RunHow, RunKind, RunSpec, RunStatus},
@@ -41,13 +43,20 @@ pub struct SandboxBounds {
     pub most: usize,
     /// Memory that they may be promised, bytes: apart from that of execs.
     pub memory: u64,
+    /// Most checkpoints that are kept of them. Each is a process; its memory counts in `memory`.
+    pub checkpoints: usize,
     /// The longest lease.
     pub max_lease: Duration,
 }
 
 impl Default for SandboxBounds {
     fn default() -> SandboxBounds {
-        SandboxBounds { most: 64, memory: 64 * 512 * 1024 * 1024, max_lease: Duration::from_secs(24 * 3600) }
+        SandboxBounds {
+            most: 64,
+            memory: 64 * 512 * 1024 * 1024,
+            checkpoints: 256,
+            max_lease: Duration::from_secs(24 * 3600),
+        }
     }
 }
 
@@ -165,17 +174,20 @@ pub enum EndReason {
     OutOfMemory,
     /// The engine ended.
     ShuttingDown,
+    /// Another one has its id: it was rolled back, or a branch was promoted.
+    Replaced,
 }
 
 impl EndReason {
     /// Every reason.
-    pub const ALL: [EndReason; 6] = [
+    pub const ALL: [EndReason; 7] = [
         EndReason::LeaseEnded,
         EndReason::Idle,
         EndReason::Requested,
         EndReason::Lost,
         EndReason::OutOfMemory,
         EndReason::ShuttingDown,
+        EndReason::Replaced,
     ];
 
     /// The word that the API uses.
@@ -187,6 +199,7 @@ impl EndReason {
             EndReason::Lost => "lost",
             EndReason::OutOfMemory => "out_of_memory",
             EndReason::ShuttingDown => "shutting_down",
+            EndReason::Replaced => "replaced",
         }
     }
 }
@@ -252,6 +265,11 @@ impl Sandbox {
     /// When it was made.
     pub fn created_at(&self) -> SystemTime {
         self.handle.facts.created_at
+    }
+
+    /// The last checkpoint that was made of it, or that it began at.
+    pub fn checkpointed(&self) -> Option<Uuid> {
+        self.handle.state().point
     }
 
     /// The sandbox that it is a branch of.

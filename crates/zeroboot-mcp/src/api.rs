@@ -140,7 +140,16 @@ impl Client {
 
 /// `/v1/sandboxes/ID/part/...`, escaped.
 pub fn path(id: &str, parts: &[&str]) -> String {
-    let mut path = "/v1/sandboxes".to_owned();
+    below("/v1/sandboxes", id, parts)
+}
+
+/// The path of a checkpoint, or of something of it.
+pub fn checkpoint(id: &str, parts: &[&str]) -> String {
+    below("/v1/checkpoints", id, parts)
+}
+
+fn below(root: &str, id: &str, parts: &[&str]) -> String {
+    let mut path = root.to_owned();
     for part in [id].iter().chain(parts) {
         path.push('/');
         path.extend(utf8_percent_encode(part, &KEPT));

@@ -10,7 +10,7 @@ use axum::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
-use zeroboot_engine::{Engine, Sandbox};
+use zeroboot_engine::{Checkpoint, Engine, Sandbox};
 
 use crate::{
     app::App,
@@ -73,6 +73,15 @@ impl Call {
             Some(reason) => Err(ApiError::gone(reason)),
             None => Ok(sandbox),
         }
+    }
+
+    /// A checkpoint by its id. That of another key is not there.
+    pub(crate) fn checkpoint(&self, id: Option<Uuid>) -> Result<Checkpoint, ApiError> {
+        let found = match id {
+            Some(id) => self.engine()?.find_checkpoint(id).filter(|one| one.owner() == owner(&self.asked.caller)),
+            None => None,
+        };
+        found.ok_or_else(|| ApiError::new("checkpoint_not_found", "No checkpoint has this id"))
     }
 
     /// The JSON body.

@@ -151,6 +151,8 @@ pub struct RequestLimits {
     pub max_lease: Duration,
     /// Most long-lived sandboxes of one key at once.
     pub max_sandboxes_per_key: usize,
+    /// Most checkpoints of one key at once.
+    pub max_checkpoints_per_key: usize,
     /// Requests about sandboxes that one key may have open at once: streams, terminals, answers that are waited for.
     pub max_streams_per_key: usize,
 }
@@ -191,6 +193,7 @@ impl Default for RequestLimits {
             default_lease: Duration::from_secs(300),
             max_lease: zeroboot_engine::SandboxBounds::default().max_lease,
             max_sandboxes_per_key: 16,
+            max_checkpoints_per_key: 64,
             max_streams_per_key: 128,
         }
     }

@@ -40,6 +40,7 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     ("body_too_large", 413, "the body is above the limit"),
     ("unsupported_media_type", 415, "the Content-Type of the body is not application/json"),
     ("sandbox_not_found", 404, "no sandbox of this key has this id"),
+    ("checkpoint_not_found", 404, "no checkpoint of this key has this id, or none is kept of the sandbox"),
     ("context_not_found", 404, "the sandbox has no context of this name"),
     ("run_not_found", 404, "the sandbox has no command of this id, or has forgotten it"),
     ("file_not_found", 404, "the sandbox has no file of this name"),
@@ -52,19 +53,22 @@ pub const ERROR_CODES: &[(&str, u16, &str)] = &[
     (
         "cannot_branch",
         409,
-        "the sandbox cannot be branched: its runtime is not Python, or it lies 64 branches below its template",
+        "the sandbox cannot be saved or promoted: its runtime is not Python, it lies 64 branches below its template, or it is not a branch",
     ),
+    ("cannot_roll_back", 409, "the checkpoint is of another sandbox"),
     ("no_stdin", 409, "the command has no standard input, or it is closed"),
     ("no_terminal", 409, "the command has no terminal"),
+    ("checkpoint_gone", 410, "the process that held the checkpoint has ended, and the checkpoint with it"),
     (
         "sandbox_gone",
         410,
-        "the sandbox has ended; `reason` is lease_ended, idle, requested, lost, out_of_memory or shutting_down",
+        "the sandbox has ended; `reason` is lease_ended, idle, requested, lost, out_of_memory, shutting_down or replaced",
     ),
     ("range_not_satisfiable", 416, "the file has no bytes in this range"),
     ("rate_limited", 429, "too many requests of this key a second; see Retry-After"),
     ("concurrency_limited", 429, "too many execs of this key at once, or too much memory for them; see Retry-After"),
     ("too_many_sandboxes", 429, "this key already has its maximum of sandboxes"),
+    ("too_many_checkpoints", 429, "this key, or the server, already has its maximum of checkpoints"),
     ("too_many_runs", 429, "the sandbox already has its maximum of runs and file operations"),
     ("too_many_streams", 429, "this key already has its maximum of open requests about sandboxes; see Retry-After"),
     ("internal", 500, "a fault of the server"),
@@ -207,7 +211,14 @@ impl From<BranchError> for ApiError {
             // The engine's words are for the log.
             BranchError::Failed(_) => return ApiError::new("branch_failed", "The sandbox could not be branched"),
             BranchError::NeedsVmEngine => "needs_vm_engine",
-            BranchError::SameRandomness(_) | BranchError::TooDeep => "cannot_branch",
+            BranchError::SameRandomness(_) | BranchError::TooDeep | BranchError::NotABranch => "cannot_branch",
+            // The same.
+            BranchError::CheckpointGone(_) => {
+                return ApiError::new("checkpoint_gone", "The process that held the checkpoint has ended");
+            }
+            BranchError::TooManyCheckpoints(_) => "too_many_checkpoints",
+            BranchError::OfAnother => "cannot_roll_back",
+            BranchError::NoCheckpoint => "checkpoint_not_found",
             _ => return ApiError::internal(),
         };
         ApiError::new(code, error.to_string())
@@ -232,6 +243,7 @@ impl ApiError {
             EndReason::Lost => "The sandbox broke",
             EndReason::OutOfMemory => "The sandbox ran out of memory and was ended",
             EndReason::ShuttingDown => "The server is shutting down, and ended the sandbox",
+            EndReason::Replaced => "The sandbox was rolled back, or a branch took over its id: ask again",
         };
         ApiError { reason: Some(reason.as_str()), ..ApiError::new("sandbox_gone", text) }
     }
@@ -315,6 +327,11 @@ mod tests {
             (BranchError::NeedsVmEngine, 501, "needs_vm_engine"),
             (BranchError::SameRandomness("node".into()), 409, "cannot_branch"),
             (BranchError::TooDeep, 409, "cannot_branch"),
+            (BranchError::NotABranch, 409, "cannot_branch"),
+            (BranchError::OfAnother, 409, "cannot_roll_back"),
+            (BranchError::NoCheckpoint, 404, "checkpoint_not_found"),
+            (BranchError::TooManyCheckpoints(3), 429, "too_many_checkpoints"),
+            (BranchError::CheckpointGone("pid 3 /secret/path".into()), 410, "checkpoint_gone"),
             (BranchError::Gone(EndReason::Idle), 410, "sandbox_gone"),
             (BranchError::Failed("pid 3 /secret/path".into()), 500, "branch_failed"),
             (BranchError::Exec(ExecError::TooManySandboxes(3)), 429, "too_many_sandboxes"),

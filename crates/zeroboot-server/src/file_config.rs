@@ -86,6 +86,7 @@ pub struct LimitsSection {
     pub default_lease_seconds: Option<f64>,
     pub max_lease_seconds: Option<f64>,
     pub max_sandboxes_per_key: Option<usize>,
+    pub max_checkpoints_per_key: Option<usize>,
     pub max_streams_per_key: Option<usize>,
 }
 
@@ -113,6 +114,8 @@ pub struct EngineSection {
     pub max_memory_mb: Option<u64>,
     /// Most long-lived sandboxes at once, apart from those that serve one exec.
     pub max_sandboxes: Option<usize>,
+    /// Most checkpoints of those that are kept at once.
+    pub max_checkpoints: Option<usize>,
     /// Memory that those may be promised, MiB; half of `max_memory_mb` if absent.
     pub sandbox_memory_mb: Option<u64>,
     /// How long a request may wait for admission.
@@ -209,6 +212,7 @@ impl FileConfig {
         seconds("default_lease_seconds", from.default_lease_seconds, &mut to.default_lease)?;
         seconds("max_lease_seconds", from.max_lease_seconds, &mut to.max_lease)?;
         put(from.max_sandboxes_per_key, &mut to.max_sandboxes_per_key);
+        put(from.max_checkpoints_per_key, &mut to.max_checkpoints_per_key);
         put(from.max_streams_per_key, &mut to.max_streams_per_key);
         put(from.max_body_bytes, &mut to.max_body);
         put(from.max_batch, &mut to.max_batch);

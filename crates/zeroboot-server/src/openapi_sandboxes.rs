@@ -22,6 +22,8 @@ const ALWAYS: [&str; 4] = ["401", "403", "429", "503"];
 const OF_ONE: [&str; 2] = ["404", "410"];
 /// Statuses of the errors that the sandbox itself can give.
 const REFUSALS: [&str; 4] = ["400", "409", "500", "507"];
+/// Statuses of the errors of saving a sandbox.
+const SAVING: [&str; 3] = ["409", "500", "501"];
 const OF_BODIES: [&str; 4] = ["400", "408", "413", "415"];
 
 const EVENTS: &str = "Events: `started` (schema RunStarted), `stdout` and `stderr` (Chunk), `result` (Result), `error` \
@@ -49,6 +51,11 @@ impl Op {
     /// About the sandbox that the path names.
     fn of_one(id: &str, summary: &str) -> Op {
         Op::new(id, summary).in_path("id", true).failures(&OF_ONE)
+    }
+
+    /// About the checkpoint that the path names.
+    fn of_checkpoint(id: &str, summary: &str) -> Op {
+        Op::new(id, summary).in_path("id", true).failures(&["404"])
     }
 
     fn failures(self, statuses: &[&str]) -> Op {
@@ -217,8 +224,76 @@ pub(crate) fn add(paths: PathsBuilder) -> PathsBuilder {
                          clock, host name. Commands and cells under way go on in each, under the same ids.",
                     )
                     .body("BranchSandbox")
-                    .failures(&["409", "500", "501"])
+                    .failures(&SAVING)
                     .answer("201", "The branches", "SandboxList"),
+            )]),
+        )
+        .path(
+            "/v1/sandboxes/{id}/checkpoints",
+            item(vec![(
+                Post,
+                Op::of_one("createCheckpoint", "Keeps this moment of a sandbox, which goes on")
+                    .about(
+                        "VM engine. The checkpoint is kept in memory until its time is over, it is removed, or the server or                          its template's zygote ends. It has what a branch would have, secrets in memory included.",
+                    )
+                    .body("CreateCheckpoint")
+                    .failures(&SAVING)
+                    .answer("201", "The checkpoint", "Checkpoint"),
+            )]),
+        )
+        .path(
+            "/v1/sandboxes/{id}/rollback",
+            item(vec![(
+                Post,
+                Op::of_one("rollBackSandbox", "Takes a sandbox back to a checkpoint of it, under the same id")
+                    .about(
+                        "What runs in it now ends as `sandbox_gone` with the reason `replaced`. Id, lease and metadata stay.                          While it goes on there must be room for one sandbox more.",
+                    )
+                    .body("RollBackSandbox")
+                    .failures(&SAVING)
+                    .answer("200", "The sandbox as it was", "Sandbox"),
+            )]),
+        )
+        .path(
+            "/v1/sandboxes/{id}/promote",
+            item(vec![(
+                Post,
+                Op::of_one("promoteSandbox", "Lets a branch take over the id of its origin, which ends")
+                    .failures(&SAVING)
+                    .answer("200", "The branch under its new id", "Sandbox"),
+            )]),
+        )
+        .path(
+            "/v1/checkpoints",
+            item(vec![(
+                Get,
+                Op::new("listCheckpoints", "Lists the key's checkpoints")
+                    .query("sandbox_id", false, uuid())
+                    .answer("200", "The oldest first", "CheckpointList"),
+            )]),
+        )
+        .path(
+            "/v1/checkpoints/{id}",
+            item(vec![
+                (
+                    Get,
+                    Op::of_checkpoint("showCheckpoint", "Shows a checkpoint").answer("200", "The checkpoint", "Checkpoint"),
+                ),
+                (
+                    Delete,
+                    Op::of_checkpoint("deleteCheckpoint", "Removes a checkpoint; sandboxes that began there stay")
+                        .nothing("The checkpoint is gone"),
+                ),
+            ]),
+        )
+        .path(
+            "/v1/checkpoints/{id}/restore",
+            item(vec![(
+                Post,
+                Op::of_checkpoint("restoreCheckpoint", "Makes sandboxes that begin at a checkpoint")
+                    .body("BranchSandbox")
+                    .failures(&["410", "500"])
+                    .answer("201", "The sandboxes", "SandboxList"),
             )]),
         )
         .path(

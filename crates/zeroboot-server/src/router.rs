@@ -64,6 +64,12 @@ fn api() -> Router<Arc<App>> {
         .route("/v1/sandboxes/{id}", get(routes::sandboxes::show).delete(routes::sandboxes::delete))
         .route("/v1/sandboxes/{id}/extend", post(routes::sandboxes::extend))
         .route("/v1/sandboxes/{id}/branch", post(routes::sandboxes::branch))
+        .route("/v1/sandboxes/{id}/rollback", post(routes::sandboxes::roll_back))
+        .route("/v1/sandboxes/{id}/promote", post(routes::sandboxes::promote))
+        .route("/v1/sandboxes/{id}/checkpoints", post(routes::checkpoints::create))
+        .route("/v1/checkpoints", get(routes::checkpoints::list))
+        .route("/v1/checkpoints/{id}", get(routes::checkpoints::show).delete(routes::checkpoints::delete))
+        .route("/v1/checkpoints/{id}/restore", post(routes::checkpoints::restore))
         .route("/v1/sandboxes/{id}/run", post(routes::runs::run))
         .route("/v1/sandboxes/{id}/contexts", get(routes::contexts::list).post(routes::contexts::create))
         .route("/v1/sandboxes/{id}/contexts/{name}", delete(routes::contexts::delete))
@@ -179,11 +185,17 @@ async fn around(State((app, surface)): State<(Arc<App>, Surface)>, mut request: 
 }
 
 /// Those of sandboxes, as they stand in logs and metrics.
-const SANDBOX_ROUTES: [&str; 24] = [
+const SANDBOX_ROUTES: [&str; 30] = [
     "/v1/sandboxes",
     "/v1/sandboxes/{id}",
     "/v1/sandboxes/{id}/extend",
     "/v1/sandboxes/{id}/branch",
+    "/v1/sandboxes/{id}/rollback",
+    "/v1/sandboxes/{id}/promote",
+    "/v1/sandboxes/{id}/checkpoints",
+    "/v1/checkpoints",
+    "/v1/checkpoints/{id}",
+    "/v1/checkpoints/{id}/restore",
     "/v1/sandboxes/{id}/run",
     "/v1/sandboxes/{id}/contexts",
     "/v1/sandboxes/{id}/contexts/{name}",

@@ -1,6 +1,7 @@
 //! The routes.
 
 pub(crate) mod batch;
+pub(crate) mod checkpoints;
 pub(crate) mod contexts;
 pub(crate) mod docs;
 pub(crate) mod exec;

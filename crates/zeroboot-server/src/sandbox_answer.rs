@@ -8,8 +8,8 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use utoipa::ToSchema;
 use uuid::Uuid;
 use zeroboot_engine::{
-    CellError, CellStatus, Change, ChangeKind, ContextInfo, Entry, EntryKind, MimeBundle, RunEnd, RunHow, RunKind,
-    RunStatus, Sandbox,
+    CellError, CellStatus, Change, ChangeKind, Checkpoint, ContextInfo, Entry, EntryKind, MimeBundle, RunEnd, RunHow,
+    RunKind, RunStatus, Sandbox,
 };
 
 use crate::answer::{EncodingBody, Text, milliseconds};
@@ -45,6 +45,8 @@ pub(crate) struct SandboxBody<'a> {
     runs: usize,
     /// The sandbox that it is a branch of.
     branch_of: Option<Uuid>,
+    /// The last checkpoint that was made of it, or that it began at.
+    checkpoint_id: Option<Uuid>,
 }
 
 #[derive(ToSchema)]
@@ -64,6 +66,7 @@ pub(crate) enum EndReasonName {
     Lost,
     OutOfMemory,
     ShuttingDown,
+    Replaced,
 }
 
 /// What a sandbox may use.
@@ -103,6 +106,7 @@ impl SandboxBody<'_> {
             fork_time_ms: milliseconds(sandbox.fork_time()),
             runs: sandbox.activity().runs,
             branch_of: sandbox.origin(),
+            checkpoint_id: sandbox.checkpointed(),
         }
     }
 }
@@ -117,6 +121,51 @@ pub(crate) struct SandboxList<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub(crate) next_cursor: Option<Uuid>,
+}
+
+/// A moment of a sandbox that is kept.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Checkpoint)]
+pub(crate) struct CheckpointAnswer<'a> {
+    /// UUIDv7.
+    id: Uuid,
+    /// The sandbox that it is of.
+    sandbox_id: Uuid,
+    /// The checkpoint that its sandbox had come from: checkpoints are trees.
+    parent_id: Option<Uuid>,
+    template: &'a str,
+    /// RFC 3339.
+    #[schema(format = DateTime)]
+    created_at: String,
+    /// When it is removed, RFC 3339.
+    #[schema(format = DateTime)]
+    expires_at: String,
+    metadata: &'a BTreeMap<String, String>,
+    /// Bytes of memory that it adds to what its sandbox was forked from.
+    memory_bytes: u64,
+}
+
+impl CheckpointAnswer<'_> {
+    pub(crate) fn of(checkpoint: &Checkpoint) -> CheckpointAnswer<'_> {
+        CheckpointAnswer {
+            id: checkpoint.id(),
+            sandbox_id: checkpoint.sandbox(),
+            parent_id: checkpoint.parent(),
+            template: checkpoint.template(),
+            created_at: rfc3339(checkpoint.created_at()),
+            expires_at: rfc3339(checkpoint.expires_at()),
+            metadata: checkpoint.metadata(),
+            memory_bytes: checkpoint.bytes(),
+        }
+    }
+}
+
+/// The checkpoints of a key.
+#[derive(Serialize, ToSchema)]
+#[schema(as = CheckpointList)]
+pub(crate) struct CheckpointList<'a> {
+    /// The oldest first.
+    pub(crate) checkpoints: Vec<CheckpointAnswer<'a>>,
 }
 
 fn rfc3339(time: SystemTime) -> String {

@@ -6,7 +6,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use serde::Deserialize;
 use utoipa::ToSchema;
-use zeroboot_engine::{BranchSpec, DEFAULT_CONTEXT, MAX_ENV, RunSpec, SandboxLimits, SandboxSpec, Size};
+use uuid::Uuid;
+use zeroboot_engine::{
+    BranchSpec, CheckpointSpec, DEFAULT_CONTEXT, MAX_ENV, RunSpec, SandboxLimits, SandboxSpec, Size,
+};
 
 use crate::{
     config::RequestLimits,
@@ -114,6 +117,8 @@ fn lease(given: Option<f64>, bounds: &RequestLimits) -> Result<Duration, ApiErro
     given.map_or(Ok(bounds.default_lease), |given| seconds("timeout_seconds", given, bounds.max_lease))
 }
 
+/// How long a checkpoint is kept that names no time.
+const KEPT: Duration = Duration::from_secs(3600);
 /// Most branches of one request.
 pub(crate) const MAX_BRANCHES: u64 = 100;
 
@@ -149,6 +154,41 @@ impl BranchBody {
             holds: Vec::new(),
         })
     }
+}
+
+/// A moment of a sandbox that is to be kept.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = CreateCheckpoint)]
+pub(crate) struct CheckpointBody {
+    /// How long it is kept, in seconds; 3600, or the longest lease if that is shorter.
+    #[schema(exclusive_minimum = 0)]
+    timeout_seconds: Option<f64>,
+    /// Words of the caller's own.
+    #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
+    metadata: Option<FewNamed<String, MAX_METADATA>>,
+}
+
+impl CheckpointBody {
+    pub(crate) fn into_spec(self, bounds: &RequestLimits, caller: &Caller) -> Result<CheckpointSpec, ApiError> {
+        let given = self.timeout_seconds;
+        let usual = KEPT.min(bounds.max_lease);
+        Ok(CheckpointSpec {
+            lease: given.map_or(Ok(usual), |given| seconds("timeout_seconds", given, bounds.max_lease))?,
+            metadata: metadata(self.metadata)?,
+            most_of_owner: caller.key.is_some().then_some(bounds.max_checkpoints_per_key),
+            hold: None,
+        })
+    }
+}
+
+/// Where a sandbox is to go back to.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RollBackSandbox)]
+pub(crate) struct RollBackBody {
+    /// A checkpoint of this sandbox; without it the last on its way here.
+    pub(crate) checkpoint_id: Option<Uuid>,
 }
 
 /// Words of the caller's own.

@@ -15,8 +15,8 @@ use hyper::Method;
 use serde_json::{Map, Value, json};
 
 use self::{
-    args::{BranchArgs, ContextsCommand, CreateArgs, SandboxArgs, SandboxCommand},
-    client::{Client, path, query},
+    args::{BranchArgs, CheckpointsCommand, ContextsCommand, CreateArgs, SandboxArgs, SandboxCommand},
+    client::{Client, checkpoint, path, query},
 };
 use crate::{hint::hinted, printer};
 
@@ -54,8 +54,29 @@ async fn command(client: &Client, command: SandboxCommand) -> anyhow::Result<u8>
             let sandbox = client.json(Method::POST, &path(&id, &["extend"]), Some(&body)).await?;
             if json { print_json(&sandbox)? } else { printer::line(field(&sandbox, "expires_at"))? }
         }
-        SandboxCommand::Branch(args) => branch(client, &args).await?,
-        SandboxCommand::Rm { ids } => return remove(client, &ids).await,
+        SandboxCommand::Branch(args) => branch(client, &path(&args.id, &["branch"]), &args).await?,
+        SandboxCommand::Checkpoint(args) => {
+            let body = present([
+                ("timeout_seconds", Some(args.timeout.as_secs_f64().into())),
+                ("metadata", metadata(&args.labels)),
+            ]);
+            let made = client.json(Method::POST, &path(&args.id, &["checkpoints"]), Some(&body)).await?;
+            if args.json { print_json(&made)? } else { printer::line(field(&made, "id"))? }
+        }
+        SandboxCommand::Checkpoints(command) => return checkpoints(client, command).await,
+        SandboxCommand::Restore(args) => branch(client, &checkpoint(&args.id, &["restore"]), &args).await?,
+        SandboxCommand::Rollback { id, checkpoint, json } => {
+            let body = present([("checkpoint_id", checkpoint.map(Value::from))]);
+            let sandbox = client.json(Method::POST, &path(&id, &["rollback"]), Some(&body)).await?;
+            if json {
+                print_json(&sandbox)?;
+            }
+        }
+        SandboxCommand::Promote { id, json } => {
+            let sandbox = client.json(Method::POST, &path(&id, &["promote"]), None).await?;
+            if json { print_json(&sandbox)? } else { printer::line(field(&sandbox, "id"))? }
+        }
+        SandboxCommand::Rm { ids } => return remove(client, &ids, path).await,
         SandboxCommand::Contexts(command) => contexts(client, command).await?,
         SandboxCommand::Ps { id, json } => processes(client, &id, json).await?,
         SandboxCommand::Logs { id, command, offset } => return exec::logs(client, &id, &command, offset).await,
@@ -67,13 +88,14 @@ async fn command(client: &Client, command: SandboxCommand) -> anyhow::Result<u8>
     Ok(0)
 }
 
-async fn branch(client: &Client, args: &BranchArgs) -> anyhow::Result<()> {
+/// Makes sandboxes that begin at another one, or at a checkpoint.
+async fn branch(client: &Client, path: &str, args: &BranchArgs) -> anyhow::Result<()> {
     let body = present([
         ("count", Some(args.count.into())),
         ("timeout_seconds", Some(args.timeout.as_secs_f64().into())),
         ("metadata", metadata(&args.labels)),
     ]);
-    let answer = client.json(Method::POST, &path(&args.id, &["branch"]), Some(&body)).await?;
+    let answer = client.json(Method::POST, path, Some(&body)).await?;
     let branches = answer.get("sandboxes").cloned().unwrap_or_default();
     if args.json {
         return print_json(&branches);
@@ -82,6 +104,34 @@ async fn branch(client: &Client, args: &BranchArgs) -> anyhow::Result<()> {
         printer::line(field(branch, "id"))?;
     }
     Ok(())
+}
+
+async fn checkpoints(client: &Client, command: CheckpointsCommand) -> anyhow::Result<u8> {
+    match command {
+        CheckpointsCommand::List { id, json } => {
+            let pairs: Vec<_> = id.iter().map(|id| ("sandbox_id", id.as_str())).collect();
+            let answer = client.json(Method::GET, &query("/v1/checkpoints", &pairs), None).await?;
+            let all = answer.get("checkpoints").cloned().unwrap_or_default();
+            if json {
+                print_json(&all)?;
+                return Ok(0);
+            }
+            printer::line(format_args!("{:<38} {:<38} {:>8} {:<9} LABELS", "ID", "SANDBOX", "MIB", "ENDS IN"))?;
+            for one in all.as_array().into_iter().flatten() {
+                let [id, of] = ["id", "sandbox_id"].map(|name| field(one, name));
+                let bytes = one.get("memory_bytes").and_then(Value::as_u64).unwrap_or(0);
+                let (ends, labels) = (ends_in(one), labels_of(one));
+                let line = format!("{id:<38} {of:<38} {:>8} {ends:<9} {labels}", bytes.div_ceil(1 << 20));
+                printer::line(line.trim_end())?;
+            }
+        }
+        CheckpointsCommand::Show { id, json } => {
+            let one = client.json(Method::GET, &checkpoint(&id, &[]), None).await?;
+            if json { print_json(&one)? } else { show(&one)? }
+        }
+        CheckpointsCommand::Rm { ids } => return remove(client, &ids, checkpoint).await,
+    }
+    Ok(0)
 }
 
 fn metadata(labels: &[(String, String)]) -> Option<Value> {
@@ -153,7 +203,7 @@ fn ends_in(sandbox: &Value) -> String {
 
 /// One line a field.
 fn show(sandbox: &Value) -> io::Result<()> {
-    let first = ["id", "template", "language", "isolation", "state", "created_at", "expires_at"];
+    let first = ["id", "sandbox_id", "template", "language", "isolation", "state", "created_at", "expires_at"];
     let place = |name: &str| first.iter().position(|known| *known == name).unwrap_or(first.len());
     let mut fields: Vec<_> = sandbox.as_object().into_iter().flatten().collect();
     fields.sort_by_key(|(name, _)| place(name));
@@ -171,7 +221,7 @@ fn show(sandbox: &Value) -> io::Result<()> {
     Ok(())
 }
 
-async fn remove(client: &Client, ids: &[String]) -> anyhow::Result<u8> {
+async fn remove(client: &Client, ids: &[String], path: fn(&str, &[&str]) -> String) -> anyhow::Result<u8> {
     let mut failed = Ok(0);
     for id in ids {
         if let Err(error) = client.json(Method::DELETE, &path(id, &[]), None).await {

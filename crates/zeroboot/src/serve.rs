@@ -213,6 +213,7 @@ fn engine_config(args: &ServeArgs, file: &FileConfig) -> anyhow::Result<(EngineC
     }
     let bounds = &mut config.sandboxes;
     bounds.most = args.max_sandboxes.map(|count| count as usize).or(section.max_sandboxes).unwrap_or(bounds.most);
+    bounds.checkpoints = section.max_checkpoints.unwrap_or(bounds.checkpoints);
     bounds.memory = section.sandbox_memory_mb.map_or(bounds.memory, |mb| mb.saturating_mul(MIB));
     config.admission_wait = seconds(section.admission_wait_seconds, 5.0)?;
     config.warm_timeout = seconds(section.warm_timeout_seconds, 60.0)?;

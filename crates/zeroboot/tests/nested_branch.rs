@@ -139,9 +139,11 @@ fn no_two_branches_share_a_random_number_a_name_or_another_clock() {
                 open('/proc/sys/kernel/random/boot_id').read())]";
     let mut seen: Vec<HashSet<String>> = Vec::new();
     for guest in std::iter::once(&origin).chain(&branches) {
-        let text = guest.value(&format!("import json; json.dumps({draw})"));
-        let drawn: Vec<String> = serde_json::from_str(text.trim_matches('\'').replace("\\\\", "\\").as_str())
-            .unwrap_or_else(|error| panic!("{error}: {text}"));
+        // As hex: the value comes as Python writes a string.
+        let text = guest.value(&format!("import json; json.dumps({draw}).encode().hex()"));
+        let json = text.trim_matches('\'').as_bytes().chunks(2);
+        let json: Vec<u8> = json.map(|pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap()).collect();
+        let drawn: Vec<String> = serde_json::from_slice(&json).unwrap_or_else(|error| panic!("{error}: {text}"));
         seen.resize_with(drawn.len(), HashSet::new);
         for (at, (known, one)) in seen.iter_mut().zip(drawn).enumerate() {
             assert!(known.insert(one.clone()), "source {at}: {one} twice");
@@ -163,6 +165,98 @@ fn no_two_branches_share_a_random_number_a_name_or_another_clock() {
         assert!(drawn.insert(branch.get("/files?path=/tmp/busy").text()));
     }
     assert_eq!(origin.get("/files?path=/tmp/busy").status, 404);
+}
+
+#[test]
+fn a_checkpoint_is_a_place_to_begin_at_and_to_go_back_to() {
+    if !in_the_lane() {
+        return;
+    }
+    let fixture = server();
+    let origin = Guest::with(&fixture, &json!({"timeout_seconds": 600, "metadata": {"a": "b"}}));
+    origin.run("steps = ['first']\nopen('kept.txt', 'w').write('first')");
+    let keep = |guest: &Guest<'_>| {
+        let answer = guest.post("/checkpoints", &json!({"metadata": {"of": guest.id}}));
+        assert_eq!(answer.status, 201, "{}", answer.text());
+        answer.json()
+    };
+    let first = keep(&origin);
+    assert_eq!((&first["sandbox_id"], &first["parent_id"]), (&json!(origin.id), &json!(null)), "{first}");
+    assert!(first["memory_bytes"].as_u64().unwrap() >= 4096, "{first}");
+    origin.run("steps.append('second')\nopen('kept.txt', 'w').write('second')");
+    let second = keep(&origin);
+    assert_eq!(second["parent_id"], first["id"], "checkpoints are a tree: {second}");
+    assert_eq!(origin.get("").json()["checkpoint_id"], second["id"]);
+
+    // New ones begin there, as often as they are asked for.
+    let restore = |checkpoint: &Value, count: u64| {
+        let path = format!("/v1/checkpoints/{}/restore", checkpoint["id"].as_str().unwrap());
+        let answer = fixture.post(&path, &json!({"count": count, "timeout_seconds": 600}), &[]);
+        assert_eq!(answer.status, 201, "{}", answer.text());
+        answer.json()["sandboxes"].as_array().unwrap().clone()
+    };
+    let mut restored = restore(&first, 2);
+    restored.extend(restore(&first, 1));
+    for one in &restored {
+        assert_eq!((&one["branch_of"], &one["checkpoint_id"]), (&json!(origin.id), &first["id"]), "{one}");
+        let guest = Guest::that_lives(&fixture, one["id"].as_str().unwrap());
+        assert_eq!(guest.value("steps, open('kept.txt').read()"), "(['first'], 'first')");
+        assert_eq!(guest.delete("").status, 204);
+    }
+
+    // Back to the last one, and past it, under the same id and lease.
+    let before = origin.get("").json();
+    let wait = origin.background(json!({"command": "sleep 1000"}));
+    origin.run("steps.append('third')");
+    let back = |to: Value| {
+        let answer = origin.post("/rollback", &to);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let body = answer.json();
+        for field in ["id", "metadata", "created_at", "branch_of"] {
+            assert_eq!(body[field], before[field], "{field}: {body}");
+        }
+    };
+    back(json!({}));
+    assert_eq!(origin.value("steps, open('kept.txt').read()"), "(['first', 'second'], 'second')");
+    assert_eq!(origin.get(&format!("/commands/{wait}")).status, 404, "what began since has never been");
+    back(json!({"checkpoint_id": first["id"]}));
+    assert_eq!(origin.value("steps, open('kept.txt').read()"), "(['first'], 'first')");
+    back(json!({"checkpoint_id": second["id"]}));
+    assert_eq!(origin.value("steps"), "['first', 'second']");
+
+    // A branch goes on under its origin's id.
+    let branches = branch(&origin, 1);
+    branches[0].run("steps.append('branch')");
+    let promoted = branches[0].post("/promote", &json!({}));
+    assert_eq!((promoted.status, &promoted.json()["id"]), (200, &json!(origin.id)), "{}", promoted.text());
+    assert_eq!(origin.value("steps"), "['first', 'second', 'branch']");
+    let gone = branches[0].get("");
+    assert_eq!((gone.status, &gone.json()["reason"]), (410, &json!("replaced")), "{}", gone.text());
+
+    // What is refused, and what is left when a checkpoint goes.
+    assert_eq!(origin.refused(&origin.post("/promote", &json!({}))), (409, "cannot_branch".into()));
+    let other = Guest::with(&fixture, &json!({"timeout_seconds": 600}));
+    assert_eq!(other.refused(&other.post("/rollback", &json!({}))), (404, "checkpoint_not_found".into()));
+    let foreign = other.post("/rollback", &json!({"checkpoint_id": first["id"]}));
+    assert_eq!(other.refused(&foreign), (409, "cannot_roll_back".into()));
+    other.is_usable();
+    let kept = restore(&second, 1);
+    let kept = Guest::that_lives(&fixture, kept[0]["id"].as_str().unwrap());
+    let listed = |path: &str| fixture.get(path).json()["checkpoints"].as_array().unwrap().len();
+    assert_eq!(listed("/v1/checkpoints"), 2);
+    assert_eq!(listed(&format!("/v1/checkpoints?sandbox_id={}", other.id)), 0);
+    for checkpoint in [&first, &second] {
+        let path = format!("/v1/checkpoints/{}", checkpoint["id"].as_str().unwrap());
+        assert_eq!(fixture.get(&path).json(), *checkpoint);
+        assert_eq!(client::exchange(fixture.address, &client::request("DELETE", &path, &[], b"")).status, 204);
+        assert_eq!(fixture.get(&path).status, 404);
+    }
+    assert_eq!(kept.value("steps"), "['first', 'second']");
+    assert_eq!(listed("/v1/checkpoints"), 0);
+    // One that is kept for a moment only.
+    let short = origin.post("/checkpoints", &json!({"timeout_seconds": 0.5}));
+    assert_eq!(short.status, 201, "{}", short.text());
+    wait_for("its end", Duration::from_secs(60), || listed("/v1/checkpoints") == 0);
 }
 
 #[test]

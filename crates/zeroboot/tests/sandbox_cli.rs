@@ -443,6 +443,15 @@ fn sandboxes_are_listed_shown_extended_and_ended() {
 
     // These are sandboxes of processes.
     served.sandbox(["branch", id, "--count", "2"]).go().refused("VM engine");
+    for verb in ["checkpoint", "rollback", "promote"] {
+        served.sandbox([verb, id]).go().refused("VM engine");
+    }
+    assert_eq!(served.sandbox(["checkpoints", "list", "--json"]).go().good(), "[]\n");
+    assert!(served.sandbox(["checkpoints", "list", id]).go().good().starts_with("ID "));
+    for verb in ["show", "rm"] {
+        served.sandbox(["checkpoints", verb, NOBODY]).go().refused("No checkpoint has this id");
+    }
+    served.sandbox(["restore", NOBODY]).go().refused("No checkpoint has this id");
 
     let done = served.sandbox(["rm", NOBODY, id, other]).go();
     done.refused(NOBODY);

@@ -207,6 +207,65 @@ def test_branches_are_sandboxes_of_their_own(live: Any) -> None:
     assert [seen.path for seen in ended] == ["/v1/sandboxes/b0", "/v1/sandboxes/b1"]
 
 
+CHECKPOINT = {
+    "id": "c/1",
+    "sandbox_id": "0199",
+    "parent_id": None,
+    "template": "python",
+    "created_at": "2026-01-02T03:04:05Z",
+    "expires_at": "2026-01-02T04:04:05Z",
+    "metadata": {"step": "1"},
+    "memory_bytes": 4096,
+}
+
+
+def test_a_checkpoint_is_made_listed_restored_gone_back_to_and_removed(live: Any) -> None:
+    back = {**CREATED, "checkpoint_id": "c/1"}
+    server, sandbox = live(
+        answer(201, CHECKPOINT),
+        answer(200, {"checkpoints": [CHECKPOINT]}),
+        answer(201, {"sandboxes": [{**CREATED, "id": "r0", "branch_of": "0199"}]}),
+        answer(200, back),
+        answer(200, back),
+        answer(204, b""),
+        answer(404, {"error": "No checkpoint has this id", "code": "checkpoint_not_found"}),
+    )
+    kept = sandbox.checkpoint(timeout=60, metadata={"step": "1"})
+    assert (kept.id, kept.sandbox_id, kept.memory_bytes) == ("c/1", "0199", 4096)
+    assert kept.metadata == {"step": "1"}
+    assert [one.id for one in sandbox.checkpoints()] == ["c/1"]
+    assert [one.id for one in sandbox.restore(kept, 1, timeout=9)] == ["r0"]
+    assert sandbox.rollback().checkpoint_id == "c/1"
+    assert sandbox.rollback(kept).id == "0199"
+    sandbox.remove_checkpoint("c/1")
+    with pytest.raises(zeroboot.ZerobootError, match="No checkpoint"):
+        sandbox.remove_checkpoint(kept)
+    asked = [(seen.method, seen.path) for seen in server.seen]
+    assert asked == [
+        ("POST", "/v1/sandboxes/0199/checkpoints"),
+        ("GET", "/v1/checkpoints?sandbox_id=0199"),
+        ("POST", "/v1/checkpoints/c%2F1/restore"),
+        ("POST", "/v1/sandboxes/0199/rollback"),
+        ("POST", "/v1/sandboxes/0199/rollback"),
+        ("DELETE", "/v1/checkpoints/c%2F1"),
+        ("DELETE", "/v1/checkpoints/c%2F1"),
+    ]
+    assert server.seen[0].json == {"timeout_seconds": 60, "metadata": {"step": "1"}}
+    assert server.seen[2].json == {"count": 1, "timeout_seconds": 9}
+    assert [server.seen[3].json, server.seen[4].json] == [{}, {"checkpoint_id": "c/1"}]
+
+
+def test_a_promoted_branch_is_asked_under_its_origins_id(live: Any) -> None:
+    server, sandbox = live(answer(200, {**CREATED, "id": "origin"}), answer(204, b""))
+    assert sandbox.promote().id == "origin"
+    assert sandbox.id == "origin"
+    assert sandbox.kill()
+    assert [seen.path for seen in server.seen] == [
+        "/v1/sandboxes/0199/promote",
+        "/v1/sandboxes/origin",
+    ]
+
+
 def test_a_branch_of_the_process_engine_is_refused_with_the_reason(live: Any) -> None:
     refusal = {"error": "only a sandbox of the VM engine can", "code": "needs_vm_engine"}
     _, sandbox = live(answer(501, refusal))

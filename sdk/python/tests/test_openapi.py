@@ -135,6 +135,9 @@ def test_every_field_of_a_live_request_can_be_sent_and_no_other(api: Any) -> Non
     full = core.create_body("t", "python", 1.0, 1.0, {"A": "b"}, {"a": "b"}, limits)  # type: ignore[arg-type]
     assert set(full) == known
     assert set(body(api, SANDBOX + "/branch")) == {"count", "timeout_seconds", "metadata"}
+    assert set(body(api, "/v1/checkpoints/{id}/restore")) == set(body(api, SANDBOX + "/branch"))
+    assert set(body(api, SANDBOX + "/checkpoints")) == {"timeout_seconds", "metadata"}
+    assert set(body(api, SANDBOX + "/rollback")) == {"checkpoint_id"}
     # Streams are asked for by the header.
     assert set(core.cell_body("x", "c", 1.0)) == set(body(api, SANDBOX + "/run")) - {"stream"}
     options: Any = {
@@ -160,6 +163,8 @@ def test_every_field_of_a_live_answer_is_read_and_no_other(api: Any) -> None:
     exact = ("stdout_bytes", "stderr_bytes")
     info = read(zeroboot.SandboxInfo, idle_timeout="idle_timeout_seconds")
     assert info == set(answered(api, "/v1/sandboxes", "post", "201"))
+    kept = answered(api, SANDBOX + "/checkpoints", "post", "201")
+    assert read(zeroboot.Checkpoint) == set(kept)
     cell = answered(api, SANDBOX + "/run", "post")
     command = answered(api, SANDBOX + "/commands", "post")
     # In both answers, each for the other: a cell's status, a command's count.

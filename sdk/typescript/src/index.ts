@@ -11,6 +11,7 @@ export type {
 export { Command, Commands, Contexts, Files, LiveSandbox, LiveStream, RunStream, Watch } from "./live.js";
 export type {
   BranchOptions,
+  CheckpointOptions,
   CellOptions,
   CellRunOptions,
   CommandLine,
@@ -27,6 +28,7 @@ export type {
   CellError,
   CellOutcome,
   Change,
+  Checkpoint,
   ChangeKind,
   CommandInfo,
   CommandOutcome,

@@ -31,6 +31,25 @@ export interface SandboxInfo {
   runs: number;
   /** The id of the sandbox that it is a branch of. */
   branch_of: string | null;
+  /** The id of the last checkpoint that was made of it, or that it began at. */
+  checkpoint_id: string | null;
+}
+
+/** A moment of a sandbox that the server keeps. */
+export interface Checkpoint {
+  id: string;
+  /** The sandbox that it is of. */
+  sandbox_id: string;
+  /** The checkpoint that its sandbox had come from: checkpoints are trees. */
+  parent_id: string | null;
+  template: string;
+  /** RFC 3339. */
+  created_at: string;
+  /** When the server removes it, RFC 3339. */
+  expires_at: string;
+  metadata: Record<string, string>;
+  /** Memory that it adds to what its sandbox was forked from. */
+  memory_bytes: number;
 }
 
 /** A named interpreter of a sandbox, as it was when the server was asked. */
@@ -322,6 +341,17 @@ export const SANDBOX_FIELDS = names<keyof SandboxInfo>({
   fork_time_ms: true,
   runs: true,
   branch_of: true,
+  checkpoint_id: true,
+});
+export const CHECKPOINT_FIELDS = names<keyof Checkpoint>({
+  id: true,
+  sandbox_id: true,
+  parent_id: true,
+  template: true,
+  created_at: true,
+  expires_at: true,
+  metadata: true,
+  memory_bytes: true,
 });
 export const CONTEXT_FIELDS = names<keyof Context>({
   name: true,

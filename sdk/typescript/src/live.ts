@@ -9,7 +9,15 @@ import {
   ZerobootError,
 } from "./errors.js";
 import { CellResult, checked, CommandResult } from "./live-answers.js";
-import type { Change, CommandInfo, Context, Entry, RichResult, SandboxInfo } from "./live-answers.js";
+import type {
+  Change,
+  Checkpoint,
+  CommandInfo,
+  Context,
+  Entry,
+  RichResult,
+  SandboxInfo,
+} from "./live-answers.js";
 import { CellReader, CommandReader, WatchReader } from "./live-events.js";
 import type { CellEvent, CommandEvent, Reader } from "./live-events.js";
 import { openTerminal } from "./terminal.js";
@@ -71,6 +79,13 @@ export interface StartOptions extends CommandOptions {
   tag?: string | undefined;
 }
 
+export interface CheckpointOptions {
+  /** Seconds that the server keeps it. */
+  timeout?: number | undefined;
+  metadata?: Record<string, string> | undefined;
+  signal?: AbortSignal | undefined;
+}
+
 export interface BranchOptions {
   /** Seconds that each lives, unless its lease is extended. */
   timeout?: number | undefined;
@@ -101,7 +116,7 @@ const LONG_SECONDS = 240;
 
 /** What the parts of a sandbox share. */
 interface Inside {
-  readonly id: string;
+  id: string;
   readonly transport: Transport;
   /** Default timeout of a run. */
   readonly timeout: number;
@@ -208,9 +223,62 @@ export class LiveSandbox {
    * memory, files, processes and contexts. All are made, or none; the end of `await using` ends one.
    */
   async branch(count = 1, options: BranchOptions = {}): Promise<LiveSandbox[]> {
+    return this.#begin(pathOf(this.#in, ["branch"]), count, options);
+  }
+
+  /** Keeps this moment of it, for an hour unless said otherwise; it goes on. VM engine. */
+  async checkpoint(options: CheckpointOptions = {}): Promise<Checkpoint> {
+    const { timeout = 3600, metadata, signal } = options;
+    const body = { timeout_seconds: timeout, metadata };
+    const answer = await say(this.#in, "POST", ["checkpoints"], { body, signal });
+    return checkpointOf(answer.json());
+  }
+
+  /** The checkpoints of it that are kept, the oldest first. */
+  async checkpoints(): Promise<Checkpoint[]> {
+    const path = `/v1/checkpoints?sandbox_id=${encodeURIComponent(this.id)}`;
+    const answer = (await sayTo(this.#in, "GET", path)).json();
+    return checked<{ checkpoints: unknown[] }>(answer, "checkpoints").checkpoints.map(checkpointOf);
+  }
+
+  /**
+   * Makes `count` sandboxes that begin at a checkpoint, of this sandbox or another one. All are made,
+   * or none; the end of `await using` ends one.
+   */
+  async restore(
+    checkpoint: string | Checkpoint,
+    count = 1,
+    options: BranchOptions = {},
+  ): Promise<LiveSandbox[]> {
+    return this.#begin(`${checkpointPath(checkpoint)}/restore`, count, options);
+  }
+
+  /** Lets the server forget a checkpoint. Sandboxes that began there stay. */
+  async removeCheckpoint(checkpoint: string | Checkpoint): Promise<void> {
+    await sayTo(this.#in, "DELETE", checkpointPath(checkpoint));
+  }
+
+  /**
+   * Goes back to a checkpoint of it, the last one if undefined. What runs in it now ends. Its id, lease
+   * and metadata stay.
+   */
+  async rollback(checkpoint?: string | Checkpoint): Promise<SandboxInfo> {
+    const body = checkpoint === undefined ? {} : { checkpoint_id: idOf(checkpoint) };
+    this.info = sandboxOf((await say(this.#in, "POST", ["rollback"], { body })).json());
+    return this.info;
+  }
+
+  /** Takes over the id of the sandbox that it is a branch of, which ends. */
+  async promote(): Promise<SandboxInfo> {
+    this.info = sandboxOf((await say(this.#in, "POST", ["promote"])).json());
+    this.#in.id = this.info.id;
+    return this.info;
+  }
+
+  async #begin(path: string, count: number, options: BranchOptions): Promise<LiveSandbox[]> {
     const { timeout = 300, metadata, signal } = options;
     const body = { count, timeout_seconds: timeout, metadata };
-    const answer = (await say(this.#in, "POST", ["branch"], { body, signal })).json();
+    const answer = (await sayTo(this.#in, "POST", path, { body, signal })).json();
     const { sandboxes } = checked<{ sandboxes: unknown[] }>(answer, "sandboxes");
     const { transport, timeout: ofRuns, grace } = this.#in;
     const inside = { transport, timeout: ofRuns, grace, killAtEnd: true };
@@ -705,21 +773,32 @@ function pathOf(inside: { id: string }, parts: readonly string[], query: Query =
   return names.join("/") + queryOf(query);
 }
 
-/** A request and its good answer. */
+interface More {
+  body?: object | undefined;
+  budget?: number;
+  signal?: AbortSignal | undefined;
+}
+
+/** A request about the sandbox, and its good answer. */
 async function say(
   inside: Inside,
   method: Call["method"],
   parts: readonly string[],
-  more: {
-    query?: Query;
-    body?: object | undefined;
-    budget?: number;
-    signal?: AbortSignal | undefined;
-  } = {},
+  more: More & { query?: Query } = {},
+): Promise<Answer> {
+  return sayTo(inside, method, pathOf(inside, parts, more.query), more);
+}
+
+/** A request and its good answer. */
+async function sayTo(
+  inside: Inside,
+  method: Call["method"],
+  path: string,
+  more: More = {},
 ): Promise<Answer> {
   const answer = await ask(inside.transport, {
     method,
-    path: pathOf(inside, parts, more.query),
+    path,
     ...(more.body === undefined ? {} : { body: JSON.stringify(more.body) }),
     accept: "application/json",
     budget: more.budget ?? inside.grace,
@@ -849,6 +928,18 @@ async function upload(data: FileSource): Promise<Uint8Array | ReadableStream<Uin
 
 export function sandboxOf(raw: unknown): SandboxInfo {
   return checked<SandboxInfo>(raw, "id", "template", "expires_at");
+}
+
+function checkpointOf(raw: unknown): Checkpoint {
+  return checked<Checkpoint>(raw, "id", "sandbox_id", "memory_bytes");
+}
+
+function idOf(checkpoint: string | Checkpoint): string {
+  return typeof checkpoint === "string" ? checkpoint : checkpoint.id;
+}
+
+function checkpointPath(checkpoint: string | Checkpoint): string {
+  return `/v1/checkpoints/${encodeURIComponent(idOf(checkpoint))}`;
 }
 
 function entryOf(raw: unknown): Entry {

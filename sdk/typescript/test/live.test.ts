@@ -359,6 +359,68 @@ test("branches are sandboxes of their own", async (t) => {
   assert.equal(ended?.path, "/v1/sandboxes/b1");
 });
 
+const CHECKPOINT = {
+  id: "c/1",
+  sandbox_id: "0199",
+  parent_id: null,
+  template: "python",
+  created_at: "2026-01-02T03:04:05Z",
+  expires_at: "2026-01-02T04:04:05Z",
+  metadata: { step: "1" },
+  memory_bytes: 4096,
+};
+
+test("a checkpoint is made, listed, restored, gone back to and removed", async (t) => {
+  const back = { ...CREATED, checkpoint_id: "c/1" };
+  const [server, sandbox] = await live(t, [
+    answer(201, CHECKPOINT),
+    answer(200, { checkpoints: [CHECKPOINT] }),
+    answer(201, { sandboxes: [{ ...CREATED, id: "r0", branch_of: "0199" }] }),
+    answer(200, back),
+    answer(200, back),
+    none,
+    answer(404, { error: "No checkpoint has this id", code: "checkpoint_not_found" }),
+  ]);
+  const kept = await sandbox.checkpoint({ timeout: 60, metadata: { step: "1" } });
+  assert.deepEqual(kept, CHECKPOINT);
+  assert.deepEqual(await sandbox.checkpoints(), [CHECKPOINT]);
+  const restored = await sandbox.restore(kept, 1, { timeout: 9 });
+  assert.deepEqual(
+    restored.map((one) => one.id),
+    ["r0"],
+  );
+  assert.equal((await sandbox.rollback()).checkpoint_id, "c/1");
+  assert.equal((await sandbox.rollback(kept)).id, "0199");
+  await sandbox.removeCheckpoint("c/1");
+  await assert.rejects(sandbox.removeCheckpoint(kept), /No checkpoint/);
+  assert.deepEqual(
+    server.seen.map((seen) => `${seen.method} ${seen.path}`),
+    [
+      "POST /v1/sandboxes/0199/checkpoints",
+      "GET /v1/checkpoints?sandbox_id=0199",
+      "POST /v1/checkpoints/c%2F1/restore",
+      "POST /v1/sandboxes/0199/rollback",
+      "POST /v1/sandboxes/0199/rollback",
+      "DELETE /v1/checkpoints/c%2F1",
+      "DELETE /v1/checkpoints/c%2F1",
+    ],
+  );
+  const body = (at: number): unknown => JSON.parse(server.seen[at]?.body ?? "");
+  assert.deepEqual(body(0), { timeout_seconds: 60, metadata: { step: "1" } });
+  assert.deepEqual(body(2), { count: 1, timeout_seconds: 9 });
+  assert.deepEqual([body(3), body(4)], [{}, { checkpoint_id: "c/1" }]);
+});
+
+test("a promoted branch is asked under its origin's id", async (t) => {
+  const [server, sandbox] = await live(t, [answer(200, { ...CREATED, id: "origin" }), none]);
+  assert.equal((await sandbox.promote()).id, "origin");
+  assert.equal(await sandbox.kill(), true);
+  assert.deepEqual(
+    server.seen.map((seen) => seen.path),
+    ["/v1/sandboxes/0199/promote", "/v1/sandboxes/origin"],
+  );
+});
+
 test("a branch of the process engine is refused with the reason", async (t) => {
   const refusal = { error: "only a sandbox of the VM engine can", code: "needs_vm_engine" };
   const [, sandbox] = await live(t, [answer(501, refusal)]);

@@ -6,6 +6,7 @@ import type { TestContext } from "node:test";
 import { CODE_CLASSES, SERVER_CODES } from "../src/errors.js";
 import {
   CELL_OUTCOMES,
+  CHECKPOINT_FIELDS,
   COMMAND_FIELDS,
   CONTEXT_FIELDS,
   ENTRY_FIELDS,
@@ -139,6 +140,7 @@ compare("what live sandboxes say has the same fields and words", () => {
     properties(operation(path, method).responses[status]?.content[json]?.schema ?? {});
   const inside = "/v1/sandboxes/{id}";
   same(SANDBOX_FIELDS, Object.keys(answered("/v1/sandboxes", "post", "201")));
+  same(CHECKPOINT_FIELDS, Object.keys(answered("/v1/checkpoints/{id}")));
   const contexts = answered(`${inside}/contexts`)["contexts"];
   same(CONTEXT_FIELDS, Object.keys(properties(resolve(contexts ?? {}).items ?? {})));
   const entry = answered(`${inside}/files/stat`);

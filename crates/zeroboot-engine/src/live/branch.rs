@@ -8,21 +8,24 @@
 //!
 //! From `Freeze` to `Frozen` nothing else is written to the sandbox, and what it says up to `Frozen` it said before. So the
 //! bookkeeping of that moment is right for it and for each child: no byte of output is lost, and none comes twice.
+//!
+//! A [`Moment`] is what all verbs have in common: a branch begins at one and lets it go, a [`Checkpoint`](super::Checkpoint)
+//! keeps it, and a rollback or a promotion begins at one under an id that is known.
 
 use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use rustix::fs::{FallocateFlags, fallocate, fstat};
-use tokio::sync::OwnedSemaphorePermit;
+use uuid::Uuid;
 
 use super::{
     Hold, Sandbox, SandboxSpec,
-    handle::Handle,
-    registry::{OwnerPlace, Registry},
+    handle::{Facts, Handle},
+    registry::{Admitted, Registry},
     state::State,
 };
 use crate::{
@@ -69,6 +72,21 @@ pub enum BranchError {
     /// It has ended.
     #[error("the sandbox has ended")]
     Gone(EndReason),
+    /// What held the checkpoint has ended.
+    #[error("the process that held the checkpoint has ended: {0}")]
+    CheckpointGone(String),
+    /// Its owner has as many as one may have.
+    #[error("its owner already has {0} checkpoints, the most that one may have")]
+    TooManyCheckpoints(usize),
+    /// A sandbox goes back only to where it was.
+    #[error("the checkpoint is of another sandbox; restore it instead")]
+    OfAnother,
+    /// There is nothing to go back to.
+    #[error("no checkpoint is kept of the sandbox")]
+    NoCheckpoint,
+    /// There is no id to take over.
+    #[error("the sandbox is not a branch, so it has no origin whose id it could take over")]
+    NotABranch,
     /// There is no room for them.
     #[error(transparent)]
     Exec(#[from] ExecError),
@@ -79,7 +97,11 @@ pub enum BranchError {
 
 impl From<ForkError> for BranchError {
     fn from(error: ForkError) -> BranchError {
-        BranchError::Failed(error.to_string())
+        match error {
+            ForkError::Down(reason) => BranchError::CheckpointGone(reason),
+            ForkError::ZygoteEnded | ForkError::ShuttingDown => BranchError::CheckpointGone(error.to_string()),
+            error => BranchError::Failed(error.to_string()),
+        }
     }
 }
 
@@ -92,16 +114,144 @@ pub(crate) struct Roots {
     pub(crate) delta: Arc<OwnedFd>,
 }
 
-/// A child that is not launched yet.
-struct Child {
-    worker: Worker,
-    place: OwnerPlace,
-    fork_time: Duration,
+/// A moment of a sandbox, at which others may begin.
+#[derive(Debug)]
+pub(crate) struct Moment {
+    /// What was known of the sandbox.
+    pub(crate) facts: Facts,
+    /// What forks from there.
+    pub(crate) forker: Arc<Forker>,
+    /// The bookkeeping of that moment.
+    pub(crate) frozen: State,
+    /// Bytes of memory that it adds to what its sandbox was forked from.
+    pub(crate) bytes: u64,
+}
+
+/// Who a sandbox that begins at a moment is, if it is none that is new.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Known {
+    pub(crate) id: Uuid,
+    pub(crate) origin: Option<Uuid>,
+    pub(crate) created_at: SystemTime,
+}
+
+impl Moment {
+    /// What its children are to be, unless the caller says otherwise.
+    fn spec(&self, lease: Duration) -> SandboxSpec {
+        child_of(&self.facts, lease)
+    }
+
+    /// Makes sandboxes that begin here; all, or none.
+    pub(crate) async fn begin(
+        &self,
+        registry: &Arc<Registry>,
+        spec: SandboxSpec,
+        admitted: Vec<Admitted>,
+        holds: Vec<Arc<dyn Hold>>,
+        known: Option<Known>,
+    ) -> Result<Vec<Sandbox>, BranchError> {
+        let asked = Instant::now();
+        let forks = admitted.into_iter().map(|(place, permits)| {
+            let forker = Arc::clone(&self.forker);
+            tokio::spawn(async move {
+                let (worker, _) = forker.fork().await?;
+                Ok::<_, ForkError>((worker, place, permits, asked.elapsed()))
+            })
+        });
+        let mut children = Vec::new();
+        for fork in forks.collect::<Vec<_>>() {
+            let made = fork.await.map_err(|error| BranchError::Failed(error.to_string()))?;
+            let (mut worker, place, permits, fork_time): (Worker, _, _, _) = made?;
+            worker.charge(permits);
+            worker
+                .limit(&self.facts.limits.of_exec())
+                .map_err(|error| BranchError::Failed(format!("set its cgroup limits: {error}")))?;
+            children.push((worker, place, fork_time));
+        }
+        let mut holds = holds.into_iter();
+        let mut made = Vec::with_capacity(children.len());
+        for (worker, place, fork_time) in children {
+            let spec = SandboxSpec { hold: holds.next(), ..spec.clone() };
+            match registry.launch_branch(worker, spec, self, known, fork_time, place) {
+                Ok(sandbox) => made.push(sandbox),
+                Err(error) => {
+                    for sandbox in made {
+                        sandbox.end(EndReason::Requested).await;
+                    }
+                    return Err(BranchError::Failed(format!("make its identity: {error}")));
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// Sandboxes that are new.
+    pub(crate) async fn branch(&self, registry: &Arc<Registry>, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+        let (as_child, admitted) = admit(registry, &self.facts, &spec)?;
+        self.begin(registry, as_child, admitted, spec.holds, None).await
+    }
+
+    /// One that takes the place of `sandbox`, which ends: the same id, lease and words.
+    pub(crate) async fn replace(
+        &self,
+        registry: &Arc<Registry>,
+        sandbox: &Sandbox,
+        hold: Option<Arc<dyn Hold>>,
+    ) -> Result<Sandbox, BranchError> {
+        let Facts { id, origin, created_at, ref metadata, .. } = sandbox.handle.facts;
+        let spec = SandboxSpec { metadata: metadata.clone(), ..self.spec(sandbox.lease_left()) };
+        let known = Known { id, origin, created_at };
+        let made = self.begin_one(registry, spec, hold, known).await?;
+        sandbox.end(EndReason::Replaced).await;
+        Ok(made)
+    }
+
+    /// One sandbox of an owner who has one less in a moment.
+    async fn begin_one(
+        &self,
+        registry: &Arc<Registry>,
+        spec: SandboxSpec,
+        hold: Option<Arc<dyn Hold>>,
+        known: Known,
+    ) -> Result<Sandbox, BranchError> {
+        spec.check(&registry.bounds).map_err(ExecError::from)?;
+        let admitted = vec![registry.admit(&spec)?];
+        let made = self.begin(registry, spec, admitted, hold.into_iter().collect(), Some(known)).await?;
+        made.into_iter().next().ok_or_else(|| BranchError::Failed("no sandbox was made".into()))
+    }
+}
+
+/// What a child is to be, unless the caller says otherwise.
+fn child_of(facts: &Facts, lease: Duration) -> SandboxSpec {
+    SandboxSpec {
+        limits: facts.limits,
+        lease,
+        idle_timeout: facts.idle_timeout,
+        owner: facts.owner.clone(),
+        metadata: facts.metadata.clone(),
+        ..SandboxSpec::new(facts.template.clone())
+    }
+}
+
+/// The right to as many children as are asked for.
+fn admit(
+    registry: &Arc<Registry>,
+    facts: &Facts,
+    spec: &BranchSpec,
+) -> Result<(SandboxSpec, Vec<Admitted>), BranchError> {
+    let mut child = child_of(facts, spec.lease);
+    child.most_of_owner = spec.most_of_owner;
+    if let Some(metadata) = &spec.metadata {
+        child.metadata.clone_from(metadata);
+    }
+    child.check(&registry.bounds).map_err(ExecError::from)?;
+    let admitted = (0..spec.count).map(|_| registry.admit(&child)).collect::<Result<_, ExecError>>()?;
+    Ok((child, admitted))
 }
 
 impl Sandbox {
-    /// Makes others that begin where this one is now; all, or none.
-    pub(crate) async fn branch(&self, registry: &Arc<Registry>, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+    /// Whether it can be saved at all.
+    pub(crate) fn can_be_saved(&self) -> Result<(), BranchError> {
         let facts = &self.handle.facts;
         if facts.isolation != Isolation::Vm {
             return Err(BranchError::NeedsVmEngine);
@@ -109,58 +259,50 @@ impl Sandbox {
         if facts.language != "python" {
             return Err(BranchError::SameRandomness(facts.language.clone()));
         }
-        if let Some(reason) = self.end_reason() {
-            return Err(BranchError::Gone(reason));
-        }
-        let asked = Instant::now();
-        let metadata = spec.metadata.unwrap_or_else(|| facts.metadata.clone());
-        let as_child = SandboxSpec {
-            limits: facts.limits,
-            lease: spec.lease,
-            idle_timeout: facts.idle_timeout,
-            owner: facts.owner.clone(),
-            most_of_owner: spec.most_of_owner,
-            metadata,
-            ..SandboxSpec::new(facts.template.clone())
-        };
-        as_child.check(&registry.bounds).map_err(ExecError::from)?;
-        let admitted: Vec<_> = (0..spec.count).map(|_| registry.admit(&as_child)).collect::<Result<_, ExecError>>()?;
-        // A checkpoint has at most what its sandbox may have; the surplus goes back when it is there.
-        let memory = registry.admit_memory(facts.limits.memory)?;
-        let (forker, frozen) = self.checkpoint(memory).await?;
-        let mut children = Vec::with_capacity(spec.count);
-        let forks = admitted.into_iter().map(|(place, permits)| {
-            let forker = Arc::clone(&forker);
-            tokio::spawn(async move { forker.fork().await.map(|(worker, _)| (worker, place, permits)) })
-        });
-        for fork in forks.collect::<Vec<_>>() {
-            let made = fork.await.map_err(|error| BranchError::Failed(error.to_string()))?;
-            let (mut worker, place, permits) = made?;
-            worker.charge(permits);
-            worker
-                .limit(&facts.limits.of_exec())
-                .map_err(|error| BranchError::Failed(format!("set its cgroup limits: {error}")))?;
-            children.push(Child { worker, place, fork_time: asked.elapsed() });
-        }
-        let mut holds = spec.holds.into_iter();
-        let mut branches = Vec::with_capacity(spec.count);
-        for Child { worker, place, fork_time } in children {
-            let spec = SandboxSpec { hold: holds.next(), ..as_child.clone() };
-            match registry.launch_branch(worker, spec, (self, &frozen), &forker, fork_time, place) {
-                Ok(branch) => branches.push(branch),
-                Err(error) => {
-                    for branch in branches {
-                        branch.end(EndReason::Requested).await;
-                    }
-                    return Err(BranchError::Failed(format!("make its identity: {error}")));
-                }
-            }
-        }
-        Ok(branches)
+        self.end_reason().map_or(Ok(()), |reason| Err(BranchError::Gone(reason)))
     }
 
-    /// Saves it, and lets it go on. Gives what forks from there, and the bookkeeping of that moment.
-    async fn checkpoint(&self, memory: OwnedSemaphorePermit) -> Result<(Arc<Forker>, State), BranchError> {
+    /// Makes others that begin where this one is now; all, or none.
+    pub(crate) async fn branch(&self, registry: &Arc<Registry>, spec: BranchSpec) -> Result<Vec<Sandbox>, BranchError> {
+        self.can_be_saved()?;
+        // Before it is stopped for nothing.
+        let (as_child, admitted) = admit(registry, &self.handle.facts, &spec)?;
+        let moment = self.moment(registry).await?;
+        moment.begin(registry, as_child, admitted, spec.holds, None).await
+    }
+
+    /// Takes over the id of the sandbox that it is a branch of, which ends. It goes on under that id.
+    pub(crate) async fn promote(
+        &self,
+        registry: &Arc<Registry>,
+        hold: Option<Arc<dyn Hold>>,
+    ) -> Result<Sandbox, BranchError> {
+        self.can_be_saved()?;
+        let facts = &self.handle.facts;
+        let id = facts.origin.ok_or(BranchError::NotABranch)?;
+        let origin = registry.find(id);
+        let known = Known {
+            id,
+            origin: origin.as_ref().and_then(|origin| origin.handle.facts.origin),
+            created_at: facts.created_at,
+        };
+        let moment = self.moment(registry).await?;
+        let made = moment.begin_one(registry, moment.spec(self.lease_left()), hold, known).await?;
+        self.end(EndReason::Replaced).await;
+        if let Some(origin) = origin {
+            origin.end(EndReason::Replaced).await;
+        }
+        Ok(made)
+    }
+
+    fn lease_left(&self) -> Duration {
+        self.handle.state().expires.saturating_duration_since(Instant::now())
+    }
+
+    /// Saves it, and lets it go on.
+    pub(crate) async fn moment(&self, registry: &Arc<Registry>) -> Result<Moment, BranchError> {
+        // A checkpoint has at most what its sandbox may have; the surplus goes back when it is there.
+        let memory = registry.admit_memory(self.handle.facts.limits.memory)?;
         // Its worker has room for one at a time.
         let _alone = self.handle.freezing.lock().await;
         let roots = self.handle.state().roots.clone();
@@ -184,7 +326,7 @@ impl Sandbox {
         };
         let (forker, bytes) = roots.forker.checkpoint(roots.delta, memory).await?;
         tracing::debug!(sandbox_id = %self.id(), bytes, depth = forker.depth(), "checkpoint taken");
-        Ok((forker, frozen))
+        Ok(Moment { facts: self.handle.facts.clone(), forker, frozen, bytes })
     }
 
     fn gone_or(&self, reason: &str) -> BranchError {

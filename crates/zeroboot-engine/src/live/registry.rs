@@ -1,7 +1,7 @@
 //! The long-lived sandboxes, and for a while those that have ended: their owners may ask why.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime},
@@ -16,8 +16,8 @@ use zeroboot_proto::{
 };
 
 use super::{
-    EndReason, Sandbox, SandboxBounds, SandboxSpec,
-    branch::Roots,
+    BranchError, Checkpoint, EndReason, Sandbox, SandboxBounds, SandboxSpec,
+    branch::{Known, Moment, Roots},
     drive::drive,
     handle::{Facts, Handle},
     state::State,
@@ -44,34 +44,54 @@ pub(crate) struct Registry {
     pub(crate) bounds: SandboxBounds,
     places: Arc<Semaphore>,
     memory: Arc<Semaphore>,
+    /// Places of checkpoints.
+    kept: Arc<Semaphore>,
     all: Mutex<All>,
 }
 
 #[derive(Debug, Default)]
 struct All {
     known: HashMap<Uuid, Sandbox>,
-    ended: VecDeque<Uuid>,
-    owners: HashMap<String, usize>,
+    ended: VecDeque<Arc<Handle>>,
+    owners: HashMap<(What, String), usize>,
+    checkpoints: BTreeMap<Uuid, Checkpoint>,
 }
 
-/// The right to one more sandbox of an owner. Dropping it gives it back.
+/// What an owner has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum What {
+    Sandbox,
+    Checkpoint,
+}
+
+/// The right to one more of an owner's. Dropping it gives it back.
 #[derive(Debug)]
 pub(crate) struct OwnerPlace {
     registry: Weak<Registry>,
-    owner: String,
+    what: (What, String),
 }
 
 impl Drop for OwnerPlace {
     fn drop(&mut self) {
         let Some(registry) = self.registry.upgrade() else { return };
         let mut all = registry.all();
-        if let Some(count) = all.owners.get_mut(&self.owner) {
+        if let Some(count) = all.owners.get_mut(&self.what) {
             *count -= 1;
             if *count == 0 {
-                all.owners.remove(&self.owner);
+                all.owners.remove(&self.what);
             }
         }
     }
+}
+
+/// The right to one more sandbox, and to its memory.
+pub(crate) type Admitted = (OwnerPlace, Vec<OwnedSemaphorePermit>);
+
+/// The right to one more checkpoint. Its memory is its zygote's.
+#[derive(Debug)]
+pub(crate) struct CheckpointPlace {
+    _of_owner: OwnerPlace,
+    _one: OwnedSemaphorePermit,
 }
 
 impl Registry {
@@ -80,6 +100,7 @@ impl Registry {
             bounds,
             places: Arc::new(Semaphore::new(bounds.most.min(Semaphore::MAX_PERMITS))),
             memory: Arc::new(Semaphore::new(((bounds.memory / MIB) as usize).min(Semaphore::MAX_PERMITS))),
+            kept: Arc::new(Semaphore::new(bounds.checkpoints.min(Semaphore::MAX_PERMITS))),
             all: Mutex::default(),
         })
     }
@@ -89,24 +110,42 @@ impl Registry {
     }
 
     /// The right to one more sandbox. A caller never waits for it: sandboxes can live for hours.
-    pub(crate) fn admit(
-        self: &Arc<Self>,
-        spec: &SandboxSpec,
-    ) -> Result<(OwnerPlace, Vec<OwnedSemaphorePermit>), ExecError> {
+    pub(crate) fn admit(self: &Arc<Self>, spec: &SandboxSpec) -> Result<Admitted, ExecError> {
         let busy = |_| ExecError::Busy { live: self.live(), retry_after: Duration::from_secs(1) };
-        let place = {
-            let mut all = self.all();
-            let count = all.owners.entry(spec.owner.clone()).or_default();
-            if let Some(most) = spec.most_of_owner.filter(|most| *count >= *most) {
-                return Err(ExecError::TooManySandboxes(most));
-            }
-            *count += 1;
-            OwnerPlace { registry: Arc::downgrade(self), owner: spec.owner.clone() }
-        };
+        let place = self
+            .place_of_owner((What::Sandbox, spec.owner.clone()), spec.most_of_owner)
+            .map_err(ExecError::TooManySandboxes)?;
         let mib = u32::try_from(spec.limits.memory.div_ceil(MIB)).unwrap_or(u32::MAX);
         let one = self.places.clone().try_acquire_owned().map_err(busy)?;
         let memory = self.memory.clone().try_acquire_many_owned(mib).map_err(busy)?;
         Ok((place, vec![one, memory]))
+    }
+
+    /// Else how many there may be.
+    fn place_of_owner(self: &Arc<Self>, what: (What, String), most: Option<usize>) -> Result<OwnerPlace, usize> {
+        let mut all = self.all();
+        let count = all.owners.entry(what.clone()).or_default();
+        if let Some(most) = most.filter(|most| *count >= *most) {
+            return Err(most);
+        }
+        *count += 1;
+        Ok(OwnerPlace { registry: Arc::downgrade(self), what })
+    }
+
+    /// The right to one more checkpoint.
+    pub(crate) fn admit_checkpoint(
+        self: &Arc<Self>,
+        owner: &str,
+        most: Option<usize>,
+    ) -> Result<CheckpointPlace, BranchError> {
+        let of_owner =
+            self.place_of_owner((What::Checkpoint, owner.to_owned()), most).map_err(BranchError::TooManyCheckpoints)?;
+        let one = self
+            .kept
+            .clone()
+            .try_acquire_owned()
+            .map_err(|_| BranchError::TooManyCheckpoints(self.bounds.checkpoints))?;
+        Ok(CheckpointPlace { _of_owner: of_owner, _one: one })
     }
 
     /// The right to memory of no sandbox: a checkpoint's.
@@ -124,11 +163,11 @@ impl Registry {
         origin: Origin,
         place: OwnerPlace,
     ) -> io::Result<Sandbox> {
-        let id = Uuid::now_v7();
-        let frames = live_frames(&spec, id)?;
+        let who = Known { id: Uuid::now_v7(), origin: None, created_at: SystemTime::now() };
+        let frames = live_frames(&spec, who.id)?;
         let mut state = State::new(spec.lease, spec.idle_timeout, spec.hold.take());
         state.outgoing = BytesMut::from(Bytes::from(frames));
-        Ok(self.add(id, worker, spec, origin, None, state, place))
+        Ok(self.add(who, worker, spec, origin, state, place))
     }
 
     /// Lets a worker live that goes on where another sandbox stood.
@@ -136,41 +175,43 @@ impl Registry {
         self: &Arc<Self>,
         worker: Worker,
         mut spec: SandboxSpec,
-        (of, frozen): (&Sandbox, &State),
-        forker: &Arc<Forker>,
+        moment: &Moment,
+        known: Option<Known>,
         fork_time: Duration,
         place: OwnerPlace,
     ) -> io::Result<Sandbox> {
-        let id = Uuid::now_v7();
+        let who = known.unwrap_or_else(|| Known {
+            id: Uuid::now_v7(),
+            origin: Some(moment.facts.id),
+            created_at: SystemTime::now(),
+        });
         let mut name = Vec::new();
-        encode(&mut name, Kind::Identity, &identity(id)?.encode());
-        let mut state = frozen.branched();
+        encode(&mut name, Kind::Identity, &identity(who.id)?.encode());
+        let mut state = moment.frozen.branched();
         state.begin(spec.lease, spec.hold.take(), &name);
         let origin = Origin {
-            language: of.language().to_owned(),
-            isolation: of.isolation(),
+            language: moment.facts.language.clone(),
+            isolation: moment.facts.isolation,
             pooled: false,
             fork_time,
-            forker: Some(Arc::clone(forker)),
+            forker: Some(Arc::clone(&moment.forker)),
         };
-        Ok(self.add(id, worker, spec, origin, Some(of.id()), state, place))
+        Ok(self.add(who, worker, spec, origin, state, place))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what a sandbox is made of, once")]
     fn add(
         self: &Arc<Self>,
-        id: Uuid,
+        who: Known,
         worker: Worker,
         spec: SandboxSpec,
         from: Origin,
-        branch_of: Option<Uuid>,
         mut state: State,
         place: OwnerPlace,
     ) -> Sandbox {
         let delta = worker.delta.clone();
         state.roots = from.forker.zip(delta).map(|(forker, delta)| Roots { forker, delta });
         let facts = Facts {
-            id,
+            id: who.id,
             template: spec.template,
             language: from.language,
             isolation: from.isolation,
@@ -178,14 +219,15 @@ impl Registry {
             metadata: spec.metadata,
             limits: spec.limits,
             idle_timeout: spec.idle_timeout,
-            created_at: SystemTime::now(),
+            created_at: who.created_at,
             pooled: from.pooled,
             fork_time: from.fork_time,
             max_lease: self.bounds.max_lease,
-            origin: branch_of,
+            origin: who.origin,
         };
         let sandbox = Sandbox { handle: Arc::new(Handle::new(facts, state)) };
-        self.all().known.insert(id, sandbox.clone());
+        // Where it takes the place of another one, that is found by nobody from here on.
+        self.all().known.insert(who.id, sandbox.clone());
         let task = Task {
             handle: sandbox.handle.clone(),
             worker: Some(worker),
@@ -221,22 +263,61 @@ impl Registry {
         most.saturating_sub(self.memory.available_permits() as u64) * MIB
     }
 
-    /// Ends all of them.
+    /// The checkpoints, the oldest first.
+    pub(crate) fn checkpoints(&self) -> Vec<Checkpoint> {
+        self.all().checkpoints.values().cloned().collect()
+    }
+
+    pub(crate) fn find_checkpoint(&self, id: Uuid) -> Option<Checkpoint> {
+        self.all().checkpoints.get(&id).cloned()
+    }
+
+    pub(crate) fn keep(&self, checkpoint: Checkpoint) {
+        self.all().checkpoints.insert(checkpoint.id(), checkpoint);
+    }
+
+    /// Lets a checkpoint go. `false`: there is none.
+    pub(crate) fn forget(&self, id: Uuid) -> bool {
+        // Dropped without the lock: its place takes it.
+        let forgotten = self.all().checkpoints.remove(&id);
+        forgotten.is_some()
+    }
+
+    /// Passes a result on, and lets a checkpoint go whose zygote is gone.
+    pub(crate) fn or_forget<T>(&self, of: &Checkpoint, result: Result<T, BranchError>) -> Result<T, BranchError> {
+        if let Err(BranchError::CheckpointGone(_)) = result {
+            self.forget(of.id());
+        }
+        result
+    }
+
+    /// Ends all of them, and lets the checkpoints go.
     pub(crate) fn end_all(&self, reason: EndReason) {
+        let checkpoints = std::mem::take(&mut self.all().checkpoints);
+        drop(checkpoints);
         for sandbox in self.all().known.values() {
             sandbox.handle.state().end_wanted.get_or_insert(reason);
             sandbox.handle.poke();
         }
     }
 
-    fn retire(&self, id: Uuid) {
+    fn retire(&self, handle: &Arc<Handle>) {
         let mut all = self.all();
-        all.ended.push_back(id);
+        // Another one may have its id.
+        if all.knows(handle) {
+            all.ended.push_back(Arc::clone(handle));
+        }
         while all.ended.len() > REMEMBERED {
-            if let Some(old) = all.ended.pop_front() {
-                all.known.remove(&old);
+            if let Some(old) = all.ended.pop_front().filter(|old| all.knows(old)) {
+                all.known.remove(&old.facts.id);
             }
         }
+    }
+}
+
+impl All {
+    fn knows(&self, handle: &Arc<Handle>) -> bool {
+        self.known.get(&handle.facts.id).is_some_and(|known| Arc::ptr_eq(&known.handle, handle))
     }
 }
 
@@ -264,7 +345,7 @@ impl Drop for Task {
         self.worker = None;
         self.handle.state().finish(self.reason);
         if let Some(registry) = self.registry.upgrade() {
-            registry.retire(self.handle.facts.id);
+            registry.retire(&self.handle);
         }
         self.handle.drained.notify_waiters();
         self.handle.ended.notify_waiters();

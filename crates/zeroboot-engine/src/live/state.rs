@@ -189,6 +189,8 @@ pub(crate) struct State {
     pub(crate) roots: Option<Roots>,
     /// Its worker needs room for a checkpoint.
     pub(crate) saves: bool,
+    /// The last checkpoint on its way here.
+    pub(crate) point: Option<Uuid>,
     channels: BTreeMap<u16, Channel>,
     next_channel: u16,
     next_serial: u64,
@@ -216,6 +218,7 @@ impl State {
             freeze: None,
             roots: None,
             saves: false,
+            point: None,
             channels: BTreeMap::new(),
             next_channel: 1,
             next_serial: 0,
@@ -283,7 +286,7 @@ impl State {
     /// told. Nobody reads it, and nobody waits there for an operation.
     pub(crate) fn branched(&self) -> State {
         let mut branch = State::new(Duration::ZERO, self.idle_timeout, None);
-        branch.alive = self.alive;
+        (branch.alive, branch.point) = (self.alive, self.point);
         branch.outgoing = self.outgoing.clone();
         (branch.next_channel, branch.next_serial, branch.begun) = (self.next_channel, self.next_serial, self.begun);
         branch.runs = self.runs.iter().map(|(id, run)| (*id, run.branched())).collect();
@@ -310,6 +313,19 @@ impl State {
         self.outgoing.extend_from_slice(identity);
         self.outgoing.unsplit(after);
         self.settle(None);
+    }
+
+    /// Counts what it keeps for a checkpoint; what there is no room for falls out.
+    pub(crate) fn keep(&mut self, hold: Option<Arc<dyn Hold>>) {
+        self.hold = hold;
+        self.settle(None);
+    }
+
+    /// Counts nothing any more.
+    pub(crate) fn let_go(&mut self) {
+        if let Some(hold) = self.hold.take() {
+            hold.shrink(self.counted as u64);
+        }
     }
 
     // ---- what is asked of it ----
@@ -796,9 +812,7 @@ impl State {
             run.changed.notify_waiters();
         }
         self.settle(None);
-        if let Some(hold) = self.hold.take() {
-            hold.shrink(self.counted as u64);
-        }
+        self.let_go();
     }
 }
 

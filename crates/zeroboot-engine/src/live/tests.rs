@@ -16,7 +16,11 @@ use zeroboot_proto::{
     live::{self, CellDone, CellStatus, End, How, MAX_OPEN, Open, Refusal, Reply, ResultChunk, Size, WINDOW},
 };
 
-use super::{registry::Origin, *};
+use super::{
+    branch::{Known, Moment},
+    registry::Origin,
+    *,
+};
 use crate::{forker::Forker, reaper::Reaper, spawn::Spawner, template::Shared, worker::Worker};
 
 /// The other end, and the process that stands for the worker.
@@ -741,12 +745,13 @@ async fn a_branch_knows_what_was_said_before_and_is_told_the_rest_behind_its_nam
     let (second_at, _) = peer.opened().await;
     assert_eq!(peer.next_of(Kind::Stdin).await, (at, b"fed".to_vec()));
 
+    let moment = Moment { facts: origin.handle.facts.clone(), forker: forker(), frozen, bytes: 0 };
     let mut branches = Vec::new();
     for _ in 0..2 {
         let (worker, socket, child) = worker();
         let spec = SandboxSpec::new("python");
         let (place, _) = registry.admit(&spec).unwrap();
-        let made = registry.launch_branch(worker, spec, (&origin, &frozen), &forker(), Duration::ZERO, place).unwrap();
+        let made = registry.launch_branch(worker, spec, &moment, None, Duration::ZERO, place).unwrap();
         branches.push((made, Peer { socket, decoder: Decoder::new(), child }));
     }
     let mut names = Vec::new();
@@ -833,4 +838,49 @@ async fn a_sandbox_of_processes_or_without_a_delta_is_not_branched() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
+}
+
+#[tokio::test]
+async fn one_that_takes_over_an_id_is_found_under_it_and_the_other_is_not_remembered() {
+    let registry = Registry::new(SandboxBounds::default());
+    let (old, mut peer) = launch(&registry, SandboxSpec::new("python"));
+    for kind in [Kind::Limits, Kind::Identity, Kind::Live] {
+        assert_eq!(peer.next().await.1, kind);
+    }
+    peer.send(0, Kind::Started, &[]).await;
+    let frozen = old.handle.state().branched();
+    let moment = Moment { facts: old.handle.facts.clone(), forker: forker(), frozen, bytes: 0 };
+    let (worker, _socket, mut child) = worker();
+    let spec = SandboxSpec::new("python");
+    let (place, _permits) = registry.admit(&spec).unwrap();
+    let known = Known { id: old.id(), origin: None, created_at: old.created_at() };
+    let new = registry.launch_branch(worker, spec, &moment, Some(known), Duration::ZERO, place).unwrap();
+    assert_eq!(old.end(EndReason::Replaced).await, EndReason::Replaced);
+    assert_eq!((new.id(), new.origin(), new.created_at()), (old.id(), None, old.created_at()));
+    assert!(registry.find(old.id()).unwrap().end_reason().is_none());
+    assert_eq!(registry.sandboxes().len(), 1);
+    // What came first has ended since, and takes nothing of the other with it.
+    new.end(EndReason::Requested).await;
+    assert_eq!(registry.find(new.id()).unwrap().end_reason(), Some(EndReason::Requested));
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn checkpoints_of_processes_are_refused_and_their_places_are_counted() {
+    let registry = Registry::new(SandboxBounds { checkpoints: 3, ..SandboxBounds::default() });
+    let (sandbox, _peer) = launch(&registry, SandboxSpec::new("python"));
+    let spec =
+        CheckpointSpec { lease: Duration::from_secs(9), metadata: BTreeMap::new(), most_of_owner: None, hold: None };
+    let refused = sandbox.checkpoint(&registry, spec).await.unwrap_err();
+    assert!(matches!(refused, BranchError::NeedsVmEngine), "{refused}");
+    assert!(matches!(sandbox.roll_back(&registry, None, None).await, Err(BranchError::NeedsVmEngine)));
+    assert!(matches!(sandbox.promote(&registry, None).await, Err(BranchError::NeedsVmEngine)));
+
+    let (one, _two) =
+        (registry.admit_checkpoint("a", Some(2)).unwrap(), registry.admit_checkpoint("a", Some(2)).unwrap());
+    assert!(matches!(registry.admit_checkpoint("a", Some(2)), Err(BranchError::TooManyCheckpoints(2))));
+    let _other = registry.admit_checkpoint("b", Some(2)).unwrap();
+    assert!(matches!(registry.admit_checkpoint("b", Some(2)), Err(BranchError::TooManyCheckpoints(3))));
+    drop(one);
+    registry.admit_checkpoint("b", Some(2)).unwrap();
 }

@@ -1,6 +1,6 @@
-//! `/v1/sandboxes`, `/v1/sandboxes/{id}`, `…/extend` and `…/branch`.
+//! `/v1/sandboxes`, `/v1/sandboxes/{id}`, `…/extend`, `…/branch`, `…/rollback` and `…/promote`.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     body::Body,
@@ -8,7 +8,7 @@ use axum::{
     response::Response,
 };
 use uuid::Uuid;
-use zeroboot_engine::{EndReason, Sandbox, SandboxSpec};
+use zeroboot_engine::{BranchError, BranchSpec, EndReason, Hold, Sandbox, SandboxSpec};
 
 use crate::{
     budget::Full,
@@ -16,7 +16,7 @@ use crate::{
     error::{About, ApiError},
     params::{InPath, InQuery},
     sandbox_answer::{SandboxBody, SandboxList},
-    sandbox_wire::{BranchBody, CreateBody, ExtendBody, owner},
+    sandbox_wire::{BranchBody, CreateBody, ExtendBody, RollBackBody, owner},
 };
 
 /// Most sandboxes of one page, and the default.
@@ -73,28 +73,62 @@ fn watch(call: &Call, sandbox: Sandbox) {
 pub(crate) async fn branch(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     let origin = call.sandbox(&path)?;
     let body: BranchBody = call.body(&headers, body).await?;
+    let spec = admit(&call, body.into_spec(&call.app.config.limits, &call.asked.caller)?)?;
+    let made = call.engine()?.branch(&origin, spec).await;
+    begun(&call, made.map_err(|error| refused(&call, origin.id(), error))?)
+}
+
+/// The right to as many sandboxes as are asked for, with a share of their own for each.
+pub(super) fn admit(call: &Call, mut spec: BranchSpec) -> Result<BranchSpec, ApiError> {
     let (app, caller) = (&call.app, &call.asked.caller);
-    let mut spec = body.into_spec(&app.config.limits, caller)?;
     // The first is this request's own.
     app.gate.charge_rest(caller, spec.count - 1)?;
     app.check_open()?;
     for _ in 0..spec.count {
         spec.holds.push(app.budget.share(caller).map_err(Full::busy)?);
     }
-    let made = call.engine()?.branch(&origin, spec).await;
-    let branches = made.map_err(|error| {
-        let reason: String = error.to_string().chars().take(300).collect();
-        let api = ApiError::from(error);
-        if api.status.is_server_error() {
-            tracing::warn!(request_id = %call.request_id(), sandbox_id = %origin.id(), code = api.code, ?reason, "no branch");
-        }
-        api
-    })?;
-    for branch in &branches {
-        watch(&call, branch.clone());
+    Ok(spec)
+}
+
+/// Answers with sandboxes that have begun elsewhere than in a pool.
+pub(super) fn begun(call: &Call, made: Vec<Sandbox>) -> Result<Response, ApiError> {
+    for sandbox in &made {
+        watch(call, sandbox.clone());
     }
-    let branches = branches.iter().map(SandboxBody::of).collect();
-    call.json(StatusCode::CREATED, &SandboxList { sandboxes: branches, next_cursor: None })
+    let sandboxes = made.iter().map(SandboxBody::of).collect();
+    call.json(StatusCode::CREATED, &SandboxList { sandboxes, next_cursor: None })
+}
+
+/// Why there is none, and in the log what the caller is not told.
+pub(super) fn refused(call: &Call, of: Uuid, error: BranchError) -> ApiError {
+    let reason: String = error.to_string().chars().take(300).collect();
+    let api = ApiError::from(error);
+    if api.status.is_server_error() {
+        tracing::warn!(request_id = %call.request_id(), %of, code = api.code, ?reason, "no branch");
+    }
+    api
+}
+
+pub(crate) async fn roll_back(call: Call, path: InPath, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let sandbox = call.sandbox(&path)?;
+    let body: RollBackBody = call.body(&headers, body).await?;
+    let to = body.checkpoint_id.map(|id| call.checkpoint(Some(id))).transpose()?;
+    let hold: Arc<dyn Hold> = call.app.budget.share(&call.asked.caller).map_err(Full::busy)?;
+    let made = call.engine()?.roll_back(&sandbox, to, Some(hold)).await;
+    replaced(&call, &sandbox, made)
+}
+
+pub(crate) async fn promote(call: Call, path: InPath) -> Result<Response, ApiError> {
+    let branch = call.sandbox(&path)?;
+    let hold: Arc<dyn Hold> = call.app.budget.share(&call.asked.caller).map_err(Full::busy)?;
+    let made = call.engine()?.promote(&branch, Some(hold)).await;
+    replaced(&call, &branch, made)
+}
+
+fn replaced(call: &Call, of: &Sandbox, made: Result<Sandbox, BranchError>) -> Result<Response, ApiError> {
+    let sandbox = made.map_err(|error| refused(call, of.id(), error))?;
+    watch(call, sandbox.clone());
+    call.json(StatusCode::OK, &SandboxBody::of(&sandbox))
 }
 
 pub(crate) async fn list(call: Call, mut query: InQuery) -> Result<Response, ApiError> {

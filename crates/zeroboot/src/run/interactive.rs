@@ -32,7 +32,7 @@ pub(super) fn check() -> anyhow::Result<()> {
 pub(super) fn run(mut config: EngineConfig, request: ExecRequest, language: &str) -> anyhow::Result<u8> {
     // It ends with its interpreter or with us, not with a lease.
     let lease = SandboxBounds::default().max_lease;
-    config.sandboxes = SandboxBounds { most: 1, memory: config.max_memory, max_lease: lease };
+    config.sandboxes = SandboxBounds { most: 1, memory: config.max_memory, checkpoints: 0, max_lease: lease };
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let status = tokio.block_on(async {
         let mut signals = Signals::new()?;

@@ -71,6 +71,33 @@ pub(crate) enum SandboxCommand {
     ///
     /// VM engine. They have its memory, files, processes and contexts, and the secrets in them. All are made, or none.
     Branch(BranchArgs),
+    /// Keep this moment of a sandbox, and print the checkpoint's id. It goes on.
+    ///
+    /// VM engine. A checkpoint has what a branch would have. The server keeps it in memory.
+    Checkpoint(CheckpointArgs),
+    /// List, show and remove checkpoints.
+    #[command(subcommand)]
+    Checkpoints(CheckpointsCommand),
+    /// Make sandboxes that begin at a checkpoint, and print their ids.
+    Restore(BranchArgs),
+    /// Take a sandbox back to a checkpoint of it. It keeps its id; what runs in it now ends.
+    Rollback {
+        /// The sandbox.
+        id: String,
+        /// The checkpoint [default: the last on its way here].
+        checkpoint: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a branch take over the id of its origin, which ends, and print that id.
+    Promote {
+        /// The branch.
+        id: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// End sandboxes.
     Rm {
         /// The sandboxes.
@@ -150,8 +177,53 @@ pub(crate) struct CreateArgs {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct BranchArgs {
+pub(crate) struct CheckpointArgs {
     /// The sandbox.
+    pub(crate) id: String,
+
+    /// How long it is kept, such as 10m, 2h.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = units::duration)]
+    pub(crate) timeout: Duration,
+
+    /// A label. May be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<(String, String)>,
+
+    /// Print JSON: all that the server says of it.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum CheckpointsCommand {
+    /// List the checkpoints of the key, or of one sandbox.
+    #[command(visible_alias = "ls")]
+    List {
+        /// The sandbox.
+        id: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show everything that the server knows about a checkpoint.
+    Show {
+        /// The checkpoint.
+        id: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove checkpoints. Sandboxes that began there stay.
+    Rm {
+        /// The checkpoints.
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BranchArgs {
+    /// The sandbox, or the checkpoint.
     pub(crate) id: String,
 
     /// How many.
@@ -162,7 +234,7 @@ pub(crate) struct BranchArgs {
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = units::duration)]
     pub(crate) timeout: Duration,
 
-    /// A label, for `list --label`, in place of the sandbox's own. May be repeated.
+    /// A label, for `list --label`, in place of the origin's. May be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) labels: Vec<(String, String)>,
 

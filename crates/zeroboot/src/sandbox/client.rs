@@ -28,7 +28,7 @@ use tokio_rustls::{
     rustls::{ClientConfig, RootCertStore, pki_types::ServerName},
 };
 
-pub(crate) use zeroboot_mcp::{path, query};
+pub(crate) use zeroboot_mcp::{checkpoint, path, query};
 
 use crate::hint::hinted;
 

@@ -53,7 +53,7 @@ fn a_sandbox_is_made_shown_listed_extended_and_deleted() {
 }
 
 #[test]
-fn a_sandbox_of_processes_cannot_be_branched_and_says_why() {
+fn a_sandbox_of_processes_cannot_be_saved_and_says_why() {
     if isolation() != Isolation::Process {
         return;
     }
@@ -64,6 +64,27 @@ fn a_sandbox_of_processes_cannot_be_branched_and_says_why() {
     assert!(answer.text().contains("cannot be saved"), "{}", answer.text());
     assert_eq!(guest.refused(&guest.post("/branch", &json!({"count": 101}))), (400, "invalid_request".into()));
     assert_eq!(guest.get("").json()["branch_of"], json!(null));
+    for (verb, body) in [("/checkpoints", json!({})), ("/rollback", json!({})), ("/promote", json!({}))] {
+        let answer = guest.post(verb, &body);
+        assert_eq!(guest.refused(&answer), (501, "needs_vm_engine".into()), "{verb}: {}", answer.text());
+    }
+    for (verb, body) in [
+        ("/checkpoints", json!({"timeout_seconds": -1})),
+        ("/checkpoints", json!({"metadata": {"": "x"}})),
+        ("/rollback", json!({"checkpoint_id": "x"})),
+        ("/rollback", json!({"checkpoint": "x"})),
+    ] {
+        assert_eq!(guest.post(verb, &body).status, 400, "{verb} {body}");
+    }
+    let nobody = "0198c5f2-0000-7000-8000-000000000000";
+    let unknown = guest.post("/rollback", &json!({"checkpoint_id": nobody}));
+    assert_eq!(guest.refused(&unknown), (404, "checkpoint_not_found".into()));
+    assert_eq!(fixture.get("/v1/checkpoints").json(), json!({"checkpoints": []}));
+    assert_eq!(fixture.get("/v1/checkpoints?sandbox_id=x").status, 400);
+    for path in [nobody, "x"] {
+        assert_eq!(fixture.get(&format!("/v1/checkpoints/{path}")).status, 404);
+        assert_eq!(fixture.post(&format!("/v1/checkpoints/{path}/restore"), &json!({}), &[]).status, 404);
+    }
     guest.is_usable();
 }
 

@@ -32,6 +32,7 @@ from ._live_types import (
     CellEvent,
     CellResult,
     Change,
+    Checkpoint,
     CommandEnd,
     CommandEvent,
     CommandInfo,
@@ -199,14 +200,71 @@ class AsyncLiveSandbox:
         They have its memory, files, processes and contexts. All are made, or none; each lives
         `timeout` seconds, and leaving its `with` block ends it. `metadata` replaces this one's.
         """
+        return await self._begin(self._path("branch"), count, timeout, metadata)
+
+    async def checkpoint(
+        self, *, timeout: float = 3600, metadata: Optional[Mapping[str, str]] = None
+    ) -> Checkpoint:
+        """Keep this moment of it for `timeout` seconds; it goes on. VM engine."""
+        body: dict[str, Any] = {"timeout_seconds": timeout}
+        if metadata is not None:
+            body["metadata"] = dict(metadata)
+        answer = await self._client._ask("POST", self._path("checkpoints"), body)
+        return Checkpoint.of(answer.fields())
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of it that are kept, the oldest first."""
+        answer = await self._client._ask("GET", _live_core.checkpoints_path(self.id))
+        return [Checkpoint.of(raw) for raw in answer.fields().get("checkpoints") or []]
+
+    async def restore(
+        self,
+        checkpoint: Union[str, Checkpoint],
+        count: int = 1,
+        *,
+        timeout: float = 300,
+        metadata: Optional[Mapping[str, str]] = None,
+    ) -> list[AsyncLiveSandbox]:
+        """Make `count` sandboxes that begin at a checkpoint, of this sandbox or another one.
+
+        All are made, or none; leaving the `with` block of one ends it.
+        """
+        path = _live_core.checkpoint_path(checkpoint, "restore")
+        return await self._begin(path, count, timeout, metadata)
+
+    async def remove_checkpoint(self, checkpoint: Union[str, Checkpoint]) -> None:
+        """Let the server forget a checkpoint. Sandboxes that began there stay."""
+        answer = await self._client._ask("DELETE", _live_core.checkpoint_path(checkpoint))
+        if not answer.good:
+            raise answer.error()
+
+    async def rollback(self, checkpoint: Union[str, Checkpoint, None] = None) -> SandboxInfo:
+        """Go back to a checkpoint of it (the last one if None). What runs in it now ends.
+
+        Its id, lease and metadata stay.
+        """
+        body = {} if checkpoint is None else {"checkpoint_id": _live_core.checkpoint_id(checkpoint)}
+        answer = await self._client._ask("POST", self._path("rollback"), body)
+        self.info = SandboxInfo.of(answer.fields())
+        return self.info
+
+    async def promote(self) -> SandboxInfo:
+        """Take over the id of the sandbox that it is a branch of, which ends."""
+        answer = await self._client._ask("POST", self._path("promote"))
+        self.info = SandboxInfo.of(answer.fields())
+        return self.info
+
+    async def _begin(
+        self, path: str, count: int, timeout: float, metadata: Optional[Mapping[str, str]]
+    ) -> list[AsyncLiveSandbox]:
         body: dict[str, Any] = {"count": count, "timeout_seconds": timeout}
         if metadata is not None:
             body["metadata"] = dict(metadata)
-        answer = await self._client._ask("POST", self._path("branch"), body)
-        branches = [SandboxInfo.of(raw) for raw in answer.fields().get("sandboxes") or []]
+        answer = await self._client._ask("POST", path, body)
+        made = [SandboxInfo.of(raw) for raw in answer.fields().get("sandboxes") or []]
         return [
             AsyncLiveSandbox(self._client, info, owns_client=False, kill_on_exit=True)
-            for info in branches
+            for info in made
         ]
 
     async def kill(self) -> bool:

@@ -26,6 +26,7 @@ from ._live_types import (
     CellEvent,
     CellResult,
     Change,
+    Checkpoint,
     CommandEnd,
     CommandEvent,
     CommandResult,
@@ -55,6 +56,19 @@ def sandbox_path(sandbox_id: str, *parts: str, **query: Any) -> str:
     path = "/v1/sandboxes/" + "/".join(quote(part, safe="") for part in (sandbox_id, *parts))
     pairs = {key: value for key, value in query.items() if value is not None}
     return f"{path}?{urlencode(pairs, quote_via=quote)}" if pairs else path
+
+
+def checkpoint_id(checkpoint: Union[str, Checkpoint]) -> str:
+    return checkpoint if isinstance(checkpoint, str) else checkpoint.id
+
+
+def checkpoint_path(checkpoint: Union[str, Checkpoint], *parts: str) -> str:
+    names = (checkpoint_id(checkpoint), *parts)
+    return "/v1/checkpoints/" + "/".join(quote(part, safe="") for part in names)
+
+
+def checkpoints_path(sandbox_id: str) -> str:
+    return "/v1/checkpoints?sandbox_id=" + quote(sandbox_id, safe="")
 
 
 def list_path(metadata: Optional[Mapping[str, str]], cursor: Optional[str]) -> str:

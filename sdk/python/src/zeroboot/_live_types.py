@@ -32,7 +32,9 @@ CellOutcome = Literal[
 CommandOutcome = Literal["exited", "signaled", "deadline_passed", "out_of_memory", "closed"]
 EntryKind = Literal["file", "directory", "link", "other"]
 ChangeKind = Literal["created", "modified", "removed", "overflow"]
-EndReason = Literal["lease_ended", "idle", "requested", "lost", "out_of_memory", "shutting_down"]
+EndReason = Literal[
+    "lease_ended", "idle", "requested", "lost", "out_of_memory", "shutting_down", "replaced"
+]
 
 
 #: The server sends JSON of more characters as text.
@@ -70,6 +72,8 @@ class SandboxInfo:
     runs: int
     #: The id of the sandbox that it is a branch of, or None.
     branch_of: Optional[str]
+    #: The id of the last checkpoint that was made of it, or that it began at, or None.
+    checkpoint_id: Optional[str]
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
@@ -90,10 +94,47 @@ class SandboxInfo:
                 fork_time_ms=raw.get("fork_time_ms") or 0.0,
                 runs=raw.get("runs", 0),
                 branch_of=raw.get("branch_of"),
+                checkpoint_id=raw.get("checkpoint_id"),
                 raw=raw,
             )
         except KeyError as e:
             raise _missing("the sandbox", e) from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A moment of a sandbox that the server keeps."""
+
+    id: str
+    #: The sandbox that it is of.
+    sandbox_id: str
+    #: The checkpoint that its sandbox had come from, or None: checkpoints are trees.
+    parent_id: Optional[str]
+    template: str
+    created_at: datetime
+    #: When the server removes it.
+    expires_at: datetime
+    metadata: Mapping[str, str]
+    #: Memory that it adds to what its sandbox was forked from.
+    memory_bytes: int
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Checkpoint:
+        try:
+            return cls(
+                id=raw["id"],
+                sandbox_id=raw["sandbox_id"],
+                parent_id=raw.get("parent_id"),
+                template=raw["template"],
+                created_at=moment(raw["created_at"]),
+                expires_at=moment(raw["expires_at"]),
+                metadata=raw.get("metadata") or {},
+                memory_bytes=raw["memory_bytes"],
+                raw=raw,
+            )
+        except KeyError as e:
+            raise _missing("the checkpoint", e) from None
 
 
 # --- cells ----------------------------------------------------------------------------------
