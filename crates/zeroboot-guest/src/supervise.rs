@@ -50,6 +50,12 @@ pub(crate) enum Stop {
     FrontGone,
 }
 
+impl Stop {
+    fn failed(error: impl std::error::Error) -> Stop {
+        Stop::Failed(error.to_string())
+    }
+}
+
 impl From<io::Error> for Stop {
     fn from(error: io::Error) -> Stop {
         match error.kind() {
@@ -152,7 +158,7 @@ impl<T: Transport> Supervisor<T> {
         let prepared = self.prepared.take().ok_or_else(missing)?;
         self.processes.limit(limits.memory);
         let used = self.processes.cpu_of(self.runner.pid);
-        prepared.ceilings.apply(&self.runner, &limits, used).map_err(Stop::Failed)?;
+        prepared.ceilings.apply(&self.runner, &limits, used).map_err(Stop::failed)?;
         Ok(Some(Born { identity, limits, ceilings: prepared.ceilings, env: request.env }))
     }
 

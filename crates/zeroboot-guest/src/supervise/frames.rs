@@ -84,5 +84,5 @@ pub(crate) fn flush(out: &mut Vec<u8>, transport: &mut impl Transport) -> io::Re
 
 /// The next whole frame.
 pub(super) fn next(decoder: &mut Decoder) -> Result<Option<(Kind, &[u8])>, Stop> {
-    decoder.next_frame().map_err(|error| Stop::Failed(error.to_string()))
+    decoder.next_frame().map_err(Stop::failed)
 }

@@ -76,8 +76,7 @@ impl<T: Transport> Supervisor<T> {
         let mut request = Request::default();
         loop {
             while let Some((kind, payload)) = next(&mut self.from_front)? {
-                let malformed = |error: zeroboot_proto::PayloadError| Stop::Failed(error.to_string());
-                match Command::decode(kind, payload).map_err(malformed)? {
+                match Command::decode(kind, payload).map_err(Stop::failed)? {
                     Command::Limits(limits) => request.limits = Some(limits),
                     Command::Identity(identity) => {
                         self.place.apply_identity(&identity).map_err(Stop::Failed)?;
@@ -95,7 +94,7 @@ impl<T: Transport> Supervisor<T> {
                         encode(&mut self.control_out, kind, payload);
                     }
                     Command::Code(_) => encode(&mut self.control_out, kind, payload),
-                    Command::Put(chunk) => self.files.put(&chunk).map_err(Stop::Failed)?,
+                    Command::Put(chunk) => self.files.put(&chunk).map_err(Stop::failed)?,
                     Command::Get(path) => request.wanted.push(path.to_vec()),
                     Command::Stdin(bytes) => {
                         if self.stdin.len() + bytes.len() > STDIN_EARLY {

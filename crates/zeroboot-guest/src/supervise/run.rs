@@ -53,7 +53,7 @@ impl<T: Transport> Supervisor<T> {
         let limits = request.limits.ok_or_else(|| Stop::Failed("Run came without Limits".into()))?;
         let prepared = self.prepared.take().ok_or_else(|| Stop::Failed("Run came before Ready".into()))?;
         let cpu_before = self.processes.cpu_of(self.runner.pid);
-        prepared.ceilings.apply(&self.runner, &limits, cpu_before).map_err(Stop::Failed)?;
+        prepared.ceilings.apply(&self.runner, &limits, cpu_before).map_err(Stop::failed)?;
         self.processes.limit(limits.memory);
         encode(&mut self.control_out, Kind::Run, &[]);
         let started = Instant::now();
@@ -228,7 +228,7 @@ impl<T: Transport> Supervisor<T> {
             let (kind, payload) = match self.from_runner.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(()),
-                Err(error) if !run.begun => return Err(Stop::Failed(error.to_string())),
+                Err(error) if !run.begun => return Err(Stop::failed(error)),
                 Err(_) => {
                     // The program got hold of the pipe and wrote garbage: it is not listened to any more.
                     self.control_ended = true;
