@@ -21,6 +21,23 @@ const REMOVALS: u32 = 100;
 const BETWEEN_REMOVALS: Duration = Duration::from_millis(20);
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
+/// Why no groups can be made on this host.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NoCgroups {
+    #[error("this host has no cgroup v2")]
+    Absent,
+    #[error("cgroup v2 is not mounted at /sys/fs/cgroup")]
+    NotMounted,
+    /// With each group that was tried.
+    #[error("{}", reasons(.0))]
+    Refused(Vec<(PathBuf, io::Error)>),
+}
+
+fn reasons(tried: &[(PathBuf, io::Error)]) -> String {
+    let each: Vec<String> = tried.iter().map(|(base, error)| format!("{}: {error}", base.display())).collect();
+    each.join("; ")
+}
+
 /// The right to make groups.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
@@ -28,27 +45,27 @@ pub(crate) struct Cgroups {
 }
 
 impl Cgroups {
-    /// Zeroboot's own parent group with all three controllers; the reason if the host does not allow it.
-    pub(crate) fn claim() -> Result<Cgroups, String> {
+    /// Zeroboot's own parent group with all three controllers.
+    pub(crate) fn claim() -> Result<Cgroups, NoCgroups> {
         let root = Path::new("/sys/fs/cgroup");
         let own = fs::read_to_string("/proc/self/cgroup")
             .ok()
             .and_then(|text| text.lines().find_map(|line| line.strip_prefix("0::").map(str::to_owned)))
-            .ok_or("this host has no cgroup v2")?;
+            .ok_or(NoCgroups::Absent)?;
         if !root.join("cgroup.controllers").exists() {
-            return Err("cgroup v2 is not mounted at /sys/fs/cgroup".into());
+            return Err(NoCgroups::NotMounted);
         }
         let own = root.join(own.trim_start_matches('/'));
         // A delegated group (systemd's Delegate=yes) first, the root (as root, in no service) second.
-        let mut reasons = Vec::new();
+        let mut refused = Vec::new();
         for base in [own.as_path(), root] {
             sweep(base);
             match claim_below(base) {
                 Ok(parent) => return Ok(Cgroups { parent }),
-                Err(error) => reasons.push(format!("{}: {error}", base.display())),
+                Err(error) => refused.push((base.to_owned(), error)),
             }
         }
-        Err(reasons.join("; "))
+        Err(NoCgroups::Refused(refused))
     }
 
     /// A group for one sandbox and the descriptor through which a worker enters it.

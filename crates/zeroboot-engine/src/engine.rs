@@ -172,7 +172,7 @@ impl Engine {
     pub fn begin(config: EngineConfig) -> Result<Engine, StartError> {
         let (cgroups, cgroup_obstacle) = match config.cgroups.then(Cgroups::claim) {
             Some(Ok(cgroups)) => (Some(cgroups), None),
-            Some(Err(reason)) => (None, Some(reason)),
+            Some(Err(error)) => (None, Some(error.to_string())),
             None => (None, Some("switched off".into())),
         };
         let reaper = Reaper::start();

@@ -1,23 +1,33 @@
 //! An exec under way: frames in, events out.
+//!
+//! | file | duty |
+//! |---|---|
+//! | `outgoing.rs` | the request as frames |
+//! | `incoming.rs` | the sandbox's frames, and what they mean |
+//! | `files.rs` | output files, put together from chunks |
+
+mod files;
+mod incoming;
+mod outgoing;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::VecDeque,
     io,
     pin::Pin,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::{io::Interest, sync::mpsc, time::Sleep};
 use uuid::Uuid;
-use zeroboot_proto::{
-    Ending, ExitReport, FileChunk, Identity, Kind, MAX_PAYLOAD, Message, encode,
-    pattern::{MAX_FOUND, is_meant},
-};
+use zeroboot_proto::{ExitReport, Kind, encode};
 
+use self::files::OutputFiles;
+pub(crate) use self::outgoing::identity;
+pub use self::outgoing::request_frames;
 use crate::{
-    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, OutputFile, Report, Stdin, reaper::Watched,
-    request::check_path, worker::Worker,
+    Collected, Event, ExecError, ExecRequest, Isolation, Limits, Outcome, Report, Stdin, reaper::Watched,
+    worker::Worker,
 };
 
 /// Time after its deadline within which a sandbox must report its end, before the server kills it.
@@ -47,12 +57,7 @@ pub struct Execution {
     started: bool,
     lost: bool,
     output: u64,
-    wanted: Vec<Wanted>,
-    /// Files that patterns and directories have brought.
-    found: HashSet<String>,
-    files: HashMap<String, Vec<u8>>,
-    file_bytes: u64,
-    last_file: Option<String>,
+    files: OutputFiles,
     span: tracing::Span,
     /// At `kill_at`.
     timer: Pin<Box<Sleep>>,
@@ -83,6 +88,7 @@ impl Execution {
         };
         let sent = Instant::now();
         let kill_at = sent + request.limits.timeout + GRACE;
+        let files = OutputFiles::new(std::mem::take(&mut request.output_files), request.limits.output_files);
         let watched = worker.kill_after(kill_at + UNWATCHED);
         Ok(Execution {
             id,
@@ -101,14 +107,7 @@ impl Execution {
             started: false,
             lost: false,
             output: 0,
-            wanted: std::mem::take(&mut request.output_files)
-                .into_iter()
-                .map(|path| Wanted { path, met: false })
-                .collect(),
-            found: HashSet::new(),
-            files: HashMap::new(),
-            file_bytes: 0,
-            last_file: None,
+            files,
             span: tracing::info_span!("exec.run", %id),
             timer: Box::pin(tokio::time::sleep_until(kill_at.into())),
             hint: None,
@@ -233,7 +232,6 @@ impl Execution {
 
     fn end(&mut self, outcome: Outcome, report: Option<ExitReport>) {
         let exec_time = self.sent.elapsed();
-        self.finish_file();
         // From here on the sandbox ends on its own time: killed, waited for and cleared away elsewhere.
         match self.worker.take() {
             // Its last frame is here.
@@ -241,10 +239,7 @@ impl Execution {
             other => drop(other),
         }
         self.stdin = None;
-        for Wanted { path, .. } in std::mem::take(&mut self.wanted).into_iter().filter(|wanted| !wanted.met) {
-            let data = Err("the sandbox ended before it was read".to_owned());
-            self.queue.push_back(Event::File(OutputFile { path, data }));
-        }
+        self.files.end(&mut self.queue);
         self.queue.push_back(Event::End(Report {
             outcome,
             lost: self.lost,
@@ -256,120 +251,6 @@ impl Execution {
             peak_memory: report.map_or(0, |r| r.peak_memory),
             hint: self.hint.take(),
         }));
-    }
-
-    /// Turns the frames that are there into events.
-    fn take_frames(&mut self) -> Result<(), ExecError> {
-        // At most a few at a time, so that a flood is passed on as it comes.
-        while self.queue.len() < 16 {
-            let Some(worker) = &mut self.worker else { return Ok(()) };
-            let step = match worker.decoder.next_frame() {
-                Ok(None) => return Ok(()),
-                Err(error) => Step::Broken(error.to_string()),
-                Ok(Some((kind, payload))) => match Message::decode(kind, payload) {
-                    Err(error) => Step::Broken(error.to_string()),
-                    Ok(Message::Started) if !self.started => Step::Started,
-                    Ok(Message::Stdout(bytes)) if self.started => {
-                        Step::Output(Event::Stdout(Bytes::copy_from_slice(bytes)))
-                    }
-                    Ok(Message::Stderr(bytes)) if self.started => {
-                        Step::Output(Event::Stderr(Bytes::copy_from_slice(bytes)))
-                    }
-                    Ok(Message::File(chunk)) if self.started => Step::File {
-                        path: String::from_utf8_lossy(chunk.path).into_owned(),
-                        data: chunk.data.to_vec(),
-                        append: chunk.append,
-                        failed: chunk.failed,
-                    },
-                    // A limit can pass while the identity is still being applied.
-                    Ok(Message::Exit(report)) if self.started || !matches!(report.ending, Ending::Exited(_)) => {
-                        Step::Exit(report)
-                    }
-                    Ok(Message::Hint(text)) if self.started && self.hint.is_none() => Step::Hint(text.into()),
-                    // A VM's worker says it once; nobody else has a guest.
-                    Ok(Message::Crash(why)) if self.isolation == Isolation::Vm && !self.crash_heard => {
-                        Step::Crash(String::from_utf8_lossy(why).chars().take(600).collect())
-                    }
-                    Ok(Message::Failure(text)) => Step::Broken(text.to_owned()),
-                    // The kind alone: a payload is the code's own words.
-                    Ok(_) => Step::Broken(format!("it sent {kind:?} out of turn")),
-                },
-            };
-            match step {
-                Step::Started => {
-                    self.started = true;
-                    self.queue.push_back(Event::Started);
-                }
-                Step::Output(event) => {
-                    if let Event::Stdout(bytes) | Event::Stderr(bytes) = &event {
-                        self.output += bytes.len() as u64;
-                    }
-                    if self.output > self.limits.output.saturating_add(OUTPUT_SLACK) {
-                        self.end(Outcome::OutputLimit, None);
-                        return Ok(());
-                    }
-                    self.queue.push_back(event);
-                }
-                Step::File { path, data, append, failed } => {
-                    if let Some(reason) = self.take_file(path, data, append, failed) {
-                        return self.broken(reason);
-                    }
-                }
-                Step::Hint(hint) => self.hint = Some(hint),
-                Step::Crash(reason) => {
-                    self.crash_heard = true;
-                    tracing::warn!(exec_id = %self.id, ?reason, "the guest crashed");
-                }
-                Step::Exit(report) => self.end(outcome(report.ending), Some(report)),
-                Step::Broken(reason) => return self.broken(&reason),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a chunk of an output file. A reason if it is not one that was asked for, or too much.
-    fn take_file(&mut self, path: String, data: Vec<u8>, append: bool, failed: bool) -> Option<&'static str> {
-        if append {
-            if self.last_file.as_ref() != Some(&path) {
-                return Some("it continued a file that it had not begun");
-            }
-        } else {
-            self.finish_file();
-            if let Some(at) = self.wanted.iter().position(|wanted| wanted.path == path) {
-                self.wanted.swap_remove(at);
-            } else if !self.is_found(&path) {
-                return Some("it sent a file that was not asked for");
-            }
-            let means = |wanted: &&mut Wanted| is_meant(wanted.path.as_bytes(), path.as_bytes());
-            self.wanted.iter_mut().filter(means).for_each(|wanted| wanted.met = true);
-        }
-        if failed {
-            let reason = String::from_utf8_lossy(&data).chars().take(200).collect();
-            self.last_file = None;
-            self.files.remove(&path);
-            self.queue.push_back(Event::File(OutputFile { path, data: Err(reason) }));
-            return None;
-        }
-        self.file_bytes += data.len() as u64;
-        if self.file_bytes > self.limits.output_files.saturating_add(OUTPUT_SLACK) {
-            return Some("its files are above their limit");
-        }
-        self.files.entry(path.clone()).or_default().extend_from_slice(&data);
-        self.last_file = Some(path);
-        None
-    }
-
-    /// Whether a pattern or a directory means it, for the first time. The path becomes a file's name with the caller.
-    fn is_found(&mut self, path: &str) -> bool {
-        let meant = self.wanted.iter().any(|wanted| is_meant(wanted.path.as_bytes(), path.as_bytes()));
-        meant && check_path(path).is_ok() && self.found.len() < MAX_FOUND && self.found.insert(path.to_owned())
-    }
-
-    fn finish_file(&mut self) {
-        if let Some(path) = self.last_file.take() {
-            let data = Bytes::from(self.files.remove(&path).unwrap_or_default());
-            self.queue.push_back(Event::File(OutputFile { path, data: Ok(data) }));
-        }
     }
 
     /// Reads everything.
@@ -390,105 +271,11 @@ impl Execution {
     }
 }
 
-/// A path of `output_files`.
-#[derive(Debug)]
-struct Wanted {
-    path: String,
-    /// It was a pattern or a directory, and a file came of it.
-    met: bool,
-}
-
-enum Step {
-    Started,
-    Output(Event),
-    File { path: String, data: Vec<u8>, append: bool, failed: bool },
-    Hint(Box<str>),
-    Crash(String),
-    Exit(ExitReport),
-    Broken(String),
-}
-
-fn outcome(ending: Ending) -> Outcome {
-    match ending {
-        Ending::Exited(code) => Outcome::Exited { code },
-        Ending::Signaled(signal) => Outcome::Signaled { signal },
-        Ending::DeadlinePassed => Outcome::DeadlinePassed,
-        Ending::CpuLimit => Outcome::CpuLimit,
-        Ending::OutputLimit => Outcome::OutputLimit,
-        Ending::OutOfMemory(code) => Outcome::OutOfMemory { code },
-        Ending::Crashed => Outcome::Crashed,
-    }
-}
-
 async fn next_stdin(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
     match stdin {
         Some(receiver) => receiver.recv().await,
         None => std::future::pending().await,
     }
-}
-
-/// A fresh identity.
-pub(crate) fn identity(id: Uuid) -> io::Result<Identity> {
-    let mut entropy = [0; 64];
-    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
-    Ok(Identity { entropy, realtime_ns: now.as_nanos() as u64, sandbox_id: *id.as_bytes() })
-}
-
-/// The whole request as the frames that a sandbox takes, with a fresh identity.
-pub fn request_frames(request: &ExecRequest, id: Uuid) -> io::Result<Vec<u8>> {
-    let identity = identity(id)?;
-    let limits = &request.limits;
-    let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
-    let limits = zeroboot_proto::Limits {
-        wall_ns: nanos(limits.timeout),
-        cpu_ns: nanos(limits.cpu.unwrap_or(limits.timeout)),
-        memory: limits.memory,
-        output: limits.output,
-        file_size: limits.file_size,
-        output_files: limits.output_files,
-        processes: limits.processes,
-        open_files: limits.open_files,
-    };
-    let mut out = Vec::with_capacity(request.code.len() + 1024);
-    encode(&mut out, Kind::Limits, &limits.encode());
-    encode(&mut out, Kind::Identity, &identity.encode());
-    for (key, value) in &request.env {
-        encode(&mut out, Kind::Env, format!("{key}\0{value}").as_bytes());
-    }
-    for arg in std::iter::once(&request.name).chain(&request.args) {
-        encode(&mut out, Kind::Arg, arg.as_bytes());
-    }
-    for file in &request.files {
-        let mode = if file.executable { 0o755 } else { 0o644 };
-        let path = file.path.as_bytes();
-        let mut append = false;
-        let mut rest: &[u8] = &file.data;
-        loop {
-            let (data, after) = rest.split_at(rest.len().min(MAX_PAYLOAD - FileChunk::OVERHEAD - path.len()));
-            encode(&mut out, Kind::Put, &FileChunk { path, data, mode, append, failed: false }.encode());
-            (rest, append) = (after, true);
-            if rest.is_empty() {
-                break;
-            }
-        }
-    }
-    for path in &request.output_files {
-        encode(&mut out, Kind::Get, path.as_bytes());
-    }
-    encode(&mut out, Kind::Code, &request.code);
-    encode(&mut out, Kind::Run, &[]);
-    match &request.stdin {
-        Stdin::Empty => encode(&mut out, Kind::StdinEnd, &[]),
-        Stdin::Bytes(bytes) => {
-            if !bytes.is_empty() {
-                encode(&mut out, Kind::Stdin, bytes);
-            }
-            encode(&mut out, Kind::StdinEnd, &[]);
-        }
-        Stdin::Stream => {}
-    }
-    Ok(out)
 }
 
 /// Feeds a streamed standard input. Dropping it is the end of the input.
@@ -511,6 +298,8 @@ mod tests {
         os::unix::net::UnixStream as Socket,
         process::{Child, Command},
     };
+
+    use zeroboot_proto::Ending;
 
     use super::*;
     use crate::reaper::Reaper;

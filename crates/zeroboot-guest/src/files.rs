@@ -15,6 +15,16 @@ use zeroboot_proto::{FileChunk, Kind, MAX_PAYLOAD, encode};
 /// Most entries of directories that are looked at for one pattern.
 const MAX_SEEN: usize = 100_000;
 
+/// An input file could not be written. The text comes into the host's log, so it does not have the file's name.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write an input file: {0}")]
+pub(crate) struct PutError(#[from] io::Error);
+
+/// A pattern would have to be compared with too many entries.
+#[derive(Debug, thiserror::Error)]
+#[error("the working directory has more than {} entries", MAX_SEEN)]
+struct TooManyEntries;
+
 /// The working directory.
 pub(crate) struct Files {
     root: OwnedFd,
@@ -48,16 +58,16 @@ impl Files {
         Ok(Files { root, path, owner, writing: None, put: HashMap::new(), brought: BTreeSet::new() })
     }
 
-    /// Writes one chunk. The error comes into the host's log, so it does not have the file's name.
-    pub(crate) fn put(&mut self, chunk: &FileChunk<'_>) -> Result<(), String> {
+    /// Writes one chunk.
+    pub(crate) fn put(&mut self, chunk: &FileChunk<'_>) -> Result<(), PutError> {
         let continues = matches!(&self.writing, Some((path, _)) if chunk.append && path == chunk.path);
         if !continues {
-            let file = self.create(chunk).map_err(|error| format!("cannot write an input file: {error}"))?;
+            let file = self.create(chunk)?;
             self.put.insert(chunk.path.to_vec(), None);
             self.writing = Some((chunk.path.to_vec(), file));
         }
         let Some((_, file)) = &mut self.writing else { return Ok(()) };
-        file.write_all(chunk.data).map_err(|error| format!("cannot write an input file: {error}"))
+        Ok(file.write_all(chunk.data)?)
     }
 
     /// No more `put`.
@@ -165,7 +175,7 @@ impl Files {
 
     /// The files below the working directory that are meant, in order, without those that were put in and stayed as they
     /// were. Symbolic links are not followed. Called when no process of the sandbox is left.
-    fn find(&self, pattern: &[u8]) -> Result<BTreeSet<Vec<u8>>, String> {
+    fn find(&self, pattern: &[u8]) -> Result<BTreeSet<Vec<u8>>, TooManyEntries> {
         let mut found = BTreeSet::new();
         let mut waiting = vec![Vec::new()];
         let mut seen = 0;
@@ -186,7 +196,7 @@ impl Files {
                 }
                 seen += 1;
                 if seen > MAX_SEEN {
-                    return Err(format!("the working directory has more than {MAX_SEEN} entries"));
+                    return Err(TooManyEntries);
                 }
                 let stat = rustix::fs::statat(&self.root, OsStr::from_bytes(&path), AtFlags::SYMLINK_NOFOLLOW);
                 let Ok(stat) = stat else { continue };
@@ -237,7 +247,7 @@ impl Files {
         let found = match self.find(path) {
             Ok(found) if found.is_empty() => return refuse("no new file is meant by it"),
             Ok(found) => found,
-            Err(reason) => return refuse(&reason),
+            Err(error) => return refuse(&error.to_string()),
         };
         let new: Vec<Vec<u8>> = found.difference(&self.brought).cloned().collect();
         if self.brought.len() + new.len() > MAX_FOUND {
@@ -301,7 +311,7 @@ mod tests {
             files.put(&chunk)
         };
         put("secret").unwrap();
-        let error = put("secret/secret").unwrap_err();
+        let error = put("secret/secret").unwrap_err().to_string();
         assert!(error.starts_with("cannot write an input file: ") && !error.contains("secret"), "{error}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use zeroboot_proto::Limits;
 
@@ -10,6 +11,14 @@ use crate::runner::Runner;
 
 const RESOURCES: [Resource; 6] =
     [Resource::Core, Resource::Fsize, Resource::Nofile, Resource::Nproc, Resource::Data, Resource::Cpu];
+
+/// The kernel refused a limit.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot set the limit for {what}: {source}")]
+pub(crate) struct LimitError {
+    what: &'static str,
+    source: Errno,
+}
 
 /// What the limits start from. Nothing changes it between `Ready` and `Run`, so it is found out at `Ready`.
 pub(crate) struct Ceilings {
@@ -32,10 +41,9 @@ impl Ceilings {
     }
 
     /// Sets the limits on the runner, whose children inherit them. `used` is its CPU time until now.
-    pub(crate) fn apply(&self, runner: &Runner, limits: &Limits, used: Duration) -> Result<(), String> {
+    pub(crate) fn apply(&self, runner: &Runner, limits: &Limits, used: Duration) -> Result<(), LimitError> {
         for (resource, limit, what) in self.of(limits, used, self.data) {
-            prlimit(Some(runner.pid), resource, limit)
-                .map_err(|error| format!("cannot set the limit for {what}: {error}"))?;
+            prlimit(Some(runner.pid), resource, limit).map_err(|source| LimitError { what, source })?;
         }
         Ok(())
     }

@@ -27,23 +27,32 @@ const ARGV: &str = "/etc/zeroboot/argv";
 /// Asks the runner to say its program's status and to stop itself, instead of ending: see
 /// [`zeroboot_proto::ENDED`].
 const LINGER: &str = "ZEROBOOT_LINGER";
+
+/// Why the machine cannot serve a request.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what}: {source}")]
+struct StartError {
+    what: String,
+    source: io::Error,
+}
+
 /// Runs the machine. Returns only to end it: the end of PID 1 is a panic of the kernel, which the host sees
 /// at once.
 pub(crate) fn main() -> u8 {
     let reason = match run() {
-        Ok(Stop::Failed(reason)) => reason,
-        // In a VM the front cannot go: the host ends the VM.
-        Ok(Stop::FrontGone) | Err(None) => String::new(),
-        Err(Some(reason)) => reason,
+        Err(error) => error.to_string(),
+        Ok(Err(Stop::Failed(reason))) => reason,
+        // In a VM the front cannot go, and the last ring never returns: the host ends the VM.
+        Ok(Err(Stop::FrontGone) | Ok(())) => String::new(),
     };
     vm::console(&format!("zeroboot: {reason}"));
     1
 }
 
-fn run() -> Result<Stop, Option<String>> {
+fn run() -> Result<Result<(), Stop>, StartError> {
     let step = |what: &str| {
         let what = what.to_owned();
-        move |error: io::Error| Some(format!("cannot {what}: {error}"))
+        move |source: io::Error| StartError { what, source }
     };
     let vm = Vm::start().map_err(step("start the machine"))?;
     let mut env = Place::Vm.environ().map_err(step(&format!("read {ENVIRON}")))?;
@@ -62,11 +71,7 @@ fn run() -> Result<Stop, Option<String>> {
     fs::write("/proc/self/oom_score_adj", "-1000").map_err(step("be spared when memory runs out"))?;
     let files = Files::new(Path::new(HOME), Some(USER)).map_err(step("open the working directory"))?;
     let mailbox = Mailbox { vm, ready: false, input: Vec::new(), cut: 0 };
-    match Supervisor::new(mailbox, Place::Vm, runner, processes, files).serve() {
-        Err(stop) => Ok(stop),
-        // The last ring never returns.
-        Ok(()) => Err(None),
-    }
+    Ok(Supervisor::new(mailbox, Place::Vm, runner, processes, files).serve())
 }
 
 /// Frames through the mailbox.

@@ -14,8 +14,8 @@ use rustix::process::{Pid, PidfdFlags};
 
 use crate::sys;
 
-/// The descriptor on which a runner hears the agent. It speaks on the next one.
-const CONTROL_FD: i32 = 3;
+/// First of the two descriptors of a runner's control pipes: it hears the agent there, and speaks on the next one.
+const RUNNER_CONTROL: i32 = 3;
 
 /// A live runner.
 pub(crate) struct Runner {
@@ -91,7 +91,7 @@ impl Runner {
         if let Some((uid, gid)) = spawn.user {
             command.uid(uid).gid(gid);
         }
-        sys::give_descriptors(&mut command, [control_in_theirs, control_out_theirs], CONTROL_FD);
+        sys::give_descriptors(&mut command, [control_in_theirs, control_out_theirs], RUNNER_CONTROL);
         (spawn.prepare)(&mut command);
         let child = command.spawn()?;
         // Dropping `Child` neither waits nor kills: the supervisor reaps every process itself.

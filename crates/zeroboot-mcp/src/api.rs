@@ -14,16 +14,26 @@ const KEPT: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').r
 /// Whose request it is: the head of the MCP client's own one, where that came over HTTP.
 pub type Asker = Option<Arc<Parts>>;
 
+/// Why a request has no answer, in words for the asker.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NoAnswer(pub String);
+
+/// Why a session may not begin, in words for the asker.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NoSession(pub String);
+
 /// What [`Api::send`] gives.
-pub type Sent<'a> = Pin<Box<dyn Future<Output = Result<Response<Bytes>, String>> + Send + 'a>>;
+pub type Sent<'a> = Pin<Box<dyn Future<Output = Result<Response<Bytes>, NoAnswer>> + Send + 'a>>;
 
 /// The HTTP API of a Zeroboot server, in this process or at the other end of a connection.
 pub trait Api: Send + Sync + 'static {
-    /// Sends a request in the name of `asker`; gives any answer. The error says why there is none.
+    /// Sends a request in the name of `asker`; gives any answer.
     fn send<'a>(&'a self, asker: &'a Asker, request: Request<Bytes>) -> Sent<'a>;
 
-    /// A session of `asker` begins; what this gives is dropped when it has ended. The error says why there may be none.
-    fn begin(&self, _asker: &Asker) -> Result<Box<dyn std::any::Any + Send>, String> {
+    /// A session of `asker` begins; what this gives is dropped when it has ended.
+    fn begin(&self, _asker: &Asker) -> Result<Box<dyn std::any::Any + Send>, NoSession> {
         Ok(Box::new(()))
     }
 }
@@ -109,7 +119,11 @@ impl Client {
                 request = request.header(name, *value);
             }
             let request = request.body(body.clone()).map_err(|error| Failure::new("bad_path", error.to_string()))?;
-            let answer = self.api.send(&self.asker, request).await.map_err(|cause| Failure::new("no_answer", cause))?;
+            let answer = self
+                .api
+                .send(&self.asker, request)
+                .await
+                .map_err(|NoAnswer(cause)| Failure::new("no_answer", cause))?;
             let status = answer.status();
             if status.is_success() {
                 return Ok(answer.into_body());

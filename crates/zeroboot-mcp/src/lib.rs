@@ -8,6 +8,6 @@ mod session;
 mod show;
 mod tools;
 
-pub use api::{Api, Asker, Sent, checkpoint, path, query};
+pub use api::{Api, Asker, NoAnswer, NoSession, Sent, checkpoint, path, query};
 pub use session::Session;
 pub use tools::Mcp;

@@ -21,7 +21,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    api::{Api, Client, Failure, file, path},
+    api::{Api, Client, Failure, NoSession, file, path},
     session::{Fresh, Session, end},
     show,
 };
@@ -526,7 +526,7 @@ impl ServerHandler for Mcp {
         context: Context,
     ) -> Result<InitializeResult, ErrorData> {
         let asker = self.client(&context).asker;
-        let ticket = self.api.begin(&asker).map_err(|text| ErrorData::invalid_request(text, None))?;
+        let ticket = self.api.begin(&asker).map_err(|NoSession(text)| ErrorData::invalid_request(text, None))?;
         self.session.begin(ticket);
         context.peer.set_peer_info(request.clone());
         self.negotiate_initialize(&request)

@@ -14,6 +14,7 @@ use std::{fs, io, path::PathBuf};
 
 use rustix::{
     fs::{Access, AtFlags, CWD},
+    io::Errno,
     rand::GetRandomFlags,
     thread::CapabilitySet,
 };
@@ -34,15 +35,32 @@ const ZYGOTES: u32 = 1_800_000_000;
 /// Fewest subordinate ids for which a map is made. With fewer, sandboxes would share them.
 const FEWEST: u32 = 1024;
 
+/// Why there are no ids for sandboxes.
+#[derive(Debug, thiserror::Error)]
+enum NoIds {
+    #[error("{0}")]
+    Random(#[source] Errno),
+    #[error("this container has no ids for them")]
+    Container,
+    #[error(
+        "CAP_SETUID and CAP_SETGID are not ambient, and user {0} has no subordinate ids in /etc/subuid and /etc/subgid"
+    )]
+    NoRange(u32),
+    #[error("CAP_SETUID and CAP_SETGID are not ambient, and newuidmap is not installed")]
+    NoHelper,
+    #[error("CAP_SETUID and CAP_SETGID are not ambient, and newuidmap cannot work with no_new_privs")]
+    NoNewPrivs,
+}
+
 /// Why sandboxes of a server that is started like this process would share a user of the host; `None`: each has its own.
 pub fn shared_because() -> Option<String> {
-    find().err()
+    find().err().map(|error| error.to_string())
 }
 
 /// Block and source of the ids that can be had here.
-fn find() -> Result<(u32, IdSource), String> {
+fn find() -> Result<(u32, IdSource), NoIds> {
     let mut random = [0; 4];
-    rustix::rand::getrandom(&mut random, GetRandomFlags::empty()).map_err(|error| error.to_string())?;
+    rustix::rand::getrandom(&mut random, GetRandomFlags::empty()).map_err(NoIds::Random)?;
     let block = u32::from_le_bytes(random) % BLOCKS;
     let start = BASE + block * COUNT;
     let may = rustix::thread::capabilities(None).is_ok_and(|own| own.effective.contains(ids_capabilities()));
@@ -51,24 +69,23 @@ fn find() -> Result<(u32, IdSource), String> {
         return if all("/proc/self/uid_map") && all("/proc/self/gid_map") {
             Ok((block, IdSource::Capabilities(Ids { users: start, groups: start, count: COUNT })))
         } else {
-            Err("this container has no ids for them".into())
+            Err(NoIds::Container)
         };
     }
-    let wanted = "CAP_SETUID and CAP_SETGID are not ambient, and";
     let user = rustix::process::getuid().as_raw();
     let range = |file: &str| subordinate(&fs::read_to_string(file).unwrap_or_default(), user);
     let (Some(users), Some(groups)) = (range("/etc/subuid"), range("/etc/subgid")) else {
-        return Err(format!("{wanted} user {user} has no subordinate ids in /etc/subuid and /etc/subgid"));
+        return Err(NoIds::NoRange(user));
     };
     let on_path = |name: &str| {
         let search = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
         std::env::split_paths(&search).map(|dir| dir.join(name)).find(|path| path.is_file())
     };
     let (Some(newuidmap), Some(newgidmap)) = (on_path("newuidmap"), on_path("newgidmap")) else {
-        return Err(format!("{wanted} newuidmap is not installed"));
+        return Err(NoIds::NoHelper);
     };
     if rustix::thread::no_new_privs().unwrap_or(true) {
-        return Err(format!("{wanted} newuidmap cannot work with no_new_privs"));
+        return Err(NoIds::NoNewPrivs);
     }
     let ids = Ids { users: users.0, groups: groups.0, count: users.1.min(groups.1).min(COUNT) };
     Ok((block, IdSource::Subordinate { ids, newuidmap, newgidmap }))

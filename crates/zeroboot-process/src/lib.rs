@@ -26,5 +26,5 @@ pub use discover::{DiscoverError, HostRuntime, node, python};
 pub use environment::{EnvironmentError, node_environment, python_environment};
 pub use ids::shared_because;
 pub use layout::{AGENT, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON};
-pub use serve::{Freeze, ServeError, serve};
+pub use serve::{Freeze, ServeError, Served, serve};
 pub use zygote::{Assets, ZygoteConfig, run_zygote, serve_python};

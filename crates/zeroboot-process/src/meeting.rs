@@ -168,8 +168,6 @@ fn encode(known: &Known) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
-
     use std::{
         os::unix::{fs::PermissionsExt as _, net::UnixListener},
         time::Duration,

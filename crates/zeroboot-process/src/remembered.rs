@@ -148,8 +148,6 @@ fn behind_shim_in(program: &Path, named: Option<&str>, here: &Path) -> Option<Pa
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use std::{cell::Cell, convert::Infallible, time::Duration};
 
     use super::*;

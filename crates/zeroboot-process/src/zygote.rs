@@ -17,7 +17,7 @@ use zeroboot_sys::{
 use crate::{
     ids, image,
     layout::{self, AGENT, CONTEXT, ENVIRON, HOME, PYFORK, RUNNER_NODE, RUNNER_PYTHON},
-    serve::{ServeError, serve},
+    serve::{ServeError, Served, serve},
 };
 
 /// Most bytes that warming may write to each of its directories.
@@ -159,7 +159,7 @@ fn serve_here() -> Result<(), ServeError> {
         .ok_or_else(|| ServeError::Io("no control channel".into(), io::Error::from_raw_os_error(9)))?;
     ready()?;
     // There is nothing warm to share: each runner becomes Node by exec.
-    if !serve(&control, None)? {
+    if serve(&control, None)? == Served::FrontGone {
         process::exit_now(0);
     }
     std::mem::forget(control);
@@ -255,8 +255,8 @@ pub fn serve_python(control: i32) {
     let Some(control) = process::inherited_fd(control) else { process::exit_now(125) };
     let first = if Path::new(layout::IMAGE_AT_ONCE).exists() { 0 } else { IMAGE_BEFORE };
     match ready().and_then(|()| serve(&control, Some((image::freeze, first)))) {
-        Ok(true) => std::mem::forget(control),
-        Ok(false) => process::exit_now(0),
+        Ok(Served::Runner) => std::mem::forget(control),
+        Ok(Served::FrontGone) => process::exit_now(0),
         Err(error) => {
             let mut frame = Vec::new();
             zeroboot_proto::encode(&mut frame, Kind::Failure, error.to_string().as_bytes());

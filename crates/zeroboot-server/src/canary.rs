@@ -1,7 +1,10 @@
 //! Whether a template can really run code: a small exec, and its cached result.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,8 +28,32 @@ const BUSY_GRACE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
     pub(crate) at: Instant,
-    /// Why it failed.
-    pub(crate) result: Result<(), String>,
+    pub(crate) result: Result<(), CanaryError>,
+}
+
+/// Why a canary did not pass.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum CanaryError {
+    #[error("every sandbox is in use, and nothing came to an outcome lately")]
+    Busy,
+    #[error("the canary took too long")]
+    TooLong,
+    /// Shared, since a result is told to all who ask for it.
+    #[error("{0}")]
+    Exec(Arc<ExecError>),
+    #[error("the canary ended as {0}")]
+    Ended(&'static str),
+    #[error("the canary's output is wrong")]
+    WrongOutput,
+}
+
+impl From<ExecError> for CanaryError {
+    fn from(error: ExecError) -> CanaryError {
+        match error {
+            ExecError::Busy { .. } => CanaryError::Busy,
+            other => CanaryError::Exec(Arc::new(other)),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -134,8 +161,8 @@ impl Canary {
         // In traces, its steps are under a name of their own.
         let run = self.run(backend).instrument(tracing::debug_span!("canary", template = self.template));
         let outcome = tokio::time::timeout(TIMEOUT, run).await;
-        let mut result = outcome.unwrap_or_else(|_| Err(Failure::Failed("the canary took too long".into())));
-        if let Err(Failure::Busy) = result {
+        let mut result = outcome.unwrap_or(Err(CanaryError::TooLong));
+        if let Err(CanaryError::Busy) = result {
             let worked = *self.worked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if worked.max(last.passed).is_some_and(|at| at.elapsed() < BUSY_GRACE) {
                 result = Ok(());
@@ -143,47 +170,28 @@ impl Canary {
         } else if result.is_ok() {
             last.passed = Some(Instant::now());
         }
-        let result = result.map_err(|failure| match failure {
-            Failure::Busy => "every sandbox is in use, and nothing came to an outcome lately".to_owned(),
-            Failure::Failed(reason) => reason,
-        });
-        if let Err(reason) = &result {
-            tracing::warn!(template = self.template, reason, "the canary failed");
+        if let Err(error) = &result {
+            tracing::warn!(template = self.template, reason = error.to_string(), "the canary failed");
         }
         last.health.insert(Health { at: Instant::now(), result }).clone()
     }
 
-    async fn run(&self, backend: &Backend) -> Result<(), Failure> {
-        let failed = |error: ExecError| match error {
-            ExecError::Busy { .. } => Failure::Busy,
-            other => Failure::Failed(other.to_string()),
-        };
+    async fn run(&self, backend: &Backend) -> Result<(), CanaryError> {
         let mut request = ExecRequest::new(self.template.clone(), self.code);
         request.limits.timeout = TIMEOUT;
         request.limits.memory = self.memory;
-        let mut run = backend.exec(request).await.map_err(failed)?;
+        let mut run = backend.exec(request).await?;
         let mut output = Vec::new();
-        while let Some(event) = run.next().await.map_err(failed)? {
+        while let Some(event) = run.next().await? {
             match event {
                 Event::Stdout(bytes) if output.len() < 100 => output.extend_from_slice(&bytes),
                 Event::End(report) if report.outcome == (Outcome::Exited { code: 0 }) => {}
-                Event::End(report) => {
-                    return Err(Failure::Failed(format!("the canary ended as {}", report.outcome.as_str())));
-                }
+                Event::End(report) => return Err(CanaryError::Ended(report.outcome.as_str())),
                 _ => {}
             }
         }
-        if output == b"zeroboot-canary 42\n" {
-            Ok(())
-        } else {
-            Err(Failure::Failed("the canary's output is wrong".into()))
-        }
+        if output == b"zeroboot-canary 42\n" { Ok(()) } else { Err(CanaryError::WrongOutput) }
     }
-}
-
-enum Failure {
-    Busy,
-    Failed(String),
 }
 
 #[cfg(test)]

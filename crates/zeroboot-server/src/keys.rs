@@ -126,8 +126,8 @@ pub enum KeyFileError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it; never its contents.
-        reason: String,
+        /// What is wrong with it.
+        reason: KeyFileFault,
     },
     /// A file in the original's format is not edited.
     #[error("the key file {0} holds plain keys in the original's format; make a new file with `zeroboot keys create`")]
@@ -138,6 +138,49 @@ pub enum KeyFileError {
     /// A rate or concurrency of zero, or an empty name.
     #[error("{0}")]
     BadKey(&'static str),
+}
+
+/// What is wrong with a key file. Never its contents.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeyFileFault {
+    /// It has too many bytes.
+    #[error("it is too large")]
+    TooLarge,
+    /// An array of something else than tokens.
+    #[error("it is neither TOML with [[key]] tables nor a JSON array of strings (JSON, line {line} column {column})")]
+    NotAnArray {
+        /// Where.
+        line: usize,
+        /// Where.
+        column: usize,
+    },
+    /// An object of another form.
+    #[error("a JSON object with \"version\" and \"key\" is expected (JSON, line {line} column {column})")]
+    NotOurJson {
+        /// Where.
+        line: usize,
+        /// Where.
+        column: usize,
+    },
+    /// TOML of another form.
+    #[error("TOML with \"version = 1\" and [[key]] tables is expected (line {line})")]
+    NotOurToml {
+        /// Where.
+        line: usize,
+    },
+    /// A file of a newer program.
+    #[error("this program does not know version {0}")]
+    Version(u32),
+    /// The token at this place of the array.
+    #[error("key {0} of the array is empty, too long or has spaces around it")]
+    BadToken(usize),
+    /// A rate or concurrency of zero.
+    #[error("{0}")]
+    BadNumber(&'static str),
+    /// Two keys with this id or with its token.
+    #[error("the key {0} occurs twice")]
+    Twice(String),
 }
 
 /// The keys of a file as they were when it was read.
@@ -167,15 +210,15 @@ impl KeyRing {
             Ok(text)
         };
         let text = read(path).map_err(|error| KeyFileError::Read(path.into(), error))?;
-        let malformed = |reason: String| KeyFileError::Malformed { path: path.into(), reason };
+        let malformed = |reason| KeyFileError::Malformed { path: path.into(), reason };
         if text.len() as u64 > MAX_FILE {
-            return Err(malformed("it is too large".into()));
+            return Err(malformed(KeyFileFault::TooLarge));
         }
         let ring = parse(&text).map_err(malformed)?;
         for (at, key) in ring.keys.iter().enumerate() {
-            check_numbers(key.rate, key.concurrency).map_err(|reason| malformed(reason.into()))?;
+            check_numbers(key.rate, key.concurrency).map_err(|reason| malformed(KeyFileFault::BadNumber(reason)))?;
             if ring.keys[..at].iter().any(|other| other.id == key.id || other.hash == key.hash) {
-                return Err(malformed(format!("the key {} occurs twice", key.id)));
+                return Err(malformed(KeyFileFault::Twice(key.id.clone())));
             }
         }
         Ok(ring)
@@ -220,35 +263,33 @@ impl KeyRing {
     }
 }
 
-fn parse(text: &str) -> Result<KeyRing, String> {
+fn parse(text: &str) -> Result<KeyRing, KeyFileFault> {
     let start = text.trim_start();
-    let at = |error: &serde_json::Error| format!("JSON, line {} column {}", error.line(), error.column());
     if start.starts_with('[') && !start.starts_with("[[") {
-        let tokens: Vec<String> = serde_json::from_str(text).map_err(|error| {
-            format!("it is neither TOML with [[key]] tables nor a JSON array of strings ({})", at(&error))
-        })?;
+        let tokens: Vec<String> = serde_json::from_str(text)
+            .map_err(|error| KeyFileFault::NotAnArray { line: error.line(), column: error.column() })?;
         let keys = tokens.iter().enumerate().map(|(at, token)| plain_key(at, token)).collect::<Result<_, _>>()?;
         return Ok(KeyRing { keys, plain: true });
     }
     let file: KeyFile = if start.starts_with('{') {
         serde_json::from_str(text)
-            .map_err(|error| format!("a JSON object with \"version\" and \"key\" is expected ({})", at(&error)))?
+            .map_err(|error| KeyFileFault::NotOurJson { line: error.line(), column: error.column() })?
     } else {
         // The parser's own words quote values; the line's number does not.
         toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-            format!("TOML with \"version = 1\" and [[key]] tables is expected (line {line})")
+            KeyFileFault::NotOurToml { line }
         })?
     };
     if file.version != 1 {
-        return Err(format!("this program does not know version {}", file.version));
+        return Err(KeyFileFault::Version(file.version));
     }
     Ok(KeyRing { keys: file.keys.into_iter().map(Arc::new).collect(), plain: false })
 }
 
-fn plain_key(at: usize, token: &str) -> Result<Arc<Key>, String> {
+fn plain_key(at: usize, token: &str) -> Result<Arc<Key>, KeyFileFault> {
     if token.trim() != token || token.is_empty() || token.len() > MAX_TOKEN {
-        return Err(format!("key {at} of the array is empty, too long or has spaces around it"));
+        return Err(KeyFileFault::BadToken(at));
     }
     Ok(Arc::new(Key {
         id: format!("plain{at}"),

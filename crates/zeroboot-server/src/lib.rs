@@ -44,7 +44,9 @@ pub use answer::answer;
 pub use config::{ConfigError, Listen, Overrides, RequestLimits, ServerConfig, TlsFiles, env, read_config};
 pub use error::ERROR_CODES;
 pub use file_config::{EngineSection, FileConfig, LimitsSection, LogSection, TemplateSection, TlsSection};
-pub use keys::{DEMO_PREFIX, E2B_PREFIX, Key, KeyFileError, KeyRing, KeyStore, LIVE_PREFIX, Lookup, NewKey};
+pub use keys::{
+    DEMO_PREFIX, E2B_PREFIX, Key, KeyFileError, KeyFileFault, KeyRing, KeyStore, LIVE_PREFIX, Lookup, NewKey,
+};
 pub use listen::TlsError;
 pub use logging::{DEFAULT_FILTER, LogError, LogGuard, init_logging, log_colours};
 pub use metrics::names as metric_names;

@@ -1,34 +1,26 @@
 //! Listening: TCP, TLS and Unix sockets, and one task for each connection.
 
-use std::{
-    fs,
-    future::poll_fn,
-    io::{self, BufReader},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
-    pin::{Pin, pin},
-    sync::{Arc, PoisonError, RwLock},
-    task::{Context, Poll},
-    time::Duration,
-};
+mod bind;
+mod stalling;
+mod tls;
+
+use std::{future::poll_fn, pin::pin, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    io::{AsyncRead, AsyncWrite},
     sync::watch,
-    time::{Sleep, sleep, timeout},
-};
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{self, pki_types::pem::PemObject as _},
+    time::{sleep, timeout},
 };
 use tower::Service as _;
 
+pub use self::tls::TlsError;
+pub(crate) use self::{bind::Bound, tls::Tls};
+use self::{bind::Stream, stalling::Stalling};
 use crate::{
     client_addr::limit_name,
-    config::{Listen, RequestLimits, TlsFiles},
+    config::RequestLimits,
     metrics::Metrics,
     peer::Peer,
     places::{Heads, Places},
@@ -38,152 +30,6 @@ use crate::{
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Most bytes of a request's head.
 const MOST_HEAD: usize = 64 * 1024;
-
-/// A bound socket.
-#[derive(Debug)]
-pub(crate) enum Bound {
-    Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
-}
-
-/// Removes a socket's file when the server ends, if the file is still ours.
-#[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    inode: u64,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
-            // Someone else may be quicker; a file that is gone is what we want.
-            fs::remove_file(&self.path).unwrap_or_default();
-        }
-    }
-}
-
-impl Bound {
-    pub(crate) async fn bind(listen: &Listen, mode: u32) -> io::Result<Bound> {
-        match listen {
-            Listen::Tcp(address) => Ok(Bound::Tcp(TcpListener::bind(address).await?)),
-            Listen::Unix(path) => bind_unix(path, mode),
-        }
-    }
-
-    /// Where it really listens: port 0 has become a number.
-    pub(crate) fn address(&self) -> io::Result<Listen> {
-        match self {
-            Bound::Tcp(listener) => listener.local_addr().map(Listen::Tcp),
-            Bound::Unix(_, file) => Ok(Listen::Unix(file.path.clone())),
-        }
-    }
-
-    async fn accept(&self) -> io::Result<(Stream, Peer)> {
-        match self {
-            Bound::Tcp(listener) => {
-                let (stream, address) = listener.accept().await?;
-                // Answers are written whole; waiting for more would only cost time.
-                stream.set_nodelay(true)?;
-                Ok((Stream::Tcp(stream), Peer { ip: Some(address.ip()), ..Peer::default() }))
-            }
-            Bound::Unix(listener, _) => Ok((Stream::Unix(listener.accept().await?.0), Peer::default())),
-        }
-    }
-}
-
-/// Binds under another name, sets the mode and renames: no process can connect before the mode is right, and a socket that
-/// a killed server left behind is replaced. One that still answers is not.
-fn bind_unix(path: &Path, mode: u32) -> io::Result<Bound> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
-        }
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another server listens there"));
-        }
-        Ok(_) => {}
-    }
-    let mut hidden = path.as_os_str().to_owned();
-    hidden.push(format!(".{}", std::process::id()));
-    let hidden = PathBuf::from(hidden);
-    match fs::remove_file(&hidden) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&hidden)?;
-    let ready = fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))
-        .and_then(|()| fs::symlink_metadata(&hidden))
-        .and_then(|metadata| fs::rename(&hidden, path).map(|()| metadata.ino()));
-    match ready {
-        Ok(inode) => Ok(Bound::Unix(listener, SocketFile { path: path.into(), inode })),
-        Err(error) => {
-            fs::remove_file(&hidden).unwrap_or_default();
-            Err(error)
-        }
-    }
-}
-
-/// The certificates now in use. New connections take the newest.
-#[derive(Debug)]
-pub(crate) struct Tls {
-    files: TlsFiles,
-    current: RwLock<Arc<rustls::ServerConfig>>,
-}
-
-/// Why certificates cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TlsError {
-    /// A file cannot be read.
-    #[error("cannot read {0}")]
-    Read(PathBuf, #[source] rustls::pki_types::pem::Error),
-    /// They do not fit together.
-    #[error("the certificate and the key cannot be used")]
-    Unfit(#[source] rustls::Error),
-}
-
-impl Tls {
-    pub(crate) fn load(files: &TlsFiles) -> Result<Tls, TlsError> {
-        Ok(Tls { files: files.clone(), current: RwLock::new(read_tls(files)?) })
-    }
-
-    pub(crate) fn reload(&self) -> Result<(), TlsError> {
-        let new = read_tls(&self.files)?;
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
-        Ok(())
-    }
-
-    fn acceptor(&self) -> TlsAcceptor {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone().into()
-    }
-}
-
-fn read_tls(files: &TlsFiles) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let open = |path: &PathBuf| {
-        let file = fs::File::open(path)
-            .map_err(|error| TlsError::Read(path.clone(), rustls::pki_types::pem::Error::Io(error)))?;
-        Ok::<_, TlsError>(BufReader::new(file))
-    };
-    let chain = CertificateDer::pem_reader_iter(open(&files.cert)?).collect::<Result<Vec<_>, _>>();
-    let chain = chain.map_err(|error| TlsError::Read(files.cert.clone(), error))?;
-    let key =
-        PrivateKeyDer::from_pem_reader(open(&files.key)?).map_err(|error| TlsError::Read(files.key.clone(), error))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
-        .map_err(TlsError::Unfit)?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
-}
-
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
 
 /// How far the server's end has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -357,99 +203,5 @@ impl Connections {
         if let Err(error) = result {
             tracing::debug!(%error, "connection ended");
         }
-    }
-}
-
-/// A stream whose writes fail if the other side takes nothing for too long.
-struct Stalling<I> {
-    io: I,
-    stall: Duration,
-    timer: Option<Pin<Box<Sleep>>>,
-}
-
-impl<I> Stalling<I> {
-    fn new(io: I, stall: Duration) -> Stalling<I> {
-        Stalling { io, stall, timer: None }
-    }
-
-    fn watch<T>(&mut self, context: &mut Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if result.is_ready() {
-            self.timer = None;
-            return result;
-        }
-        let stall = self.stall;
-        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(stall)));
-        match timer.as_mut().poll(context) {
-            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-            Poll::Pending => Poll::Pending,
-        }
-    }
-}
-
-impl<I: AsyncRead + Unpin> AsyncRead for Stalling<I> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(context, buffer)
-    }
-}
-
-impl<I: AsyncWrite + Unpin> AsyncWrite for Stalling<I> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.io).poll_write(context, bytes);
-        self.watch(context, result)
-    }
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.io).poll_write_vectored(context, slices);
-        self.watch(context, result)
-    }
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.io).poll_flush(context);
-        self.watch(context, result)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.io).poll_shutdown(context);
-        self.watch(context, result)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_unix_socket_has_its_mode_replaces_a_stale_one_and_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("s.sock");
-        let first = bind_unix(&path, 0o660).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
-        assert_eq!(bind_unix(&path, 0o660).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        let Bound::Unix(listener, file) = first else { panic!("not a Unix socket") };
-        // As after kill -9: the file stays, nobody listens.
-        std::mem::forget(file);
-        drop(listener);
-        assert!(path.exists());
-        let second = bind_unix(&path, 0o600).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        drop(second);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-    }
-
-    #[tokio::test]
-    async fn a_file_that_is_no_socket_is_not_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        fs::write(&path, "mine").unwrap();
-        assert!(bind_unix(&path, 0o660).is_err());
-        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 }

@@ -200,8 +200,8 @@ async fn prove(app: Arc<App>, manager: Arc<Manager>) {
             manager.tell("READY=1\nSTATUS=Serving");
         }
         if !ready {
-            let reasons: Vec<&str> =
-                results.iter().filter_map(|health| Some(health.result.as_ref().err()?.as_str())).collect();
+            let reasons: Vec<String> =
+                results.iter().filter_map(|health| Some(health.result.as_ref().err()?.to_string())).collect();
             // One line: another would be a message of its own.
             let reasons = reasons.join("; ").replace(char::is_control, " ");
             manager.tell(&format!("STATUS=No template runs code: {reasons}"));

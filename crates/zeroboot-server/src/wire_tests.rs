@@ -1,4 +1,8 @@
-use super::*;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{batch::BatchSeed, read::parse_as, *};
 
 fn catalog() -> Catalog {
     let pair = |name: &str, language: &str| Named { name: name.into(), language: language.into() };

@@ -4,7 +4,7 @@
 //! alternatives (BLAS), the users, the linker's cache, the compiled Python modules.
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, NulError},
     fs, io,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -12,7 +12,10 @@ use std::{
 };
 
 use serde_json::Value;
-use zeroboot_sys::{confined::Confined, jail::Filter};
+use zeroboot_sys::{
+    confined::Confined,
+    jail::{Filter, JailError},
+};
 
 use crate::{
     apt::{self, Apt, AptError, Package},
@@ -369,14 +372,30 @@ fn beside(root: &Root) -> Result<tempfile::TempDir, RootfsError> {
     tempfile::Builder::new().prefix(".installed-").tempdir_in(parent).map_err(io_error("make a directory in", parent))
 }
 
+/// Why a program of the tree did not do its work.
+#[derive(Debug, thiserror::Error)]
+enum ConfinedError {
+    #[error("no version of it")]
+    NoVersion,
+    #[error("{0}")]
+    Filter(#[source] JailError),
+    #[error("{0}")]
+    Word(#[from] NulError),
+    #[error("{0}")]
+    Run(#[source] io::Error),
+    /// The last lines that it wrote.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// The linker's cache, by the guest's own ldconfig.
-fn ldconfig(root: &Root) -> Result<(), String> {
+fn ldconfig(root: &Root) -> Result<(), ConfinedError> {
     confined(root, "/usr/sbin/ldconfig", &[], &[])
 }
 
 /// Compiles the modules with the guest's own interpreter. Only parses them, imports none.
-fn compile(root: &Root) -> Result<(), String> {
-    let version = python_version(root).ok_or("no version of it")?;
+fn compile(root: &Root) -> Result<(), ConfinedError> {
+    let version = python_version(root).ok_or(ConfinedError::NoVersion)?;
     // Files carry the hash of their source, which nobody checks: times do not survive the image.
     // -B: else what compileall itself imports is written with the time of its source, which is that of unpacking.
     let mut args: Vec<String> =
@@ -391,16 +410,15 @@ fn compile(root: &Root) -> Result<(), String> {
 }
 
 /// Runs a program of the tree, which may be anybody's, with the tree as its only files.
-fn confined(root: &Root, program: &str, args: &[String], env: &[String]) -> Result<(), String> {
-    let filter = Filter::parse(POLICY).map_err(|error| error.to_string())?;
-    let text = |text: &str| CString::new(text).map_err(|error| error.to_string());
-    let list = |list: &[String]| list.iter().map(|item| text(item)).collect::<Result<Vec<_>, _>>();
-    let (program, args, env) = (text(program)?, list(args)?, list(env)?);
+fn confined(root: &Root, program: &str, args: &[String], env: &[String]) -> Result<(), ConfinedError> {
+    let filter = Filter::parse(POLICY).map_err(ConfinedError::Filter)?;
+    let list = |list: &[String]| list.iter().map(|item| CString::new(&**item)).collect::<Result<Vec<_>, _>>();
+    let (program, args, env) = (CString::new(program)?, list(args)?, list(env)?);
     let args: Vec<&CStr> = args.iter().map(CString::as_c_str).collect();
     let env: Vec<&CStr> = env.iter().map(CString::as_c_str).collect();
     let jail = Confined { root: root.dir(), user: root.owner(), filter: &filter, time: PROGRAM_TIME };
-    let output = jail.run(&program, &args, &env).map_err(|error| error.to_string())?;
-    if output.status.success() { Ok(()) } else { Err(last_lines(&output)) }
+    let output = jail.run(&program, &args, &env).map_err(ConfinedError::Run)?;
+    if output.status.success() { Ok(()) } else { Err(ConfinedError::Failed(last_lines(&output))) }
 }
 
 fn run(program: &'static str, command: &mut Command) -> Result<Output, RootfsError> {
@@ -497,7 +515,7 @@ mod tests {
             echo complaint; exit 3"
         );
         let root = with_ldconfig(&top, &script);
-        assert_eq!(ldconfig(&root).unwrap_err(), "complaint");
+        assert_eq!(ldconfig(&root).unwrap_err().to_string(), "complaint");
         assert_eq!(fs::read_to_string(top.join("etc/said")).unwrap(), "1\n");
         assert_eq!(fs::read_to_string(&outside).unwrap(), "of the host");
         // Nothing in the tree has become a file of the caller's, who may be root.

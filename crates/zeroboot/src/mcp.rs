@@ -14,7 +14,7 @@ use tokio::{
     process::{Child, Command},
     sync::OnceCell,
 };
-use zeroboot_mcp::{Api, Asker, Mcp, Sent};
+use zeroboot_mcp::{Api, Asker, Mcp, NoAnswer, Sent};
 
 use crate::{
     cli::McpArgs,
@@ -109,7 +109,7 @@ impl Api for Remote {
                 }
                 anyhow::Ok(out.body(client.collect(answer).await?)?)
             };
-            send.await.map_err(|error| format!("{error:#}"))
+            send.await.map_err(|error| NoAnswer(format!("{error:#}")))
         })
     }
 }

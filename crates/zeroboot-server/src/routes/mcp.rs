@@ -11,7 +11,7 @@ use rmcp::transport::streamable_http_server::{
     StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
 };
 use tower::ServiceExt as _;
-use zeroboot_mcp::{Api, Asker, Mcp, Sent};
+use zeroboot_mcp::{Api, Asker, Mcp, NoAnswer, NoSession, Sent};
 
 use crate::{
     app::App,
@@ -72,16 +72,16 @@ impl Api for Local {
             let request = Request::from_parts(head, Body::new(Full::new(body)));
             let Ok(answer) = self.api.clone().oneshot(request).await;
             let (head, body) = answer.into_parts();
-            let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| error.to_string())?;
+            let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| NoAnswer(error.to_string()))?;
             Ok(http::Response::from_parts(head, body.to_bytes()))
         })
     }
 
-    fn begin(&self, asker: &Asker) -> Result<Box<dyn Any + Send>, String> {
+    fn begin(&self, asker: &Asker) -> Result<Box<dyn Any + Send>, NoSession> {
         let caller = asker.as_ref().and_then(|asker| asker.extensions.get::<Asked>()).map(|asked| &asked.caller);
         let Some(caller) = caller else { return Ok(Box::new(())) };
         // A session is held as long as a stream is.
-        let open = self.app.streams.enter(caller).map_err(|error| error.message)?;
+        let open = self.app.streams.enter(caller).map_err(|error| NoSession(error.message))?;
         Ok(Box::new(open))
     }
 }

@@ -1,6 +1,7 @@
 //! `GET /v1/health` and `GET /v1/metrics`.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
 };
@@ -67,7 +68,7 @@ pub(crate) struct TemplateBody<'a> {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    reason: Option<&'a str>,
+    reason: Option<Cow<'a, str>>,
     language: &'a str,
     /// The engine: the same word as `isolation`.
     #[schema(value_type = crate::answer::IsolationName)]
@@ -123,13 +124,13 @@ pub(crate) async fn health(
     let mut templates = BTreeMap::new();
     let mut reasons = Vec::new();
     for (status, canary) in statuses.iter().zip(canaries) {
-        let reason = match (&status.reason, canary.map(|canary| &canary.result)) {
-            (_, None) => Some(WARMING),
-            (reason, _) if !status.ready => Some(reason.as_deref().filter(|_| told).unwrap_or(NOT_UP)),
-            (_, Some(Err(reason))) => Some(if told { reason.as_str() } else { CANARY_FAILED }),
+        let reason: Option<Cow<'_, str>> = match (&status.reason, canary.map(|canary| &canary.result)) {
+            (_, None) => Some(WARMING.into()),
+            (reason, _) if !status.ready => Some(reason.as_deref().filter(|_| told).unwrap_or(NOT_UP).into()),
+            (_, Some(Err(error))) => Some(if told { error.to_string().into() } else { CANARY_FAILED.into() }),
             _ => None,
         };
-        if let Some(reason) = reason {
+        if let Some(reason) = &reason {
             reasons.push(format!("template {}: {reason}", status.name));
         }
         let body = TemplateBody {
