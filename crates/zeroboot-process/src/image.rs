@@ -17,7 +17,7 @@ use zeroboot_sys::{
     image::{self, Access, Move},
 };
 
-use crate::layout::PYFORK;
+use crate::{layout::PYFORK, serve::Frozen};
 
 const PAGE: usize = 4096;
 
@@ -48,7 +48,7 @@ const ALLOCATORS: &[(&str, &str)] =
 
 /// Moves the memory of this process, which has one thread and allocates from the arena. Returns what became of it, in
 /// words.
-pub(crate) fn freeze() -> io::Result<String> {
+pub(crate) fn freeze() -> io::Result<Frozen> {
     let (moves, stayed) = arena::aside(plan)?;
     // Never freed: that would write to what is going to be the image.
     let (moves, mut stayed) = (Vec::leak(moves), std::mem::ManuallyDrop::new(stayed));
@@ -57,7 +57,8 @@ pub(crate) fn freeze() -> io::Result<String> {
         stayed.push_str(&format!("; {} ranges could not be moved", moves.len() - moved.len()));
     }
     let pages = moved.iter().map(|range| range.len() / PAGE).sum::<usize>();
-    Ok(format!("image of {} KiB in {} ranges{}", pages * PAGE / 1024, moved.len(), *stayed))
+    let text = format!("image of {} KiB in {} ranges{}", pages * PAGE / 1024, moved.len(), *stayed);
+    Ok(Frozen { text, moved })
 }
 
 /// What moves, and in words what stays.

@@ -6,10 +6,12 @@
 //!        └─ runner    returns from [`serve`]
 //! ```
 
+mod ahead;
 mod worker;
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
@@ -21,6 +23,7 @@ use zeroboot_sys::{
     process::{self, Forked},
 };
 
+use self::ahead::{Ahead, Rehearsed};
 use crate::ids;
 
 const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json");
@@ -28,7 +31,16 @@ const SANDBOX_POLICY: &str = include_str!("../../../policy/process-sandbox.json"
 const UNCOUNTED_POLICY: &str = include_str!("../../../policy/process-uncounted.json");
 
 /// Moves the memory of this process into an image.
-pub type Freeze = fn() -> io::Result<String>;
+pub type Freeze = fn() -> io::Result<Frozen>;
+
+/// What became of it.
+#[derive(Debug)]
+pub struct Frozen {
+    /// In words.
+    pub text: String,
+    /// The memory that moved.
+    pub moved: Vec<Range<usize>>,
+}
 
 /// Why serving ended or never began.
 #[derive(Debug, thiserror::Error)]
@@ -65,12 +77,13 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<Ser
     if threads != 1 {
         return Err(ServeError::Threads(threads));
     }
-    let zygote = Zygote {
+    let mut zygote = Zygote {
         filter: Filter::parse(SANDBOX_POLICY)?,
         uncounted_filter: Filter::parse(UNCOUNTED_POLICY)?,
         proc: process::inherited_fd(PROC_FD)
             .ok_or_else(|| step("find /proc")(io::Error::from_raw_os_error(rustix::io::Errno::BADF.raw_os_error())))?,
         ids: ids::mapped(),
+        ahead: Ahead::default(),
     };
     process::ignore_children();
     let mut random = [0u8; 4];
@@ -93,7 +106,20 @@ pub fn serve(control: &OwnedFd, mut freeze: Option<(Freeze, u64)>) -> Result<Ser
         }
         if let Some((freeze, _)) = freeze.take_if(|(_, before)| forks >= *before) {
             // Forks are as right without, and slower.
-            let text = freeze().unwrap_or_else(|error| format!("no image: {error}"));
+            let text = match freeze() {
+                Ok(Frozen { text, moved }) => match zygote.rehearse(&moved) {
+                    Ok(Rehearsed::Known(ahead)) => {
+                        zygote.ahead = ahead;
+                        text + &zygote.ahead.words()
+                    }
+                    Ok(Rehearsed::Runner) => {
+                        std::mem::forget(zygote);
+                        return Ok(Served::Runner);
+                    }
+                    Err(error) => format!("{text}; no rehearsal: {error}"),
+                },
+                Err(error) => format!("no image: {error}"),
+            };
             control::send(control, &Control::Image { text }, &[]).map_err(step("answer on the control channel"))?;
         }
         forks += 1;
@@ -130,6 +156,8 @@ struct Zygote {
     proc: OwnedFd,
     /// How many users sandboxes can have.
     ids: Option<u32>,
+    /// What is touched in each runner.
+    ahead: Ahead,
 }
 
 impl Zygote {

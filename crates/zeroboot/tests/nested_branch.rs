@@ -115,7 +115,7 @@ fn no_two_branches_share_a_random_number_a_name_or_another_clock() {
     if !in_the_lane() {
         return;
     }
-    let count: usize = std::env::var("ZEROBOOT_TEST_BRANCHES").map_or(12, |text| text.parse().unwrap());
+    let count: usize = std::env::var("ZEROBOOT_TEST_BRANCHES").map_or(6, |text| text.parse().unwrap());
     let fixture = server();
     let origin = Guest::with(&fixture, &json!({"timeout_seconds": 1800}));
     // What is drawn from, made before; also in a context in the middle of a cell.
@@ -127,7 +127,7 @@ fn no_two_branches_share_a_random_number_a_name_or_another_clock() {
     );
     origin.post("/contexts", &json!({"name": "busy"}));
     let busy = "import random, time\nrandom.seed(1)\nstate = random.getstate()\n\
-                while random.getstate() == state: time.sleep(0.01)\nopen('/tmp/busy', 'w').write(repr(random.random()))";
+                while random.getstate() == state: time.sleep(0.2)\nopen('/tmp/busy', 'w').write(repr(random.random()))";
     let mut events = origin.stream("POST", "/run", &json!({"code": busy, "context": "busy", "timeout_seconds": 1200}));
     assert_eq!(events.next().map(|event| event.name).as_deref(), Some("started"));
 

@@ -102,6 +102,7 @@ impl Zygote {
             Ok(Forked::Child) => match become_runner(pipes, sockets) {
                 Ok(()) => {
                     std::mem::forget(socket);
+                    self.ahead.touch();
                     Ok(())
                 }
                 Err(error) => {
