@@ -213,8 +213,8 @@ pub(crate) struct TemplateArgs {
     #[arg(long, value_name = "PATH", env = "ZEROBOOT_NODE")]
     pub(crate) node: Option<PathBuf>,
 
-    /// Modules to import before any code comes (comma separated) [Python default: numpy and pandas, where
-    /// they are installed].
+    /// Modules to import before any code comes (comma separated) [Python default: numpy, pandas and
+    /// IPython, where they are installed].
     #[arg(long, value_name = "MODULES", value_delimiter = ',')]
     pub(crate) warm: Option<Vec<String>>,
 

@@ -14,8 +14,8 @@ use crate::{
     printer,
 };
 
-/// Modules that Python agents use most. Warmed where they are installed.
-pub(crate) const PYTHON_WARM: [&str; 2] = ["numpy", "pandas"];
+/// Modules that Python agents use most, and what runs cells. Warmed where they are installed.
+pub(crate) const PYTHON_WARM: [&str; 3] = ["numpy", "pandas", "IPython"];
 
 impl Runtime {
     pub(crate) fn name(self) -> &'static str {

@@ -93,6 +93,9 @@ def warm(spec, forks=False):
                 reason = "%s: %s" % (type(error).__name__, error)
                 if not optional:
                     raise RunnerError("cannot warm module %r: %s" % (name, reason)) from None
+                if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+                    # Not installed, which is what the question mark is for.
+                    continue
                 skipped.append("%s: %s" % (name, " ".join(reason.split())[:200]))
                 # It may have come far enough.
                 if forks and threads() > 1:
