@@ -124,6 +124,10 @@ pub struct EngineStats {
     pub sandboxes: usize,
     /// Memory promised to those, bytes.
     pub sandbox_memory: u64,
+    /// Checkpoints of those that are kept.
+    pub checkpoints: usize,
+    /// Memory that they add to what their sandboxes were forked from, bytes.
+    pub checkpoint_memory: u64,
 }
 
 /// A running engine. Clones are handles to the same one; when the last is dropped, everything it started ends.
@@ -267,6 +271,7 @@ impl Engine {
     /// Counters.
     pub fn stats(&self) -> EngineStats {
         let inner = &self.inner;
+        let checkpoints = inner.live.checkpoints();
         EngineStats {
             live: inner.max_live.saturating_sub(inner.places.available_permits()),
             promised_memory: inner.max_memory.saturating_sub(inner.memory.available_permits() as u64 * MIB),
@@ -275,6 +280,8 @@ impl Engine {
             max_memory: inner.max_memory,
             sandboxes: inner.live.live(),
             sandbox_memory: inner.live.promised(),
+            checkpoints: checkpoints.len(),
+            checkpoint_memory: checkpoints.iter().map(Checkpoint::bytes).sum(),
         }
     }
 

@@ -75,9 +75,10 @@ impl KernelMemory {
         KernelMemory { sockstat: [sockstat.into(), sockstat6.into()], diag, next: None, looked: 0, held: 0 }
     }
 
-    /// What is held now. Stops counting where it is above `most`.
-    pub(crate) fn count(&mut self, now: Instant, most: u64, targets: impl Iterator<Item = Target>) -> u64 {
+    /// What is held now, and whether all of it was looked at for this. Stops counting where it is above `most`.
+    pub(crate) fn count(&mut self, now: Instant, most: u64, targets: impl Iterator<Item = Target>) -> (u64, bool) {
         let used = self.sockets_used();
+        let mut whole = false;
         match self.next {
             // A short run is not looked at.
             None => self.next = Some(now + LOOK),
@@ -90,13 +91,14 @@ impl KernelMemory {
                     look.at(&target);
                 }
                 self.looked = look.sum;
+                whole = true;
                 let end = Instant::now();
                 self.next = Some(end + LOOK.max(end.saturating_duration_since(now) * LOOK_SHARE));
             }
             Some(_) => {}
         }
         self.held = self.looked + self.unix(&used);
-        self.held
+        (self.held, whole)
     }
 
     fn sockets_used(&self) -> Used {

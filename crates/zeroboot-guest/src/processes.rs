@@ -39,12 +39,22 @@ pub(crate) struct Processes {
     tick_ns: u64,
     /// In a fork of a VM: free memory of the machine when it was made, and what the sandbox held by then.
     at_rest: Option<(u64, u64)>,
-    /// The processes of the last sample and their CPU time.
-    seen: (Vec<i32>, Duration),
+    seen: Seen,
     /// Where no cgroup counts it.
     kernel: Option<KernelMemory>,
     /// More memory than this is not counted to the byte.
     limit: u64,
+}
+
+/// The processes of the last sample.
+#[derive(Default)]
+struct Seen {
+    pids: Vec<u32>,
+    /// CPU time of them, and of those that were reaped.
+    cpu: Duration,
+    reaped: Duration,
+    /// What the kernel holds for them was counted, too, and not only taken from an earlier sample.
+    whole: bool,
 }
 
 /// Most processes for which the cheap check is cheaper than a sample.
@@ -93,7 +103,7 @@ impl Processes {
             page: rustix::param::page_size() as u64,
             tick_ns: 1_000_000_000 / ticks,
             at_rest: None,
-            seen: (Vec::new(), Duration::ZERO),
+            seen: Seen::default(),
             kernel: None,
             limit: u64::MAX,
         })
@@ -118,16 +128,36 @@ impl Processes {
     /// What is in use now.
     pub(crate) fn usage(&mut self) -> Usage {
         let list = self.list();
-        let pids: Vec<i32> = list.iter().filter_map(|(pid, _)| i32::try_from(*pid).ok()).collect();
-        self.seen = (pids, Duration::ZERO);
-        self.seen.1 = self.seen_cpu().unwrap_or_default();
+        let pids = list.iter().map(|(pid, _)| *pid).collect();
+        self.seen = Seen { pids, cpu: Duration::ZERO, reaped: sys::reaped_cpu(), whole: self.kernel.is_none() };
+        self.seen.cpu = self.seen_cpu().unwrap_or_default();
         let mut usage = self.usage_of(&list);
         if let Some(mut kernel) = self.kernel.take() {
             let targets = list.iter().filter_map(|(pid, stat)| self.target(*pid, stat));
-            usage.memory += kernel.count(Instant::now(), self.limit, targets);
+            let (held, whole) = kernel.count(Instant::now(), self.limit, targets);
+            usage.memory += held;
+            self.seen.whole = whole;
             self.kernel = Some(kernel);
         }
         usage
+    }
+
+    /// Whether there is what there was at the last sample: the same processes, and none has run for a nanosecond since. A
+    /// sample costs a millisecond, and a thousand sandboxes that wait would keep the host busy.
+    pub(crate) fn unchanged(&self) -> bool {
+        // In a VM other things take memory, too. In tests the processes are among the host's.
+        let alone = self.everything && !self.kernel_threads && self.seen.whole;
+        // A process that the last sample missed is in the list, or its parent has been reaped since.
+        alone
+            && self.seen_cpu() == Some(self.seen.cpu)
+            && sys::reaped_cpu() == self.seen.reaped
+            && self.pids().is_some_and(|pids| pids.eq(self.seen.pids.iter().copied()))
+    }
+
+    /// The numbers in `/proc`, but for our own.
+    fn pids(&self) -> Option<impl Iterator<Item = u32>> {
+        let number = |entry: std::fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
+        Some(std::fs::read_dir("/proc").ok()?.flatten().filter_map(number).filter(|pid| *pid != self.me))
     }
 
     fn target(&self, pid: u32, stat: &Stat) -> Option<Target> {
@@ -166,13 +196,14 @@ impl Processes {
 
     /// Whether any process has run since the last sample, or may have. This check is far cheaper than a sample.
     pub(crate) fn stir(&self, more_than: Duration) -> bool {
-        self.seen_cpu().is_none_or(|now| now.saturating_sub(self.seen.1) > more_than)
+        self.seen_cpu().is_none_or(|now| now.saturating_sub(self.seen.cpu) > more_than)
     }
 
     /// CPU time of the processes of the last sample; `None` if there are too many, or one has ended.
     fn seen_cpu(&self) -> Option<Duration> {
-        let (pids, _) = &self.seen;
-        if pids.len() > FEW { None } else { pids.iter().map(|pid| sys::cpu_clock(*pid)).sum() }
+        let Seen { pids, .. } = &self.seen;
+        let clock = |pid: &u32| i32::try_from(*pid).ok().and_then(sys::cpu_clock);
+        if pids.is_empty() || pids.len() > FEW { None } else { pids.iter().map(clock).sum() }
     }
 
     /// CPU time of one process and of all that were reaped: what [`Processes::usage`] says while there is only one.
@@ -305,12 +336,7 @@ impl Processes {
             return self.tree();
         }
         let mut found = Vec::new();
-        let Ok(entries) = std::fs::read_dir("/proc") else { return found };
-        for entry in entries.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-            if pid == self.me {
-                continue;
-            }
+        for pid in self.pids().into_iter().flatten() {
             if let Some(stat) = stat(pid)
                 && stat.flags & KERNEL_THREAD == 0
             {

@@ -79,6 +79,9 @@ impl Failure {
             "unauthorized" => {
                 "the MCP server needs an API key: ZEROBOOT_API_KEY, or the header Authorization over HTTP"
             }
+            "needs_vm_engine" | "cannot_branch" => {
+                "this sandbox cannot be forked: make another with create_sandbox, and do its steps again there"
+            }
             "no_room" => "remove files or end processes in the sandbox, or make one with more memory",
             "rate_limited" | "concurrency_limited" | "busy" | "not_ready" | "too_many_streams" => "try again later",
             "no_answer" => "check that the Zeroboot server runs",

@@ -47,7 +47,7 @@ const SCHEME: &str = "sandbox://";
 
 const INSTRUCTIONS: &str = "Runs code and commands in sandboxes that start in about a millisecond. run_code without `sandbox_id` \
 takes a fresh sandbox for each call and keeps nothing. create_sandbox makes one that keeps variables, files and processes; give its \
-`sandbox_id` to run_code, exec, read_file and write_file, and end it with kill_sandbox. Sandboxes have no network: `pip install` and \
+`sandbox_id` to run_code, exec, read_file and write_file, fork it with fork_sandbox, and end it with kill_sandbox. Sandboxes have no network: `pip install` and \
 downloads fail. The last expression of Python and JavaScript is shown as a value, and matplotlib figures as images.";
 
 /// One session of the Model Context Protocol.
@@ -195,6 +195,22 @@ struct WriteFile {
     /// The file's bytes as base64, instead of a text.
     #[serde(default)]
     content_base64: Option<String>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ForkSandbox {
+    /// A Python sandbox of create_sandbox. It goes on.
+    sandbox_id: String,
+    /// How many (1 unless given).
+    #[serde(default)]
+    count: Option<u64>,
+    /// Seconds until each ends (3600 unless given).
+    #[serde(default)]
+    timeout_seconds: Option<u64>,
+    /// They go on when this session ends.
+    #[serde(default)]
+    keep_after_session: bool,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -490,6 +506,32 @@ several approaches, or one on several inputs.",
         self.client(&context).ask(Method::PUT, &url, &headers, bytes).await?;
         let text = format!("wrote {length} bytes to {}", call.path);
         Ok(show::told(text, json!({"path": call.path, "bytes": length})))
+    }
+
+    #[tool(
+        description = "Make sandboxes that begin where one is now, with its variables, files and processes; it goes on. For trying several \
+continuations of one state. Only servers with virtual machines can do this.",
+        annotations(
+            title = "Fork a sandbox",
+            read_only_hint = false,
+            destructive_hint = false,
+            idempotent_hint = false,
+            open_world_hint = false
+        )
+    )]
+    async fn fork_sandbox(&self, Parameters(call): Parameters<ForkSandbox>, context: Context) -> Done {
+        let client = self.client(&context);
+        let body = json!({
+            "count": call.count.unwrap_or(1), "timeout_seconds": call.timeout_seconds.unwrap_or(LEASE),
+        });
+        let made = client.json(Method::POST, &path(&call.sandbox_id, &["branch"]), &body).await?;
+        let branches = made.get("sandboxes").and_then(Value::as_array).into_iter().flatten();
+        let ids: Vec<&str> = branches.filter_map(|branch| branch.get("id")?.as_str()).collect();
+        for id in &ids {
+            self.session.add(id, &client, call.keep_after_session);
+        }
+        let text = format!("sandbox_ids: {}", ids.join(", "));
+        Ok(show::told(text, json!({"sandbox_ids": ids, "fork_of": call.sandbox_id})))
     }
 
     #[tool(

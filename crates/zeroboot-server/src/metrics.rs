@@ -64,6 +64,10 @@ pub mod names {
     pub const SANDBOX_CHANNELS: &str = "zeroboot_sandbox_channels";
     /// Memory promised to them.
     pub const SANDBOX_MEMORY: &str = "zeroboot_sandbox_promised_memory_bytes";
+    /// Checkpoints of them that are kept.
+    pub const CHECKPOINTS: &str = "zeroboot_checkpoints";
+    /// Memory that those add to what their sandboxes were forked from.
+    pub const CHECKPOINT_MEMORY: &str = "zeroboot_checkpoint_memory_bytes";
     /// Long-lived sandboxes made, by `isolation`, `template`.
     pub const SANDBOXES_MADE: &str = "zeroboot_sandboxes_made_total";
     /// Long-lived sandboxes that ended, by `isolation`, `template`, `reason`.
@@ -214,6 +218,8 @@ pub(crate) struct Metrics {
     sandbox_runs: Family<Lives, Gauge>,
     sandbox_channels: Family<Lives, Gauge>,
     sandbox_memory: Gauge,
+    checkpoints: Gauge,
+    checkpoint_memory: Gauge,
     sandboxes_made: Family<Lives, Counter>,
     sandboxes_ended: Family<Lived, Counter>,
     sandbox_lifetime: Seconds<Lived>,
@@ -263,6 +269,8 @@ impl Metrics {
             sandbox_runs: Family::default(),
             sandbox_channels: Family::default(),
             sandbox_memory: Gauge::default(),
+            checkpoints: Gauge::default(),
+            checkpoint_memory: Gauge::default(),
             sandboxes_made: Family::default(),
             sandboxes_ended: Family::default(),
             sandbox_lifetime: Seconds::new_with_constructor(lifetimes),
@@ -300,6 +308,8 @@ impl Metrics {
         add(r, names::SANDBOX_RUNS, "Runs in them that have not ended", &metrics.sandbox_runs);
         add(r, names::SANDBOX_CHANNELS, "Runs and operations under way in them", &metrics.sandbox_channels);
         add(r, names::SANDBOX_MEMORY, "Memory promised to long-lived sandboxes", &metrics.sandbox_memory);
+        add(r, names::CHECKPOINTS, "Checkpoints that are kept", &metrics.checkpoints);
+        add(r, names::CHECKPOINT_MEMORY, "Memory of those", &metrics.checkpoint_memory);
         add(r, names::SANDBOXES_MADE, "Sandboxes made to live", &metrics.sandboxes_made);
         add(r, names::SANDBOXES_ENDED, "Long-lived sandboxes that ended", &metrics.sandboxes_ended);
         add(r, names::SANDBOX_LIFETIME, "How long they lived", &metrics.sandbox_lifetime);
@@ -424,6 +434,8 @@ impl Metrics {
         self.live.set(number(stats.live as u64));
         self.promised.set(number(stats.promised_memory));
         self.sandbox_memory.set(number(stats.sandbox_memory));
+        self.checkpoints.set(number(stats.checkpoints as u64));
+        self.checkpoint_memory.set(number(stats.checkpoint_memory));
         self.refused.inner().store(stats.refused, Ordering::Relaxed);
         let mut text = String::with_capacity(16 * 1024);
         // Writing to a String cannot fail; an encoder that does leaves a text that no scraper takes for whole.

@@ -131,7 +131,16 @@ fn an_agent_runs_code_keeps_state_and_leaves_nothing() {
 
     let tools = client.ask("tools/list", json!({}))["result"]["tools"].clone();
     let names: Vec<&str> = tools.as_array().unwrap().iter().map(|tool| tool["name"].as_str().unwrap()).collect();
-    let expected = ["create_sandbox", "exec", "kill_sandbox", "read_file", "run_code", "run_parallel", "write_file"];
+    let expected = [
+        "create_sandbox",
+        "exec",
+        "fork_sandbox",
+        "kill_sandbox",
+        "read_file",
+        "run_code",
+        "run_parallel",
+        "write_file",
+    ];
     assert_eq!(names.len(), expected.len(), "{names:?}");
     assert!(expected.iter().all(|name| names.contains(name)), "{names:?}");
     for tool in tools.as_array().unwrap() {
@@ -188,6 +197,14 @@ fn an_agent_runs_code_keeps_state_and_leaves_nothing() {
         many["results"].as_array().unwrap().iter().map(|one| (&one["label"], &one["stdout"])).collect();
     assert_eq!(outcomes[..2], [(&json!("a"), &json!("1\n")), (&json!("program 2"), &json!("2\n"))], "{many}");
     assert_eq!(many["results"][2]["exit_code"], 1);
+
+    // These are sandboxes of processes.
+    let fork = client.call("fork_sandbox", json!({"sandbox_id": id, "count": 2}));
+    assert_eq!(
+        (&fork["isError"], &fork["structuredContent"]["code"]),
+        (&json!(true), &json!("needs_vm_engine")),
+        "{fork}"
+    );
 
     // Errors say what to do.
     let gone = client.call("exec", json!({"sandbox_id": "../x", "command": "true"}));

@@ -244,6 +244,7 @@ fn a_checkpoint_is_a_place_to_begin_at_and_to_go_back_to() {
     let kept = Guest::that_lives(&fixture, kept[0]["id"].as_str().unwrap());
     let listed = |path: &str| fixture.get(path).json()["checkpoints"].as_array().unwrap().len();
     assert_eq!(listed("/v1/checkpoints"), 2);
+    assert!(fixture.get("/v1/metrics").text().contains("\nzeroboot_checkpoints 2\n"));
     assert_eq!(listed(&format!("/v1/checkpoints?sandbox_id={}", other.id)), 0);
     for checkpoint in [&first, &second] {
         let path = format!("/v1/checkpoints/{}", checkpoint["id"].as_str().unwrap());

@@ -202,8 +202,7 @@ impl Moment {
         let spec = SandboxSpec { metadata: metadata.clone(), ..self.spec(sandbox.lease_left()) };
         let known = Known { id, origin, created_at };
         let made = self.begin_one(registry, spec, hold, known).await?;
-        sandbox.end(EndReason::Replaced).await;
-        Ok(made)
+        unless_ended(made, sandbox).await
     }
 
     /// One sandbox of an owner who has one less in a moment.
@@ -218,6 +217,18 @@ impl Moment {
         let admitted = vec![registry.admit(&spec)?];
         let made = self.begin(registry, spec, admitted, hold.into_iter().collect(), Some(known)).await?;
         made.into_iter().next().ok_or_else(|| BranchError::Failed("no sandbox was made".into()))
+    }
+}
+
+/// Ends the one whose place was taken. If it had ended meanwhile for another reason, so does its successor: it was deleted, or
+/// its time was over.
+async fn unless_ended(successor: Sandbox, of: &Sandbox) -> Result<Sandbox, BranchError> {
+    match of.end(EndReason::Replaced).await {
+        EndReason::Replaced => Ok(successor),
+        reason => {
+            successor.end(reason).await;
+            Err(BranchError::Gone(reason))
+        }
     }
 }
 
@@ -288,11 +299,10 @@ impl Sandbox {
         };
         let moment = self.moment(registry).await?;
         let made = moment.begin_one(registry, moment.spec(self.lease_left()), hold, known).await?;
-        self.end(EndReason::Replaced).await;
         if let Some(origin) = origin {
             origin.end(EndReason::Replaced).await;
         }
-        Ok(made)
+        unless_ended(made, self).await
     }
 
     fn lease_left(&self) -> Duration {

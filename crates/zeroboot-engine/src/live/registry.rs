@@ -226,8 +226,12 @@ impl Registry {
             origin: who.origin,
         };
         let sandbox = Sandbox { handle: Arc::new(Handle::new(facts, state)) };
-        // Where it takes the place of another one, that is found by nobody from here on.
-        self.all().known.insert(who.id, sandbox.clone());
+        let displaced = self.all().known.insert(who.id, sandbox.clone());
+        if let Some(Sandbox { handle }) = displaced {
+            // Found by nobody from here on, so it must not live: also where two took its place at once.
+            handle.state().end_wanted.get_or_insert(EndReason::Replaced);
+            handle.poke();
+        }
         let task = Task {
             handle: sandbox.handle.clone(),
             worker: Some(worker),

@@ -54,6 +54,16 @@ impl Watchdog {
         if self.next.is_none_or(|next| now < next) {
             return;
         }
+        if self.dying.is_empty() && processes.unchanged() {
+            self.tick = (self.tick * 2).min(LONGEST);
+        } else {
+            self.sample(processes);
+        }
+        let quiet = self.tick == LONGEST && waiting.is_some_and(|waiting| processes.count() <= waiting);
+        self.next = (!quiet).then(|| now + self.tick);
+    }
+
+    fn sample(&mut self, processes: &mut Processes) {
         // Before the whole is counted, of which it becomes less and less.
         let freed = self.freed(processes);
         let usage = processes.usage();
@@ -72,8 +82,6 @@ impl Watchdog {
         } else {
             self.tick = TICK;
         }
-        let quiet = self.tick == LONGEST && waiting.is_some_and(|waiting| processes.count() <= waiting);
-        self.next = (!quiet).then(|| now + self.tick);
     }
 
     /// Memory that the kernel is taking back. Kills again, lest another process has got the number of one that is gone.

@@ -35,6 +35,11 @@ impl Samples {
         Samples { next: started + TICK, next_glimpse: started + GLIMPSE, tick: TICK, last: (Duration::ZERO, 0) }
     }
 
+    /// Nothing happened since the last one.
+    fn rest(&mut self) {
+        self.tick = (self.tick * 2).min(IDLE_TICK);
+    }
+
     /// When the watchdog has something to do.
     pub(super) fn next(&self) -> Instant {
         self.next.min(self.next_glimpse)
@@ -49,7 +54,11 @@ impl<T: Transport> Supervisor<T> {
             run.samples.next_glimpse = now + GLIMPSE;
         }
         if now >= run.samples.next || (glimpse && self.processes.stir(STIR)) {
-            self.sample(run);
+            if self.processes.unchanged() {
+                run.samples.rest();
+            } else {
+                self.sample(run);
+            }
             run.samples.next = now + run.samples.tick;
         }
     }
@@ -61,7 +70,11 @@ impl<T: Transport> Supervisor<T> {
         run.peak_memory = run.peak_memory.max(usage.memory);
         let (cpu, memory) = std::mem::replace(&mut run.samples.last, (usage.cpu, usage.memory));
         let idle = usage.cpu.saturating_sub(cpu) < IDLE_CPU && usage.memory <= memory;
-        run.samples.tick = if idle { (run.samples.tick * 2).min(IDLE_TICK) } else { TICK };
+        if idle {
+            run.samples.rest();
+        } else {
+            run.samples.tick = TICK;
+        }
         if run.limits.cpu_ns != u64::MAX && nanos(usage.cpu.saturating_sub(run.cpu_before)) >= run.limits.cpu_ns {
             run.stopped = Some(Ending::CpuLimit);
         } else if usage.memory > run.limits.memory && self.processes.proportional_memory() > run.limits.memory {
