@@ -41,7 +41,7 @@ const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a guest's console that are kept to explain its crash.
 const LAST_WORDS: usize = 4096;
 /// How long a guest may take to come to rest for a checkpoint, before it is saved where it stands.
-const REST: Duration = Duration::from_millis(250);
+const REST: Duration = Duration::from_secs(1);
 /// Bytes of frames that wait for the guest before the front is made to wait.
 const INPUT_WATERMARK: usize = 4 * AREA;
 

@@ -57,7 +57,7 @@ fn main() {
         let end = zeroboot_vm::worker(host, &snapshot, socket.as_fd(), Prefault::Nothing, &filter, delta);
         process::exit_now(i32::from(end.is_err()));
     }
-    // What `cargo test -- --list` and filters ask for.
+    // What `cargo test -- --list` asks for.
     if std::env::args().any(|a| a == "--list") {
         return;
     }
@@ -114,7 +114,11 @@ fn main() {
         ("a_zygote_ends_with_its_front", a_zygote_ends_with_its_front),
         ("a_real_template_answers_through_jailed_workers", a_real_template_answers_through_jailed_workers),
     ];
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     for (name, test) in tests {
+        if !wanted.is_empty() && !wanted.iter().any(|part| name.contains(part.as_str())) {
+            continue;
+        }
         eprint!("test {name} ... ");
         test(&host);
         eprintln!("ok");
