@@ -16,7 +16,7 @@ use crate::{
     BranchError, BranchSpec, Checkpoint, CheckpointSpec, EndReason, EngineConfig, ExecRequest, Execution,
     InvalidRequest, Isolation, Sandbox, SandboxSpec,
     cgroup::Cgroups,
-    live::{Hold, Origin, Registry},
+    live::{Hold, Origin, Registry, end_all},
     reaper::Reaper,
     spawn::Spawner,
     template::{Shared, Template},
@@ -271,7 +271,7 @@ impl Engine {
     /// Counters.
     pub fn stats(&self) -> EngineStats {
         let inner = &self.inner;
-        let checkpoints = inner.live.checkpoints();
+        let (checkpoints, checkpoint_memory) = inner.live.kept();
         EngineStats {
             live: inner.max_live.saturating_sub(inner.places.available_permits()),
             promised_memory: inner.max_memory.saturating_sub(inner.memory.available_permits() as u64 * MIB),
@@ -280,8 +280,8 @@ impl Engine {
             max_memory: inner.max_memory,
             sandboxes: inner.live.live(),
             sandbox_memory: inner.live.promised(),
-            checkpoints: checkpoints.len(),
-            checkpoint_memory: checkpoints.iter().map(Checkpoint::bytes).sum(),
+            checkpoints,
+            checkpoint_memory,
         }
     }
 
@@ -421,11 +421,5 @@ impl Engine {
             self.end_sandboxes();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-    }
-}
-/// Sandboxes that nobody waits for.
-async fn end_all(unwanted: Vec<Sandbox>) {
-    for sandbox in unwanted {
-        sandbox.end(EndReason::Requested).await;
     }
 }

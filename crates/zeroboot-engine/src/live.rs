@@ -26,7 +26,10 @@ use uuid::Uuid;
 
 use self::handle::Handle;
 pub use self::registry::cell_frames;
-pub(crate) use self::registry::{Origin, Registry};
+pub(crate) use self::{
+    branch::end_all,
+    registry::{Origin, Registry},
+};
 pub use self::{
     branch::{BranchError, BranchSpec},
     checkpoint::{Checkpoint, CheckpointSpec},

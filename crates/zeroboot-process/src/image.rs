@@ -15,11 +15,10 @@ use std::{
 use zeroboot_sys::{
     arena,
     image::{self, Access, Move},
+    memory::PAGE,
 };
 
 use crate::{layout::PYFORK, serve::Frozen};
-
-const PAGE: usize = 4096;
 
 /// Unused pages in a row from which on they stay out of the image: the file would have to store them.
 const HOLE: usize = 64;
@@ -222,24 +221,29 @@ fn head(line: &str) -> Option<Mapping> {
     })
 }
 
-/// `/proc/self/pagemap`.
-struct Pages(File);
+/// `pagemap` of a process (Documentation/admin-guide/mm/pagemap.rst).
+pub(crate) struct Pages(pub(crate) File);
 
 impl Pages {
-    /// Whether each page of a range is there, or in swap.
-    fn present(&self, at: &Range<usize>) -> io::Result<Vec<bool>> {
-        let mut entries = vec![0u8; at.len() / PAGE * 8];
-        self.0.read_exact_at(&mut entries, (at.start / PAGE * 8) as u64)?;
-        // Bit 63 is present, bit 62 swapped: both in the last byte.
-        Ok(entries.chunks_exact(8).map(|entry| entry.last().is_some_and(|byte| byte & 0xc0 != 0)).collect())
+    /// The page is there.
+    pub(crate) const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    /// It is its file's own page; else a copy.
+    pub(crate) const OF_FILE: u64 = 1 << 61;
+
+    /// What it says of each page of a range.
+    pub(crate) fn entries(&self, at: &Range<usize>) -> io::Result<Vec<u64>> {
+        let mut bytes = vec![0u8; at.len() / PAGE * 8];
+        self.0.read_exact_at(&mut bytes, (at.start / PAGE * 8) as u64)?;
+        Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect())
     }
 }
 
 /// The parts of a mapping that are in use, with holes shorter than [`HOLE`] in them.
 fn used(pages: &Pages, at: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
-    for (i, present) in pages.present(at)?.into_iter().enumerate() {
-        if !present {
+    for (i, entry) in pages.entries(at)?.into_iter().enumerate() {
+        if entry & (Pages::PRESENT | Pages::SWAPPED) == 0 {
             continue;
         }
         let page = at.start + i * PAGE;

@@ -109,9 +109,14 @@ impl Delta {
 
     /// Gives all its memory back. It can be filled again.
     pub fn empty(&self) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.fd, flags, 0, (self.memory + TAIL) as u64)?)
+        empty(&self.fd)
     }
+}
+
+/// The same for who knows its descriptor alone.
+pub fn empty(delta: impl AsFd) -> io::Result<()> {
+    let length = u64::try_from(rustix::fs::fstat(&delta)?.st_size).unwrap_or(0);
+    Ok(rustix::fs::fallocate(delta, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, length)?)
 }
 
 impl AsFd for Delta {

@@ -13,14 +13,13 @@
 //! keeps it, and a rollback or a promotion begins at one under an id that is known.
 
 use std::{
-    io,
     os::fd::OwnedFd,
     sync::{Arc, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
-use rustix::fs::{FallocateFlags, fallocate, fstat};
 use uuid::Uuid;
+use zeroboot_sys::delta;
 
 use super::{
     Hold, Sandbox, SandboxSpec,
@@ -136,11 +135,6 @@ pub(crate) struct Known {
 }
 
 impl Moment {
-    /// What its children are to be, unless the caller says otherwise.
-    fn spec(&self, lease: Duration) -> SandboxSpec {
-        child_of(&self.facts, lease)
-    }
-
     /// Makes sandboxes that begin here; all, or none.
     pub(crate) async fn begin(
         &self,
@@ -175,9 +169,7 @@ impl Moment {
             match registry.launch_branch(worker, spec, self, known, fork_time, place) {
                 Ok(sandbox) => made.push(sandbox),
                 Err(error) => {
-                    for sandbox in made {
-                        sandbox.end(EndReason::Requested).await;
-                    }
+                    end_all(made).await;
                     return Err(BranchError::Failed(format!("make its identity: {error}")));
                 }
             }
@@ -199,7 +191,7 @@ impl Moment {
         hold: Option<Arc<dyn Hold>>,
     ) -> Result<Sandbox, BranchError> {
         let Facts { id, origin, created_at, ref metadata, .. } = sandbox.handle.facts;
-        let spec = SandboxSpec { metadata: metadata.clone(), ..self.spec(sandbox.lease_left()) };
+        let spec = SandboxSpec { metadata: metadata.clone(), ..child_of(&self.facts, sandbox.lease_left()) };
         let known = Known { id, origin, created_at };
         let made = self.begin_one(registry, spec, hold, known).await?;
         unless_ended(made, sandbox).await
@@ -217,6 +209,13 @@ impl Moment {
         let admitted = vec![registry.admit(&spec)?];
         let made = self.begin(registry, spec, admitted, hold.into_iter().collect(), Some(known)).await?;
         made.into_iter().next().ok_or_else(|| BranchError::Failed("no sandbox was made".into()))
+    }
+}
+
+/// Ends sandboxes that nobody waits for.
+pub(crate) async fn end_all(unwanted: Vec<Sandbox>) {
+    for sandbox in unwanted {
+        sandbox.end(EndReason::Requested).await;
     }
 }
 
@@ -298,7 +297,7 @@ impl Sandbox {
             created_at: facts.created_at,
         };
         let moment = self.moment(registry).await?;
-        let made = moment.begin_one(registry, moment.spec(self.lease_left()), hold, known).await?;
+        let made = moment.begin_one(registry, child_of(facts, self.lease_left()), hold, known).await?;
         if let Some(origin) = origin {
             origin.end(EndReason::Replaced).await;
         }
@@ -350,7 +349,7 @@ struct Room(Weak<Handle>, Arc<OwnedFd>);
 impl Drop for Room {
     fn drop(&mut self) {
         // Empty already, if all went well. Before the limit is as it was.
-        if let Err(error) = empty(&self.1) {
+        if let Err(error) = delta::empty(&self.1) {
             tracing::warn!(%error, "cannot empty the delta of a sandbox");
         }
         if let Some(handle) = self.0.upgrade() {
@@ -358,9 +357,4 @@ impl Drop for Room {
             handle.poke();
         }
     }
-}
-
-fn empty(delta: &OwnedFd) -> io::Result<()> {
-    let length = u64::try_from(fstat(delta)?.st_size).unwrap_or(0);
-    Ok(fallocate(delta, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, length)?)
 }

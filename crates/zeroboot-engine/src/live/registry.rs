@@ -272,6 +272,12 @@ impl Registry {
         self.all().checkpoints.values().cloned().collect()
     }
 
+    /// How many there are, and the memory that they add, bytes.
+    pub(crate) fn kept(&self) -> (usize, u64) {
+        let all = self.all();
+        (all.checkpoints.len(), all.checkpoints.values().map(Checkpoint::bytes).sum())
+    }
+
     pub(crate) fn find_checkpoint(&self, id: Uuid) -> Option<Checkpoint> {
         self.all().checkpoints.get(&id).cloned()
     }

@@ -35,16 +35,8 @@ impl<T: Transport> Supervisor<T> {
         let in_vm = self.in_vm();
         loop {
             let seen = self.wait(Interest { output: true, ..Interest::default() }, None)?;
-            if seen.stdout {
-                // Whatever an import prints is nobody's output.
-                self.read_output(true)?;
-            }
-            if seen.stderr {
-                self.read_output(false)?;
-            }
-            if seen.control {
-                self.read_control()?;
-            }
+            // Whatever an import prints is nobody's output.
+            self.hear(&seen)?;
             if let Some((kind, payload)) = next(&mut self.from_runner)? {
                 return match Message::decode(kind, payload) {
                     Ok(Message::Ready) => {
@@ -133,8 +125,8 @@ impl<T: Transport> Supervisor<T> {
         }
     }
 
-    /// Handles what a runner may do between `Ready` and `Started`: talk on stderr, fail, die.
-    pub(super) fn before_user_code(&mut self, seen: &Seen) -> Result<(), Stop> {
+    /// Reads what the runner has said.
+    fn hear(&mut self, seen: &Seen) -> Result<(), Stop> {
         if seen.stdout {
             self.read_output(true)?;
         }
@@ -144,6 +136,12 @@ impl<T: Transport> Supervisor<T> {
         if seen.control {
             self.read_control()?;
         }
+        Ok(())
+    }
+
+    /// Handles what a runner may do between `Ready` and `Started`: talk on stderr, fail, die.
+    pub(super) fn before_user_code(&mut self, seen: &Seen) -> Result<(), Stop> {
+        self.hear(seen)?;
         if let Some((kind, payload)) = next(&mut self.from_runner)? {
             return Err(Stop::Failed(match Message::decode(kind, payload) {
                 Ok(Message::Failure(text)) => text.to_string(),

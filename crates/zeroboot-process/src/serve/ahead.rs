@@ -11,12 +11,11 @@
 //! ```
 
 use std::{
-    fs::File,
     io::{self, Read, Write},
     ops::Range,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{fs::FileExt, net::UnixStream},
+        unix::net::UnixStream,
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -26,12 +25,13 @@ use zeroboot_proto::{Identity, Kind, encode};
 use zeroboot_sys::{
     image::{self, Touch},
     jail,
+    memory::PAGE,
     process::{self, Forked},
 };
 
 use super::Zygote;
+use crate::image::Pages;
 
-const PAGE: usize = 4096;
 /// How long a rehearsal may take. Forks wait for it, once.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Pages that are mapped although nobody asked, so that two runs become one: the kernel itself maps so many around a fault.
@@ -158,28 +158,26 @@ impl Zygote {
         stage.read_exact(&mut [0])?;
         let pagemap = format!("{}/pagemap", runner.as_raw_nonzero());
         let pagemap = rustix::fs::openat(&self.proc, pagemap, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let pagemap = File::from(pagemap);
+        let pages = Pages(pagemap.into());
         let mut ranges = Vec::new();
         for at in image {
-            let mut entries = vec![0u8; at.len() / PAGE * 8];
-            pagemap.read_exact_at(&mut entries, (at.start / PAGE * 8) as u64)?;
-            ranges.extend(runs(at.start, entries.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry))));
+            ranges.extend(runs(at.start, pages.entries(at)?.into_iter()));
         }
         Ok(ranges)
     }
 }
 
-/// What is there of a mapping, from its entries of the page map (Documentation/admin-guide/mm/pagemap.rst).
+/// What is there of a mapping, from its entries of the page map.
 fn runs(start: usize, entries: impl Iterator<Item = u64>) -> Vec<(Touch, Range<usize>)> {
-    const PRESENT: u64 = 1 << 63;
-    /// The file's own page; else a copy.
-    const OF_FILE: u64 = 1 << 61;
     let mut read: Vec<(Touch, Range<usize>)> = Vec::new();
     let mut written: Vec<(Touch, Range<usize>)> = Vec::new();
-    for (i, entry) in entries.enumerate().filter(|(_, entry)| entry & PRESENT != 0) {
+    for (i, entry) in entries.enumerate().filter(|(_, entry)| entry & Pages::PRESENT != 0) {
         let at = start + i * PAGE;
-        let (runs, how, gap) =
-            if entry & OF_FILE != 0 { (&mut read, Touch::Read, BRIDGED) } else { (&mut written, Touch::Write, 0) };
+        let (runs, how, gap) = if entry & Pages::OF_FILE != 0 {
+            (&mut read, Touch::Read, BRIDGED)
+        } else {
+            (&mut written, Touch::Write, 0)
+        };
         match runs.last_mut() {
             Some((_, last)) if at - last.end <= gap * PAGE => last.end = at + PAGE,
             _ => runs.push((how, at..at + PAGE)),
