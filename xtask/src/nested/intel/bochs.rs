@@ -44,7 +44,7 @@ struct Correction {
 }
 
 /// The manual is Intel's Software Developer's Manual, volume 3.
-const CORRECTIONS: [Correction; 4] = [
+const CORRECTIONS: [Correction; 5] = [
     Correction {
         file: "cpu/vmx.cc",
         old: "  BX_CPU_THIS_PTR in_vmx_guest = true;\n",
@@ -73,6 +73,15 @@ const CORRECTIONS: [Correction; 4] = [
               interrupt(vector, BX_EXTERNAL_INTERRUPT, 0, 0);\n",
         reason: "An exit during the delivery of an event says which event it was (27.2.4). For a virtual interrupt it named the \
                  last event before, which KVM then injected.",
+    },
+    Correction {
+        file: "cpu/event.cc",
+        old: "if (is_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {",
+        new: "if (is_unmasked_event_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {",
+        reason: "A virtual interrupt waits for IF=1 (29.2.2). When one of the host's came, which ends the guest whatever its IF \
+                 is, the virtual one was delivered in its place, also to a guest with interrupts off: between its look at the \
+                 mailbox and its `sti; hlt`, which then slept; and if the delivery met an EPT violation, KVM repeated it, and \
+                 the entry failed for IF=0.",
     },
 ];
 
