@@ -508,13 +508,6 @@ fn a_guest_that_turned_its_apic_off_does_not_hear_and_harms_only_itself() {
         script.input[0].extend(&stdin);
         let (end, stats) = Session::new(&snapshot, &mut fork, &mut script, &Kick::new().unwrap()).run().unwrap();
         assert_eq!(stats.raised, 1, "{name}");
-        // The emulator of the Intel lane ends a guest at the first of these writes, which no processor does.
-        let emulated_intel =
-            std::env::var_os("ZEROBOOT_NESTED").is_some() && std::path::Path::new("/sys/module/kvm_intel").exists();
-        if emulated_intel && name == "by its spurious vector register" {
-            assert_eq!(end, SessionEnd::Done(Ending::Crashed), "the emulator was mended: this exception can go");
-            continue;
-        }
         assert_eq!(end, SessionEnd::Done(Ending::DeadlinePassed), "{name}");
         assert!(!fork.wake().unwrap(), "{name}");
     }
