@@ -298,7 +298,7 @@ impl<T: Transport> Live<T> {
 
     /// This is a fork of a checkpoint. No program has run in it yet: the agent goes first.
     fn become_other(&mut self, identity: Identity) -> Result<(), Stop> {
-        self.place.apply_identity(&identity).map_err(Stop::Failed)?;
+        self.place.apply_identity(&identity).map_err(Stop::failed)?;
         self.born.identity = identity;
         for at in 0..self.contexts.len() {
             let identity = self.identity_of_its_own().map_err(Stop::from)?;
@@ -723,7 +723,7 @@ impl<T: Transport> Live<T> {
                         channel.credit -= n;
                         *left -= n as u64;
                     }
-                    Err(text) => self.end(id, How::Refused(Refusal::Failed, text), false),
+                    Err(error) => self.end(id, How::Refused(Refusal::Failed, error.to_string()), false),
                 }
                 true
             }

@@ -27,14 +27,17 @@ pub(crate) enum Place {
     Test(Vec<OsString>),
 }
 
+/// Why a machine got no identity of its own.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot give the machine its identity: {0}")]
+pub(crate) struct NoIdentity(#[from] std::io::Error);
+
 impl Place {
     /// What has to be done at an identity, before the runner hears of it. An error means that no user code runs. In a
     /// process sandbox kernel generator and clock are the host's own, and the host name is set by who made the namespace.
-    pub(crate) fn apply_identity(&self, identity: &Identity) -> Result<(), String> {
+    pub(crate) fn apply_identity(&self, identity: &Identity) -> Result<(), NoIdentity> {
         match self {
-            Place::Vm => {
-                vm::apply_identity(identity).map_err(|error| format!("cannot give the machine its identity: {error}"))
-            }
+            Place::Vm => Ok(vm::apply_identity(identity)?),
             Place::Process | Place::Test(_) => Ok(()),
         }
     }

@@ -51,7 +51,7 @@ pub(crate) enum Stop {
 }
 
 impl Stop {
-    fn failed(error: impl std::error::Error) -> Stop {
+    pub(crate) fn failed(error: impl std::error::Error) -> Stop {
         Stop::Failed(error.to_string())
     }
 }

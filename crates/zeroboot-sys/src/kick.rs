@@ -3,57 +3,54 @@
 //!
 //! No kick is lost. `KVM_RUN` looks at `immediate_exit` after it has blocked nothing: a signal that comes
 //! before the system call has set the flag, one that comes inside ends the call with EINTR, and one that
-//! comes while no vCPU runs at all is remembered in `PENDING` and looked at by the next [`Aim::new`].
+//! comes while no vCPU runs at all is remembered in `PENDING` and looked at by the next [`aimed`].
 
 use std::{
     cell::Cell,
     io,
     os::fd::{AsRawFd, BorrowedFd},
-    sync::Once,
+    ptr,
+    sync::{
+        Once,
+        atomic::{AtomicU8, Ordering, compiler_fence},
+    },
     time::Duration,
 };
 
 thread_local! {
     // const-initialised and without a destructor, so that a signal handler may use them: no allocation,
     // no registration, only an access relative to the thread's own segment.
-    static TARGET: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+    static TARGET: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
     static PENDING: Cell<bool> = const { Cell::new(false) };
 }
 
 extern "C" fn on_signal(_signal: libc::c_int) {
     PENDING.set(true);
-    let target = TARGET.get();
-    if !target.is_null() {
-        // SAFETY: `Aim` set it for this thread, points it at a byte of a live `kvm_run` mapping that it
-        // borrows, and takes it back before the borrow ends; the handler runs on the same thread.
-        unsafe { target.write_volatile(1) };
+    // SAFETY: null, or `aimed` set it on this thread to what it borrows, and takes it back before the borrow ends.
+    if let Some(target) = unsafe { TARGET.get().as_ref() } {
+        target.store(1, Ordering::Relaxed);
     }
 }
 
-/// While it lives, kicks of this thread reach one vCPU.
-pub(crate) struct Aim(());
-
-impl Aim {
-    /// Aims at `immediate_exit`, which the caller keeps mapped until the value is dropped.
-    pub(crate) fn new(immediate_exit: *mut u8) -> Aim {
-        TARGET.set(immediate_exit);
-        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
-        if PENDING.get() {
-            // SAFETY: the caller's promise above.
-            unsafe { immediate_exit.write_volatile(1) };
+/// Runs something while kicks of this thread set that byte, the `immediate_exit` of one vCPU. It is clear afterwards.
+pub(crate) fn aimed<T>(immediate_exit: &AtomicU8, run: impl FnOnce() -> T) -> T {
+    /// Takes the aim back, also when `run` panics.
+    struct Aim<'a>(&'a AtomicU8);
+    impl Drop for Aim<'_> {
+        fn drop(&mut self) {
+            TARGET.set(ptr::null());
+            compiler_fence(Ordering::SeqCst);
+            // Cleared for the next run; a kick that came in between stays in `PENDING`.
+            self.0.store(0, Ordering::Relaxed);
         }
-        Aim(())
     }
-}
-
-impl Drop for Aim {
-    fn drop(&mut self) {
-        let target = TARGET.replace(std::ptr::null_mut());
-        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
-        // SAFETY: `new`'s caller still keeps the byte mapped. The flag is cleared for the next run; a kick
-        // that came in between stays in `PENDING`.
-        unsafe { target.write_volatile(0) };
+    TARGET.set(immediate_exit);
+    let _aim = Aim(immediate_exit);
+    compiler_fence(Ordering::SeqCst);
+    if PENDING.get() {
+        immediate_exit.store(1, Ordering::Relaxed);
     }
+    run()
 }
 
 /// Whether a kick came since the last call. Clears it.
@@ -76,7 +73,7 @@ impl Kick {
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = libc::SIGALRM;
         event.sigev_notify_thread_id = thread_id();
-        let mut timer: libc::timer_t = std::ptr::null_mut();
+        let mut timer: libc::timer_t = ptr::null_mut();
         // SAFETY: both pointers are to live locals.
         check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) })?;
         Ok(Kick { timer })
@@ -101,7 +98,7 @@ impl Kick {
             },
         };
         // SAFETY: the timer is ours and alive, the pointer is to a live local.
-        check(unsafe { libc::timer_settime(self.timer, 0, &spec, std::ptr::null_mut()) })
+        check(unsafe { libc::timer_settime(self.timer, 0, &spec, ptr::null_mut()) })
     }
 }
 
@@ -146,7 +143,7 @@ fn install() -> io::Result<()> {
             let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
             action.sa_sigaction = on_signal as *const () as usize;
             // SAFETY: the handler only touches const-initialised thread locals and a mapped byte.
-            if let Err(error) = check(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }) {
+            if let Err(error) = check(unsafe { libc::sigaction(signal, &action, ptr::null_mut()) }) {
                 result = Err(error);
             }
         }

@@ -7,13 +7,14 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
     rc::Rc,
+    sync::atomic::AtomicU8,
 };
 
 use kvm_bindings as kb;
 use kvm_ioctls as ki;
 
 use crate::{
-    kick::{self, Aim},
+    kick,
     memory::{GuestPhys, Mapping},
 };
 
@@ -350,11 +351,9 @@ impl Vcpu {
     /// Enters the guest until it leaves.
     pub fn run(&mut self) -> Result<VmExit<'_>> {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
-        // The byte is inside the kvm_run mapping, which lives as long as self.fd.
-        let aim = Aim::new(immediate_exit);
-        let result = self.fd.run().map(|_| ());
-        drop(aim);
-        if let Err(error) = result {
+        // SAFETY: a byte of the kvm_run mapping, which lives as long as self.fd, and which the kernel only reads.
+        let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
+        if let Err(error) = kick::aimed(immediate_exit, || self.fd.run().map(|_| ())) {
             return match error.errno() {
                 libc::EINTR => {
                     kick::take_pending();

@@ -15,7 +15,9 @@ use crate::{
 };
 
 /// Modules that Python agents use most, and what runs cells. Warmed where they are installed.
-pub(crate) const PYTHON_WARM: [&str; 3] = ["numpy", "pandas", "IPython"];
+pub(crate) const PYTHON_WARM: [&str; 3] = ["numpy", "pandas", CELLS];
+/// What the cells of a Python context are run with, where it is installed.
+const CELLS: &str = "IPython";
 
 impl Runtime {
     pub(crate) fn name(self) -> &'static str {
@@ -240,8 +242,11 @@ pub(crate) fn process_template(
     let warm: Vec<String> = match (&from.warm, runtime) {
         (Some(names), _) => names.iter().filter(|name| !name.is_empty()).cloned().collect(),
         (None, _) if !of_recipe.is_empty() => {
+            // A first cell needs it, whatever the recipe is for.
+            let wanted = |name: &String| name.trim_end_matches('?') == CELLS;
+            let cells = (runtime == Runtime::Python && !of_recipe.iter().any(wanted)).then(|| CELLS.into());
             let optional = |name: &String| format!("{}?", name.trim_end_matches('?'));
-            of_recipe.iter().filter(|name| is_mentioned(name)).map(optional).collect()
+            of_recipe.iter().chain(&cells).filter(|name| is_mentioned(name)).map(optional).collect()
         }
         (None, Runtime::Node) => Vec::new(),
         (None, Runtime::Python) => {

@@ -7,6 +7,11 @@ use std::{
     time::Duration,
 };
 
+#[path = "harness/lib.rs"]
+#[allow(dead_code)]
+mod harness;
+use harness::{Who, python};
+
 /// A server that was started by a shell, after `before`.
 struct Served {
     child: Child,
@@ -53,6 +58,18 @@ impl Served {
     }
 
     /// Ends it; gives all that it wrote.
+    /// What it answers to code, on a connection of its own.
+    fn run(&self, code: &str) -> serde_json::Value {
+        let body = serde_json::json!({ "code": code }).to_string();
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        let head =
+            "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
+        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
+    }
+
     fn stop(mut self) -> String {
         assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
         self.rest.read_to_string(&mut self.words).unwrap();
@@ -392,6 +409,24 @@ found = {
 }
 ";
 
+/// Without it a first cell would import it: a tenth of a second.
+#[test]
+fn a_python_template_of_the_configuration_has_what_cells_need_in_memory() {
+    // The test command's Python has it.
+    let installed =
+        Command::new(python(Who::Me)).args(["-c", "import IPython"]).stderr(Stdio::null()).status().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("zeroboot.toml");
+    for (warm, there) in [("", installed.success()), ("warm = [\"json\"]\n", false)] {
+        std::fs::write(&config, format!("[[template]]\nname = \"python\"\n{warm}")).unwrap();
+        let args = ["--config", config.to_str().unwrap(), "--python", python(Who::Me)];
+        let served = Served::start("true", &args);
+        let answer = served.run("import sys; print('IPython' in sys.modules)");
+        assert_eq!(answer["stdout"], if there { "True\n" } else { "False\n" }, "{answer}");
+        served.stop();
+    }
+}
+
 #[test]
 fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
     // Of root and of an ordinary user alike; what differs is whose the zygote is.
@@ -404,18 +439,12 @@ fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
     assert!(made.success());
     let lib = std::fs::read_dir(venv.join("lib")).unwrap().next().unwrap().unwrap().path();
     std::fs::write(lib.join("site-packages/hostile.py"), PACKAGE).unwrap();
-    let config = folder.path().join("zeroboot.toml");
     let interpreter = venv.join("bin/python3");
+    let config = folder.path().join("zeroboot.toml");
     let template = format!("[[template]]\nname = \"python\"\ninterpreter = {interpreter:?}\nwarm = [\"hostile\"]\n");
     std::fs::write(&config, template).unwrap();
     let served = Served::start("exec 8</etc/hostname 9</etc/passwd", &["--config", config.to_str().unwrap()]);
-    let body = serde_json::json!({"code": "import hostile, json; print(json.dumps(hostile.found))"}).to_string();
-    let mut stream = TcpStream::connect(served.address).unwrap();
-    let head = "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
-    write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let answer: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let answer = served.run("import hostile, json; print(json.dumps(hostile.found))");
     let found: serde_json::Value = serde_json::from_str(answer["stdout"].as_str().unwrap()).expect("what it found");
     assert_eq!(found["strangers"], serde_json::json!([]), "descriptors of the server: {found}");
     assert_eq!((&found["proc"], &found["own"]), (&"EROFS".into(), &"EROFS".into()), "{found}");

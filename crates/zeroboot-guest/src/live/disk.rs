@@ -373,11 +373,11 @@ fn empty(parent: impl AsFd, name: &OsStr, depth: usize) -> Result<(), Errno> {
     Ok(())
 }
 
-pub(super) fn read(file: &mut File, buffer: &mut [u8]) -> Result<usize, String> {
+pub(super) fn read(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match file.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other.map_err(|error| error.to_string()),
+            other => return other,
         }
     }
 }

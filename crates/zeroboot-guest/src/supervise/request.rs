@@ -71,7 +71,7 @@ impl<T: Transport> Supervisor<T> {
                 match Command::decode(kind, payload).map_err(Stop::failed)? {
                     Command::Limits(limits) => request.limits = Some(limits),
                     Command::Identity(identity) => {
-                        self.place.apply_identity(&identity).map_err(Stop::Failed)?;
+                        self.place.apply_identity(&identity).map_err(Stop::failed)?;
                         request.identity = Some(identity);
                         encode(&mut self.control_out, kind, payload);
                     }

@@ -90,7 +90,20 @@ fn busy(stat: &str) -> Duration {
     let line = stat.lines().next().unwrap_or_default();
     let ticks: Vec<u64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
     let busy: u64 = [0, 1, 2, 5, 6].iter().filter_map(|&i| ticks.get(i)).sum();
-    Duration::from_secs_f64(busy as f64 / rustix::param::clock_ticks_per_second() as f64)
+    of_ticks(busy)
+}
+
+fn of_ticks(ticks: u64) -> Duration {
+    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// The name of a process and its CPU time, out of its `stat`.
+pub(super) fn of_a_process(stat: &str) -> Option<(&str, Duration)> {
+    // pid (name) state … utime stime: fields 14 and 15 (proc_pid_stat(5)). A name may hold brackets.
+    let (head, rest) = stat.rsplit_once(')')?;
+    let (_, name) = head.split_once('(')?;
+    let mut ticks = rest.split_whitespace().skip(11).map_while(|word| word.parse::<u64>().ok());
+    Some((name, of_ticks(ticks.next()? + ticks.next()?)))
 }
 
 /// CPU time of the whole machine since its start.
@@ -194,5 +207,15 @@ mod tests {
         let code = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
         assert!(Command::new("sh").args(["-c", code]).status().unwrap().success());
         assert!(account.now().unwrap() - before >= Duration::from_millis(20));
+    }
+
+    #[test]
+    fn a_process_may_have_any_name() {
+        let of = |name: &str| format!("12 ({name}) S 1 12 12 0 -1 4194560 1 2 3 4 150 50 7 8 20 0 1 0 5");
+        let tick = of_ticks(1);
+        for name in ["init", "a b) (c", ")", "kworker/1:2H-kblockd"] {
+            assert_eq!(of_a_process(&of(name)), Some((name, tick * 200)));
+        }
+        assert_eq!(of_a_process("12 (cut off) S 1"), None);
     }
 }

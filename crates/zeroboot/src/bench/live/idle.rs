@@ -1,7 +1,7 @@
 //! Sandboxes in which nothing happens: what they cost.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     time::{Duration, Instant},
 };
@@ -41,6 +41,24 @@ fn used(server: u32) -> BTreeMap<(u32, String), Used> {
     found
 }
 
+/// CPU time of the processes of this machine that are not ours, its kernel's threads among them, by name.
+fn of_others(server: u32) -> BTreeMap<String, Duration> {
+    let ours: BTreeSet<u32> = density::descendants(server).into_iter().chain([server, std::process::id()]).collect();
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if ours.contains(&pid) {
+            continue;
+        }
+        // One that has just ended is nobody's.
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        if let Some((name, used)) = cpu::of_a_process(&stat) {
+            *found.entry(name.to_owned()).or_default() += used;
+        }
+    }
+    found
+}
+
 /// Makes `--idle` sandboxes with a cell's worth of state in each, leaves them alone, and asks each for it afterwards.
 pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut Results) -> anyhow::Result<()> {
     let count = args.idle;
@@ -57,6 +75,7 @@ pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut R
     results.figure(format!("{count} live sandboxes: each made and run in"), made, "ms");
     // What was set off by the last cell has passed.
     tokio::time::sleep(Duration::from_secs(5)).await;
+    let others = of_others(server.pid());
     let (begin, before, busy) = (Instant::now(), used(server.pid()), cpu::of_the_machine()?);
     tokio::time::sleep(Duration::from_secs(args.idle_seconds.into())).await;
     let (after, busy) = (used(server.pid()), cpu::of_the_machine()?.saturating_sub(busy));
@@ -68,11 +87,23 @@ pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut R
         switches += now.switches.saturating_sub(then.switches);
     }
     let label = format!("{count} idle sandboxes and their server");
-    let processes = after.keys().map(|(pid, _)| pid).collect::<std::collections::BTreeSet<_>>().len();
+    let processes = after.keys().map(|(pid, _)| pid).collect::<BTreeSet<_>>().len();
     ensure!(processes > count as usize, "only {processes} processes were found");
     results.figure(format!("{label}: CPU, goal 1"), cpu as f64 / 1e9 / seconds * 100.0, "% of one core");
     results.figure(format!("{label}: wake-ups"), switches as f64 / seconds, "1/s");
     results.figure("the whole host meanwhile", busy.as_secs_f64() / seconds * 100.0, "% of one core");
+    // What watches all memory or all processes of a machine has more to do the more there are.
+    let mut others: Vec<(String, Duration)> = of_others(server.pid())
+        .into_iter()
+        .map(|(name, now)| {
+            let before = others.get(&name).copied().unwrap_or_default();
+            (name, now.saturating_sub(before))
+        })
+        .collect();
+    others.sort_by_key(|(_, used)| std::cmp::Reverse(*used));
+    for (name, used) in others.iter().take(3) {
+        results.figure(format!("  of it {name}, none of ours"), used.as_secs_f64() / seconds * 100.0, "% of one core");
+    }
     for (number, sandbox) in sandboxes.iter().enumerate() {
         let done = server.client.json(Method::POST, &sandbox.path(&["run"]), Some(&json!({ "code": "x" }))).await?;
         ensure!(done["value"].as_str() == Some(number.to_string().as_str()), "sandbox {number} answered {done}");
