@@ -29,6 +29,11 @@ const STEPS: &[Step] = &[
     ("sdk", "both SDKs, installed as a user would, against a real server; every fenced example", sdk),
     ("e2b", "E2B's own SDKs, unmodified, against a real server", e2b),
     ("openapi", "generated requests against a real server, every answer held against the OpenAPI file", openapi),
+    (
+        "mcp",
+        "on demand: the official clients and the inspector of the Model Context Protocol, against a real server",
+        mcp,
+    ),
     ("page", "on demand: the first page in a real browser: keyboard, streams, keys, light and dark", page),
     (
         "load",
@@ -41,7 +46,7 @@ const STEPS: &[Step] = &[
 ];
 
 /// Steps that run only when they are named.
-const ON_DEMAND: [&str; 1] = ["page"];
+const ON_DEMAND: [&str; 2] = ["mcp", "page"];
 
 /// What the steps share.
 struct Setup {
@@ -253,6 +258,11 @@ fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> 
 }
 
 /// A browser is large, so the step does not install one.
+fn mcp(setup: &Setup) -> anyhow::Result<()> {
+    let mut tests = Command::new("tests/mcp/run");
+    check(tests.env("ZEROBOOT_BIN", lane::build_zeroboot(true)?).env("ZEROBOOT_PYTHON", &setup.python))
+}
+
 fn page(setup: &Setup) -> anyhow::Result<()> {
     if !found("chromium") {
         println!("chromium is not installed (apt-get install chromium): the first page NOT TESTED");

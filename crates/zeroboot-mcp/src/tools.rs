@@ -224,10 +224,46 @@ type Context = RequestContext<RoleServer>;
 /// What a tool gives. A failure is a result, too: one that says what to do.
 type Done = Result<CallToolResult, Failure>;
 
+/// The tools. What may be left out has one type in its schema, not `null` beside it: some models take no list of types. A
+/// `null` is taken all the same.
+fn tools() -> ToolRouter<Mcp> {
+    let mut tools = Mcp::tool_router();
+    for tool in tools.map.values_mut() {
+        Arc::make_mut(&mut tool.attr.input_schema).values_mut().for_each(one_type);
+    }
+    tools
+}
+
+fn one_type(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if let Some(Value::Array(types)) = fields.get_mut("type") {
+                types.retain(|one| one != "null");
+                if let [one] = types.as_mut_slice() {
+                    let one = one.take();
+                    fields.insert("type".into(), one);
+                }
+            }
+            if let Some(Value::Array(schemas)) = fields.get_mut("anyOf") {
+                schemas.retain(|one| one["type"] != "null");
+                if let [Value::Object(one)] = schemas.as_mut_slice() {
+                    let one = std::mem::take(one);
+                    fields.remove("anyOf");
+                    fields.extend(one);
+                }
+            }
+            fields.retain(|name, value| name != "default" || !value.is_null());
+            fields.values_mut().for_each(one_type);
+        }
+        Value::Array(schemas) => schemas.iter_mut().for_each(one_type),
+        _ => {}
+    }
+}
+
 impl Mcp {
     /// A session that asks `api`.
     pub fn new(api: Arc<dyn Api>) -> Mcp {
-        Mcp { api, session: Arc::default(), tools: Mcp::tool_router() }
+        Mcp { api, session: Arc::default(), tools: tools() }
     }
 
     /// What it makes and ends.

@@ -148,6 +148,8 @@ fn an_agent_runs_code_keeps_state_and_leaves_nothing() {
             tool["annotations"]["readOnlyHint"].is_boolean() && tool["inputSchema"]["properties"].is_object(),
             "{tool}"
         );
+        // Some models take neither a list of types nor a default of another type.
+        assert!(!tool["inputSchema"].to_string().contains("null"), "{tool}");
     }
 
     // A fresh sandbox for each call: output, the last value, an error, and nothing kept.
@@ -377,7 +379,7 @@ fn over_http_a_session_is_its_keys_and_its_sandboxes_end_with_it() {
     // Another key's caller, or none, has no use of the session's id.
     assert_eq!(ask(&headers[1..], "tools/list", "{}").0, 401);
     wait_for("end of the sandbox of one call", || served.sandboxes().len() == 1);
-    assert_eq!(served.request("DELETE", "/mcp", &headers, "").0 / 100, 2);
+    assert_eq!(served.request("DELETE", "/mcp", &headers, "").0, 204);
     wait_for("end of the session's sandbox", || served.sandboxes().is_empty());
     let (status, _, _) = served.request("POST", "/mcp", &[served.authorization()], "nonsense");
     assert!((400..500).contains(&status), "{status}");

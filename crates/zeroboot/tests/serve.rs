@@ -57,19 +57,23 @@ impl Served {
         String::from_utf8_lossy(&text[..count]).into_owned()
     }
 
-    /// Ends it; gives all that it wrote.
-    /// What it answers to code, on a connection of its own.
+    /// What it answers to code.
     fn run(&self, code: &str) -> serde_json::Value {
-        let body = serde_json::json!({ "code": code }).to_string();
+        self.post("/v1/exec", &serde_json::json!({ "code": code }))
+    }
+
+    /// What it answers, on a connection of its own.
+    fn post(&self, path: &str, body: &serde_json::Value) -> serde_json::Value {
+        let body = body.to_string();
         let mut stream = TcpStream::connect(self.address).unwrap();
-        let head =
-            "POST /v1/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
-        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        let head = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
+        write!(stream, "POST {path} HTTP/1.1\r\n{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
     }
 
+    /// Ends it; gives all that it wrote.
     fn stop(mut self) -> String {
         assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
         self.rest.read_to_string(&mut self.words).unwrap();
@@ -427,10 +431,8 @@ fn a_python_template_of_the_configuration_has_what_cells_need_in_memory() {
     }
 }
 
-#[test]
-fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
-    // Of root and of an ordinary user alike; what differs is whose the zygote is.
-    let is_root = rustix::process::geteuid().is_root();
+/// A directory with a Python that has one module of its own.
+fn with_module(name: &str, text: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     // A sandbox has a /tmp of its own.
     let folder = tempfile::Builder::new().prefix("package-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -438,8 +440,28 @@ fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
     let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&venv).status().unwrap();
     assert!(made.success());
     let lib = std::fs::read_dir(venv.join("lib")).unwrap().next().unwrap().unwrap().path();
-    std::fs::write(lib.join("site-packages/hostile.py"), PACKAGE).unwrap();
+    std::fs::write(lib.join(format!("site-packages/{name}.py")), text).unwrap();
     let interpreter = venv.join("bin/python3");
+    (folder, interpreter)
+}
+
+/// One that is too old, or half installed: cells have the shell of an interpreter without it.
+#[test]
+fn an_ipython_that_is_of_no_use_stops_no_server() {
+    let (_folder, interpreter) = with_module("IPython", "");
+    let served = Served::start("true", &["--python", interpreter.to_str().unwrap()]);
+    let sandbox = served.post("/v1/sandboxes", &serde_json::json!({}));
+    let cell = serde_json::json!({ "code": "6 * 7" });
+    let done = served.post(&format!("/v1/sandboxes/{}/run", sandbox["id"].as_str().unwrap()), &cell);
+    assert_eq!(done["value"], "42", "{done}");
+    served.stop();
+}
+
+#[test]
+fn a_package_that_is_imported_ahead_is_not_the_hosts_root() {
+    // Of root and of an ordinary user alike; what differs is whose the zygote is.
+    let is_root = rustix::process::geteuid().is_root();
+    let (folder, interpreter) = with_module("hostile", PACKAGE);
     let config = folder.path().join("zeroboot.toml");
     let template = format!("[[template]]\nname = \"python\"\ninterpreter = {interpreter:?}\nwarm = [\"hostile\"]\n");
     std::fs::write(&config, template).unwrap();

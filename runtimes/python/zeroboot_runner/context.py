@@ -35,9 +35,7 @@ def no_input(prompt=""):
 def shell_maker():
     """How the first cell gets its shell. Where IPython is warm, its shell is made now, and where there is none, nobody looks again."""
     if sys.modules.get("IPython") is not None:
-        from .ipython import IPythonShell
-
-        shell = IPythonShell()
+        shell = load_ipython()
         return lambda: shell
     return Shell if importlib.util.find_spec("IPython") is None else load_ipython
 

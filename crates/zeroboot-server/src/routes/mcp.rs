@@ -5,7 +5,7 @@ use std::{any::Any, sync::Arc};
 
 use axum::{Router, body::Body, extract::Request, response::Response, routing::any};
 use bytes::Bytes;
-use http::{header, request::Parts};
+use http::{Method, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt as _, Full, Limited};
 use rmcp::transport::streamable_http_server::{
     StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
@@ -48,7 +48,12 @@ async fn answer(service: Service, call: Call, request: Request) -> Result<Respon
         asked.peer = Peer { ip: asked.peer.ip, ..Peer::default() };
     }
     let request = Request::from_parts(head, Full::new(Bytes::from(body)));
-    let Ok(answer) = service.oneshot(request).await;
+    let is_end = request.method() == Method::DELETE;
+    let Ok(mut answer) = service.oneshot(request).await;
+    if is_end && answer.status() == StatusCode::ACCEPTED {
+        // The session has ended. The official Python client takes any other success for a failure.
+        *answer.status_mut() = StatusCode::NO_CONTENT;
+    }
     let held = move |frame| {
         let _until_its_end = &call;
         frame
