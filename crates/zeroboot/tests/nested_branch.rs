@@ -126,10 +126,13 @@ fn no_two_branches_share_a_random_number_a_name_or_another_clock() {
          drawn = [random.random(), ssl.RAND_bytes(4), uuid.uuid4(), next(tempfile._get_candidate_names())]",
     );
     origin.post("/contexts", &json!({"name": "busy"}));
-    let busy = "import random, time\nrandom.seed(1)\nstate = random.getstate()\n\
+    let busy = "import random, time\nrandom.seed(1)\nstate = random.getstate()\nprint('waits', flush=True)\n\
                 while random.getstate() == state: time.sleep(0.2)\nopen('/tmp/busy', 'w').write(repr(random.random()))";
     let mut events = origin.stream("POST", "/run", &json!({"code": busy, "context": "busy", "timeout_seconds": 1200}));
-    assert_eq!(events.next().map(|event| event.name).as_deref(), Some("started"));
+    // It has to know the state that it waits to see changed.
+    for wanted in ["started", "stdout"] {
+        assert_eq!(events.next().map(|event| event.name).as_deref(), Some(wanted));
+    }
 
     let before = SystemTime::now();
     let branches = branch(&origin, count as u64);
