@@ -1,4 +1,4 @@
-//! A frozen machine: how it is made and forked. Its files: [`file`].
+//! A frozen machine: how it is made and forked. Its files: `file`.
 
 use std::io;
 

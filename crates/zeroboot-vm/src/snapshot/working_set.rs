@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-/// The pages that an exec and a cell touch, recorded by [`Snapshot::rehearse`] and [`Snapshot::rehearse_cell`]: runs of
+/// The pages that an exec and a cell touch, recorded by [`Snapshot::rehearse`](crate::Snapshot::rehearse) and
+/// [`Snapshot::rehearse_cell`](crate::Snapshot::rehearse_cell): runs of
 /// `(page, pages)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSet {
