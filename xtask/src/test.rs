@@ -257,12 +257,12 @@ fn step_package(there: bool, package: &str, what: &str) -> anyhow::Result<bool> 
     Ok(false)
 }
 
-/// A browser is large, so the step does not install one.
 fn mcp(setup: &Setup) -> anyhow::Result<()> {
     let mut tests = Command::new("tests/mcp/run");
     check(tests.env("ZEROBOOT_BIN", lane::build_zeroboot(true)?).env("ZEROBOOT_PYTHON", &setup.python))
 }
 
+/// A browser is large, so the step does not install one.
 fn page(setup: &Setup) -> anyhow::Result<()> {
     if !found("chromium") {
         println!("chromium is not installed (apt-get install chromium): the first page NOT TESTED");

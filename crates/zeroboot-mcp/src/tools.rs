@@ -1,6 +1,10 @@
 //! The tools.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -224,6 +228,9 @@ type Context = RequestContext<RoleServer>;
 /// What a tool gives. A failure is a result, too: one that says what to do.
 type Done = Result<CallToolResult, Failure>;
 
+/// Made once: each session has the same.
+static TOOLS: LazyLock<ToolRouter<Mcp>> = LazyLock::new(tools);
+
 /// The tools. What may be left out has one type in its schema, not `null` beside it: some models take no list of types. A
 /// `null` is taken all the same.
 fn tools() -> ToolRouter<Mcp> {
@@ -263,7 +270,7 @@ fn one_type(schema: &mut Value) {
 impl Mcp {
     /// A session that asks `api`.
     pub fn new(api: Arc<dyn Api>) -> Mcp {
-        Mcp { api, session: Arc::default(), tools: tools() }
+        Mcp { api, session: Arc::default(), tools: TOOLS.clone() }
     }
 
     /// What it makes and ends.

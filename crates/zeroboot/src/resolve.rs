@@ -239,18 +239,18 @@ pub(crate) fn process_template(
     };
     // What an embedded recipe warms may be missing: it was made for both engines.
     let of_recipe = recipe.map(|recipe| recipe.warm.as_slice()).unwrap_or_default();
-    let warm: Vec<String> = match (&from.warm, runtime) {
-        (Some(names), _) => names.iter().filter(|name| !name.is_empty()).cloned().collect(),
-        (None, _) if !of_recipe.is_empty() => {
-            // A first cell needs it, whatever the recipe is for.
-            let wanted = |name: &String| name.trim_end_matches('?') == CELLS;
-            let cells = (runtime == Runtime::Python && !of_recipe.iter().any(wanted)).then(|| CELLS.into());
-            let optional = |name: &String| format!("{}?", name.trim_end_matches('?'));
-            of_recipe.iter().chain(&cells).filter(|name| is_mentioned(name)).map(optional).collect()
-        }
-        (None, Runtime::Node) => Vec::new(),
-        (None, Runtime::Python) => {
-            PYTHON_WARM.iter().filter(|name| is_mentioned(name)).map(|name| format!("{name}?")).collect()
+    let warm: Vec<String> = match &from.warm {
+        Some(names) => names.iter().filter(|name| !name.is_empty()).cloned().collect(),
+        None => {
+            let names: Vec<&str> = of_recipe.iter().map(|name| name.trim_end_matches('?')).collect();
+            let more: &[&str] = match runtime {
+                Runtime::Node => &[],
+                Runtime::Python if names.is_empty() => &PYTHON_WARM,
+                // A first cell needs it, whatever the recipe is for.
+                Runtime::Python if !names.contains(&CELLS) => &[CELLS],
+                Runtime::Python => &[],
+            };
+            names.iter().chain(more).filter(|name| is_mentioned(name)).map(|name| format!("{name}?")).collect()
         }
     };
     let mut env: Vec<(String, String)> =

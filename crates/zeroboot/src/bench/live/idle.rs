@@ -41,17 +41,11 @@ fn used(server: u32) -> BTreeMap<(u32, String), Used> {
     found
 }
 
-/// CPU time of the processes of this machine that are not ours, its kernel's threads among them, by name.
+/// CPU time of the processes of this machine that are not ours, by name.
 fn of_others(server: u32) -> BTreeMap<String, Duration> {
     let ours: BTreeSet<u32> = density::descendants(server).into_iter().chain([server, std::process::id()]).collect();
     let mut found = BTreeMap::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        if ours.contains(&pid) {
-            continue;
-        }
-        // One that has just ended is nobody's.
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+    for (_, stat) in density::processes().filter(|(pid, _)| !ours.contains(pid)) {
         if let Some((name, used)) = cpu::of_a_process(&stat) {
             *found.entry(name.to_owned()).or_default() += used;
         }
