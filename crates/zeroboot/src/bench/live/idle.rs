@@ -41,16 +41,11 @@ fn used(server: u32) -> BTreeMap<(u32, String), Used> {
     found
 }
 
-/// CPU time of the processes of this machine that are not ours, by name.
-fn of_others(server: u32) -> BTreeMap<String, Duration> {
+/// The processes of this machine that are not ours: name and CPU time.
+fn others(server: u32) -> BTreeMap<u32, (String, Duration)> {
     let ours: BTreeSet<u32> = density::descendants(server).into_iter().chain([server, std::process::id()]).collect();
-    let mut found = BTreeMap::new();
-    for (_, stat) in density::processes().filter(|(pid, _)| !ours.contains(pid)) {
-        if let Some((name, used)) = cpu::of_a_process(&stat) {
-            *found.entry(name.to_owned()).or_default() += used;
-        }
-    }
-    found
+    let all = density::processes().filter(|(pid, _)| !ours.contains(pid));
+    all.filter_map(|(pid, stat)| cpu::of_a_process(&stat).map(|(name, used)| (pid, (name.to_owned(), used)))).collect()
 }
 
 /// Makes `--idle` sandboxes with a cell's worth of state in each, leaves them alone, and asks each for it afterwards.
@@ -69,7 +64,7 @@ pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut R
     results.figure(format!("{count} live sandboxes: each made and run in"), made, "ms");
     // What was set off by the last cell has passed.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let others = of_others(server.pid());
+    let others_before = others(server.pid());
     let (begin, before, busy) = (Instant::now(), used(server.pid()), cpu::of_the_machine()?);
     tokio::time::sleep(Duration::from_secs(args.idle_seconds.into())).await;
     let (after, busy) = (used(server.pid()), cpu::of_the_machine()?.saturating_sub(busy));
@@ -86,14 +81,13 @@ pub(super) async fn sandboxes(args: &BenchArgs, server: &Server, results: &mut R
     results.figure(format!("{label}: CPU, goal 1"), cpu as f64 / 1e9 / seconds * 100.0, "% of one core");
     results.figure(format!("{label}: wake-ups"), switches as f64 / seconds, "1/s");
     results.figure("the whole host meanwhile", busy.as_secs_f64() / seconds * 100.0, "% of one core");
-    // What watches all memory or all processes of a machine has more to do the more there are.
-    let mut others: Vec<(String, Duration)> = of_others(server.pid())
-        .into_iter()
-        .map(|(name, now)| {
-            let before = others.get(&name).copied().unwrap_or_default();
-            (name, now.saturating_sub(before))
-        })
-        .collect();
+    // What watches all memory or all processes of a machine has more to do the more there are. By number: a worker of the
+    // kernel changes its name with its work.
+    let spent = |(pid, (name, now)): (u32, (String, Duration))| {
+        let before = others_before.get(&pid).map_or(Duration::ZERO, |(_, used)| *used);
+        (name, now.saturating_sub(before))
+    };
+    let mut others: Vec<(String, Duration)> = others(server.pid()).into_iter().map(spent).collect();
     others.sort_by_key(|(_, used)| std::cmp::Reverse(*used));
     for (name, used) in others.iter().take(3) {
         results.figure(format!("  of it {name}, none of ours"), used.as_secs_f64() / seconds * 100.0, "% of one core");
