@@ -220,7 +220,9 @@ fn deploy(setup: &Setup) -> anyhow::Result<()> {
 }
 
 fn cargo_tests(setup: &Setup) -> anyhow::Result<()> {
-    let mut tests = cargo();
+    // A shell without job control starts what is in its background with both ignored, and tests ask what they do.
+    let mut tests = Command::new("env");
+    tests.arg("--default-signal=INT,QUIT").arg(cargo().get_program());
     tests.args(["test", "--workspace", "--no-fail-fast"]).env("ZEROBOOT_TEST_PYTHON", &setup.python);
     if Path::new("/dev/kvm").exists() {
         tests.env("ZEROBOOT_REQUIRE_KVM", "1");

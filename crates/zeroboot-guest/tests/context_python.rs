@@ -147,6 +147,7 @@ fn output_of_a_cell_is_in_the_pipes_before_its_end() {
             assert_eq!(context.run(code).status, OK);
             all.push_str(&format!("e{i}"));
             // The test's own thread has to take it out of the pipe.
+            context.wait_for(&format!("a{i} "));
             context.wait_for(&format!("c{i} "));
             context.wait_for(&all);
         }
