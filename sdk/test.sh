@@ -19,6 +19,7 @@ scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/zeroboot-sdk.XXXXXX")
 # Sandboxes run as another user and must be able to read the interpreter's packages.
 chmod 755 "$scratch"
 trap 'rm -rf "$scratch"' EXIT
+export PYTEST_DEBUG_TEMPROOT=$scratch # else pytest leaves its directories in /tmp
 
 step() { printf '\n== %s\n' "$*"; }
 begin=$SECONDS
